@@ -1,0 +1,140 @@
+"""Token pairs in, shared-prompt rows out.
+
+Letters used for shapes everywhere: B pairs, T columns of a row, S scored (completion) tokens of
+the whole batch, in the order pair by pair, chosen before rejected.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+PAD, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tokenised pair. ``row`` is its place in the source, for messages."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    row: int = -1
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B rows ``[prompt | chosen | rejected | padding]``; rejected positions restart after the prompt.
+
+    A scored token stands in column ``column[s]`` of row ``pair[s]`` and is predicted by the hidden
+    state in column ``predictor[s]``: the column before it, or the prompt's last for a first token.
+    """
+
+    input_ids: Tensor  # [B, T]
+    position_ids: Tensor  # [B, T]
+    segment: Tensor  # [B, T] PAD, PROMPT, CHOSEN or REJECTED
+    pair: Tensor  # [S]
+    rejected: Tensor  # [S] bool: the side
+    column: Tensor  # [S]
+    predictor: Tensor  # [S]
+    lengths: Tensor  # [B, 3] tokens of prompt, chosen, rejected
+    rows: Tensor  # [B] Pair.row
+    reference: Tensor | None = None  # [S] log-probabilities under the reference
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def targets(self) -> Tensor:
+        """[S] the scored token ids."""
+        return self.input_ids[self.pair, self.column]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding; a shared prompt counts once."""
+        return int(self.lengths.sum())
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PairBatch(**{n: v if v is None else v.to(device) for n, v in moved.items()})
+
+    def chosen_only(self) -> "PairBatch":
+        """The same rows without their rejected responses: what supervised fine-tuning sees."""
+        width = int(self.lengths[:, :2].sum(1).max())
+        gone = self.segment[:, :width] == REJECTED
+        kept = ~self.rejected
+        lengths = self.lengths.clone()
+        lengths[:, 2] = 0
+        return replace(
+            self,
+            input_ids=self.input_ids[:, :width],
+            position_ids=self.position_ids[:, :width].masked_fill(gone, 0),
+            segment=self.segment[:, :width].masked_fill(gone, PAD),
+            pair=self.pair[kept],
+            rejected=self.rejected[kept],
+            column=self.column[kept],
+            predictor=self.predictor[kept],
+            lengths=lengths,
+            reference=None if self.reference is None else self.reference[kept],
+        )
+
+
+def collate(
+    pairs: Sequence[Pair], pad_id: int, references: Sequence[Tensor] | None = None
+) -> PairBatch:
+    """Pad B pairs on the right into shared-prompt rows; ``references`` are one [tokens] each."""
+    width = max(len(pair) for pair in pairs)
+    ids, positions, segments = [], [], []
+    index, side, column, predictor = [], [], [], []
+    for number, pair in enumerate(pairs):
+        p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+        rest = width - len(pair)
+        ids.append([*pair.prompt, *pair.chosen, *pair.rejected, *[pad_id] * rest])
+        positions.append([*range(p + c), *range(p, p + r), *[0] * rest])
+        segments.append([PROMPT] * p + [CHOSEN] * c + [REJECTED] * r + [PAD] * rest)
+        index += [number] * (c + r)
+        side += [False] * c + [True] * r
+        column += range(p, p + c + r)
+        # the first token of either response is predicted by the last token of the prompt
+        predictor += [
+            *range(p - 1, p + c - 1),
+            *([p - 1] if r else []),
+            *range(p + c, p + c + r - 1),
+        ]
+    return PairBatch(
+        input_ids=torch.tensor(ids),
+        position_ids=torch.tensor(positions),
+        segment=torch.tensor(segments),
+        pair=torch.tensor(index),
+        rejected=torch.tensor(side),
+        column=torch.tensor(column),
+        predictor=torch.tensor(predictor),
+        lengths=torch.tensor([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]),
+        rows=torch.tensor([pair.row for pair in pairs]),
+        reference=None if references is None else torch.cat(list(references)),
+    )
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of one pass over ``count`` rows: a function of seed and epoch and nothing else."""
+    mixed = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=mixed).tolist()
+
+
+def draws(count: int, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
+    """Row numbers of outer step ``start``, ``start + 1``, ...; every epoch is shuffled anew.
+
+    Stateless, so a run resumed at ``start`` sees what an uninterrupted one sees.
+    """
+    step, orders = start, {}
+    while True:
+        places = range(step * batch_size, (step + 1) * batch_size)
+        for epoch in {place // count for place in places} - orders.keys():
+            orders[epoch] = epoch_order(count, seed, epoch)
+        yield [orders[place // count][place % count] for place in places]
+        orders = {epoch: order for epoch, order in orders.items() if epoch >= places[-1] // count}
+        step += 1

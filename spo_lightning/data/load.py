@@ -1,0 +1,67 @@
+"""The composed ``data`` node in, a ``Task`` out."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
+
+from spo_lightning.data.rows import Task
+from spo_lightning.errors import UserError
+
+ENCODING = ("strict", "on_mismatch")
+
+
+def load(node: Any) -> Task:
+    """Call the source that ``_target_`` names; the keys of the encoding stay behind."""
+    import hydra.utils
+    from hydra.errors import InstantiationException
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
+    try:
+        task = hydra.utils.instantiate(_source(plain, "data"), _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        raise (cause or error) from None
+    if not task.train:
+        place = plain.get("path") or "data"
+        raise UserError(
+            f"{place}: no row is left to train on: give more rows or lower data.eval_fraction"
+        )
+    return task
+
+
+def _source(node: Any, where: str) -> Any:
+    """The node without the keys that encoding reads, its other keys checked."""
+    if not isinstance(node, dict):
+        return node
+    if "_target_" not in node:
+        return {key: _source(value, f"{where}.{key}") for key, value in node.items()}
+    kept = {key: value for key, value in node.items() if key not in ENCODING}
+    _check(kept, where)
+    return {key: _source(value, f"{where}.{key}") for key, value in kept.items()}
+
+
+def _check(node: dict[str, Any], where: str) -> None:
+    import hydra.utils
+
+    source: Callable[..., Task] = hydra.utils.get_method(node["_target_"])
+    known, kinds = inspect.signature(source).parameters, get_type_hints(source)
+    given = node.keys() - {"_target_"}
+    for key in sorted(given - known.keys()):
+        raise UserError(f"{where}.{key}: {source.__name__} has no such key: remove it")
+    for key in sorted(known.keys() - given):
+        raise UserError(f"{where}.{key} is missing: take it from conf/data/{source.__name__}.yaml")
+    for key in sorted(given):
+        wanted = get_args(kinds[key]) or (kinds[key],)
+        # a dict of sources is checked by the source it belongs to
+        if wanted[0] is not str or not isinstance(node[key], dict):
+            _check_kind(node[key], wanted, f"{where}.{key}")
+
+
+def _check_kind(value: Any, wanted: tuple[type, ...], where: str) -> None:
+    accepted = (*wanted, int) if float in wanted else wanted
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in wanted):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in wanted)
+        raise UserError(f"{where}={value}: give {names}")

@@ -1,0 +1,301 @@
+"""Files in, validated rows out: ``{prompt, chosen, rejected}`` as text or as messages.
+
+A new source is a function that returns a ``Task``, and a yaml in ``conf/data`` that names it.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spo_lightning.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+KEPT = {"answer": (str, int, float), "tools": list, "chat_template_kwargs": dict}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a source returns; with ``samples`` > 0 rows are ``{prompt, answer}``, pairs follow."""
+
+    train: list[Row]
+    held_out: list[Row]
+    sft: list[Row] = field(default_factory=list)  # {prompt, completion}
+    answer_of: Callable[[str], str | None] | None = None  # the final answer in a completion
+    judge: Callable[[str], float] | None = None  # the score win_rate compares
+    summary: bool = False  # ROUGE is reported
+    samples: int = 0  # on-policy answers per prompt; 0: the pairs are given
+    temperature: float = 1.0
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def read(path: str, *, split: str, where: str) -> list[Row]:
+    """Rows of a file, of a directory saved by datasets, or of a hub id; ``where`` is the key."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        rows = _saved(place, split)
+    elif place.suffix in READERS or str(path).startswith((".", "/", "~")) or place.exists():
+        if place.suffix not in READERS:
+            wanted = ", ".join(READERS)
+            raise UserError(f"{path}: no such file, or its suffix is not {wanted}: check {where}")
+        rows = READERS[place.suffix](existing(place, where))
+    else:
+        rows = _hub(path, split, where)
+    if not rows:
+        raise UserError(f"{path}: no rows: point {where} at data that has some")
+    return rows
+
+
+def existing(path: Path, where: str) -> Path:
+    """The path of a file that is there; ``where`` is the key it came from."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: check {where}")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """The text of a utf-8 file that has some."""
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not utf-8: convert the file") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty: name one that is not")
+    return text
+
+
+def _jsonl(path: Path) -> list[Row]:
+    # not splitlines(): that also breaks at U+2028, which may stand inside a JSON string
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [
+        _object(_parsed(line, str(path), n), f"{path}:{n}") for n, line in lines if line.strip()
+    ]
+
+
+def _json(path: Path) -> list[Row]:
+    rows = _parsed(read_text(path), str(path), 1)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: not a list of rows: write one list, or one row a line as .jsonl")
+    return [_object(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _parsed(text: str, where: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"{where}:{line + error.lineno - 1}"
+        raise UserError(f"{at}: broken JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}:{line}: unreadable JSON ({error})") from None
+
+
+def _object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: {_kind(row)}, not an object: write {{'prompt': ..., ...}}")
+    return row
+
+
+def _csv(path: Path) -> list[Row]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                wanted = len(reader.fieldnames or ())
+                raise UserError(f"{path}:{reader.line_num}: not {wanted} cells: quote the commas")
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{reader.reader.line_num}: broken csv ({error}): repair it"
+        ) from None
+    return rows
+
+
+def _parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: not a parquet file ({reason}): write it again") from None
+
+
+READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+
+
+def _saved(path: Path, split: str) -> list[Row]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{path}: not saved by datasets: name a file in the directory") from None
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(f"{path}: no split {split!r}: set data.split to one of {list(data)}")
+        data = data[split]
+    return data.to_list()
+
+
+def _hub(path: str, split: str, where: str) -> list[Row]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, split=split).to_list()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        told = f"{path}: no such file, and not loaded from the hub ({reason})"
+        raise UserError(f"{told}: check {where}, data.split={split} and the network") from None
+
+
+def preference_rows(raw: list[Row], where: str, separator: str | None) -> list[Row]:
+    """Every row in the normal form: explicit prompt, three fields of one kind (TRL's formats)."""
+    return [_pair(row, f"{where}, row {n}", separator) for n, row in enumerate(raw, 1)]
+
+
+def completion_rows(raw: list[Row], where: str) -> list[Row]:
+    """Rows ``{prompt, completion}``, as text or as messages."""
+    names = ("prompt", "completion")
+    return [_normal(row, names, f"{where}, row {n}") for n, row in enumerate(raw, 1)]
+
+
+def _pair(row: Row, where: str, separator: str | None) -> Row:
+    if "label" in row and "completion" in row and "chosen" not in row:
+        told = "KTO rows (prompt, completion, label): this package trains on pairs"
+        raise UserError(f"{where}: {told}: give prompt, chosen and rejected")
+    if "prompt" in row or "chosen" not in row or "rejected" not in row:
+        return _normal(row, ("prompt", "chosen", "rejected"), where)
+    normal = _normal(row, ("chosen", "rejected"), where)
+    chosen, rejected = normal["chosen"], normal["rejected"]
+    n = _shared(chosen, rejected, separator, where)
+    return {**normal, "prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
+
+
+def _shared(chosen: Any, rejected: Any, separator: str | None, where: str) -> int:
+    if not chosen or not rejected:
+        return 0  # encoding drops the pair and counts it
+    shortest = min(len(chosen), len(rejected))
+    common = next((n for n in range(shortest) if chosen[n] != rejected[n]), shortest)
+    if isinstance(chosen, list):
+        if not common:
+            raise UserError(f"{where}: chosen and rejected share no turn: add a 'prompt'")
+        return common
+    if not separator:
+        fix = "add one, or set data.separator to the text that ends it"
+        raise UserError(f"{where}: no field 'prompt': {fix}")
+    at = chosen[:common].rfind(separator)
+    if at < 0:
+        told = f"no {separator!r} in the beginning that chosen and rejected share"
+        raise UserError(f"{where}: {told}: add a 'prompt' or correct data.separator")
+    return at + len(separator)
+
+
+def _normal(row: Row, names: tuple[str, ...], where: str) -> Row:
+    values = {name: _value(row, name, where) for name in names}
+    if len({type(value) for value in values.values()}) > 1:
+        kinds = ", ".join(f"{name} is {_kind(value)}" for name, value in values.items())
+        raise UserError(f"{where}: {kinds}: make all text or all messages")
+    return {**values, **_extras(row, where)}
+
+
+def _extras(row: Row, where: str) -> Row:
+    extras = {name: row[name] for name in KEPT if row.get(name) is not None}
+    if isinstance(extras.get("tools"), str):
+        extras["tools"] = _parsed(extras["tools"], f"{where}: 'tools'", 1)
+    for name, value in extras.items():
+        if not isinstance(value, KEPT[name]):
+            raise UserError(f"{where}: {name!r} is {_kind(value)}: see the formats in the README")
+    return extras | ({"answer": str(extras["answer"])} if "answer" in extras else {})
+
+
+def _value(row: Row, name: str, where: str) -> str | list[Row]:
+    if name not in row:
+        found = ", ".join(map(str, row)) or "nothing"
+        raise UserError(f"{where}: no field {name!r} (found {found}): add it or rename a column")
+    value = row[name]
+    if isinstance(value, str):
+        return _text(value, f"{where}: {name!r}")
+    if not isinstance(value, list):
+        raise UserError(f"{where}: {name!r} is {_kind(value)}: make it text or a list of messages")
+    return [_message(turn, f"{where}: {name!r}, turn {n}") for n, turn in enumerate(value, 1)]
+
+
+def _message(turn: Any, where: str) -> Row:
+    if not isinstance(turn, dict) or "role" not in turn:
+        raise UserError(f"{where} is not a message: write {{'role': ..., 'content': ...}}")
+    if turn["role"] not in ROLES:
+        raise UserError(f"{where} has the unknown role {turn['role']!r}: use {', '.join(ROLES)}")
+    # arrow fills the keys that another row has with nulls, which templates take for values
+    filled = {key: value for key, value in turn.items() if value is not None}
+    if isinstance(filled.get("content"), str):
+        _text(filled["content"], where)
+    elif "content" in filled or "tool_calls" not in filled:
+        raise UserError(f"{where}: 'content' is {_kind(turn.get('content'))}: make it text")
+    return filled
+
+
+def _text(value: str, where: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} has half a surrogate pair: write valid unicode") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else "binary")
+
+
+def prompt_key(prompt: str | list[Row]) -> str:
+    """The text that stands for a prompt: what splits and duplicates go by."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+
+
+def _fraction(prompt: str | list[Row]) -> float:
+    digest = hashlib.sha256(prompt_key(prompt).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def held_out(prompt: str | list[Row], fraction: float) -> bool:
+    """Whether a prompt is on the held-out side: a function of its text and nothing else."""
+    return _fraction(prompt) < fraction
+
+
+def split(rows: list[Row], eval_fraction: float) -> tuple[list[Row], list[Row]]:
+    """Train and held-out rows, disjoint by prompt; neither is empty if two prompts differ."""
+    if not 0 <= eval_fraction < 1:
+        raise UserError(f"data.eval_fraction={eval_fraction}: choose 0 <= eval_fraction < 1")
+    places = [_fraction(row["prompt"]) for row in rows]
+    if eval_fraction and len(set(places)) > 1:
+        ordered = sorted(set(places))
+        eval_fraction = min(max(eval_fraction, ordered[1]), ordered[-1])
+    train = [row for row, place in zip(rows, places) if place >= eval_fraction]
+    return train, [row for row, place in zip(rows, places) if place < eval_fraction]
+
+
+def without(rows: list[Row], others: list[Row]) -> list[Row]:
+    """The rows whose prompt is not among the others' prompts."""
+    taken = {prompt_key(row["prompt"]) for row in others}
+    return [row for row in rows if prompt_key(row["prompt"]) not in taken]
+
+
+def limit(rows: list[Row], max_rows: int | None, seed: int) -> list[Row]:
+    """At most ``max_rows`` of the rows: a seeded subsample, in their order."""
+    if max_rows is None or max_rows >= len(rows):
+        return rows
+    if max_rows < 1:
+        raise UserError(f"data.max_rows={max_rows}: choose at least 1, or null for all")
+    kept = random.Random(seed).sample(range(len(rows)), max_rows)
+    return [rows[place] for place in sorted(kept)]

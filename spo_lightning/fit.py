@@ -1,0 +1,174 @@
+"""Prepared pairs and an objective in, a trained policy out: the part that runs under Lightning."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader, IterableDataset
+
+from spo_lightning.callbacks.recorder import Recorder
+from spo_lightning.callbacks.start import StartCheck
+from spo_lightning.data.batch import PairBatch, draws
+from spo_lightning.errors import Diverged, UserError
+from spo_lightning.evals import Pairs
+from spo_lightning.module import Preference
+from spo_lightning.prepare import Prepared
+from spo_lightning.progress import Stages
+from spo_lightning.rundir import RunDir, without_secrets
+
+
+class OuterSteps(IterableDataset):
+    """One item per outer step: this rank's microbatches. Starts where the module stands."""
+
+    def __init__(self, pairs: Pairs, module: Preference, *, micro: int, seed: int):
+        self.pairs, self.module, self.micro, self.seed = pairs, module, micro, seed
+
+    def __iter__(self) -> Iterator[list[PairBatch]]:
+        trainer, size = self.module.trainer, self.module.batch_size
+        for rows in draws(len(self.pairs), size, self.seed, self.module.outer_step):
+            mine = rows[trainer.global_rank :: trainer.world_size]
+            yield [
+                self.pairs.batch(mine[start : start + self.micro])
+                for start in range(0, len(mine), self.micro)
+            ]
+
+
+def fit(
+    cfg: DictConfig,
+    given: Prepared,
+    run: RunDir,
+    stages: Stages,
+    loss: Any,
+    solver: Any,
+    steps: int,
+    resume: Path | None,
+    precision: Callable[[], Any],
+) -> None:
+    """Preference training; the policy of ``given`` is trained in place."""
+    hardware = cfg.hardware
+    if cfg.batch_size < hardware.devices:
+        raise UserError(
+            f"batch_size={cfg.batch_size} gives no pair to some of the "
+            f"{hardware.devices} devices: raise it"
+        )
+    optimizer: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
+    shape, warmup = optimizer.pop("schedule"), optimizer.pop("warmup")
+    module = Preference(
+        given.scorer,
+        loss,
+        solver,
+        hydra.utils.instantiate(optimizer),
+        beta=cfg.loss.beta,
+        batch_size=cfg.batch_size,
+        clip_norm=cfg.clip_norm,
+        schedule=Schedule(shape, steps, warmup),
+        log_every=cfg.log.every_n_steps,
+    )
+    recorder = Recorder(
+        run,
+        stages,
+        given.held,
+        max_steps=steps,
+        pairs=len(given.train),
+        eval_every=cfg.eval.every_n_steps,
+        eval_batch=cfg.eval.batch_size,
+        checkpoint_every=cfg.checkpoint.every_n_steps,
+        monitor=cfg.checkpoint.monitor,
+        mode=cfg.checkpoint.mode,
+        precision=precision,
+    )
+    callbacks: list[Any] = [recorder]
+    if cfg.model.reference is None:
+        callbacks.append(StartCheck(given.train, cfg.seed, cfg.micro_batch_size, precision))
+    trainer = Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        strategy=hardware.strategy,
+        precision=hardware.precision,
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=_loggers(cfg, run),
+        default_root_dir=run.path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    data = OuterSteps(given.train, module, micro=cfg.micro_batch_size, seed=cfg.seed)
+    loader = DataLoader(data, batch_size=None)
+    try:
+        trainer.fit(
+            module, loader, ckpt_path=None if resume is None else str(resume), weights_only=False
+        )
+    except BaseException as error:
+        _finish(trainer, failed=True)
+        raise _from_rank(error, stages) from error
+    _finish(trainer, failed=False)
+
+
+class Schedule:
+    """The rate at an outer step as a share of ``optimizer.lr``: warm-up, then a shape."""
+
+    def __init__(self, shape: str, steps: int, warmup: float):
+        self.shape, self.steps, self.rise = shape, steps, round(steps * warmup)
+
+    def __call__(self, step: int) -> float:
+        if step < self.rise:
+            return (step + 1) / self.rise
+        return SHAPES[self.shape]((step - self.rise) / max(1, self.steps - self.rise))
+
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: max(0.0, 1.0 - done),
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
+}
+
+
+def quiet() -> None:
+    """Libraries' notes and bars hide ours; their warnings of errors stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in list(logging.root.manager.loggerDict):
+        if name.split(".")[0] in ("lightning", "lightning_fabric", "datasets"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _loggers(cfg: DictConfig, run: RunDir) -> list[Any]:
+    config = without_secrets(OmegaConf.to_container(cfg, resolve=True))
+    return [
+        hydra.utils.instantiate(node, run_dir=run.path, config=config, _convert_="all")
+        for node in cfg.logger.values()
+    ]
+
+
+def _finish(trainer: Trainer, failed: bool) -> None:
+    for logger in trainer.loggers:
+        logger.finalize("failed" if failed else "success")
+        if type(logger).__name__ == "WandbLogger":
+            import wandb
+
+            wandb.finish(exit_code=int(failed))
+
+
+def _from_rank(error: BaseException, stages: Stages) -> BaseException:
+    """What a rank of ddp_spawn died of, as the error it was."""
+    if type(error).__name__ != "ProcessRaisedException":
+        return error
+    if stages.stop.signal is not None:
+        return stages.stop.raised(stages.how_to_go_on)
+    last = str(error).strip().splitlines()[-1]
+    kind, _, message = last.partition(": ")
+    known = {cls.__name__: cls for cls in (Diverged, UserError)}
+    found = known.get(kind.rsplit(".", 1)[-1])
+    return error if found is None else found(message)

@@ -1,0 +1,313 @@
+"""Losses in, a solver's direction out, one optimizer step, logged numbers: the LightningModule."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import clip_grad_norm_
+
+from spo_lightning import losses
+from spo_lightning.data.batch import PairBatch
+from spo_lightning.errors import Diverged
+from spo_lightning.metrics import Totals, pair_numbers
+from spo_lightning.models import PairLogps, Scorer, reference_logps
+from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
+
+
+class Preference(LightningModule):
+    """Bilevel preference training with manual optimization.
+
+    A batch of the loader is one outer step: a list of microbatches. The solver asks for gradients
+    (``Problem.gradient``), each a loop over the microbatches reduced over ranks, and returns a
+    direction that the one optimizer follows. ``outer_step`` and ``pairs_seen`` are our own
+    counters; ``numbers`` holds the last observed step's values under their ``train/`` names.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        loss: losses.Loss,
+        solver: Solver,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        *,
+        beta: float,
+        batch_size: int,
+        clip_norm: float | None,
+        schedule: Callable[[int], float],
+        log_every: int,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.scorer, self.loss, self.solver = scorer, loss, solver
+        self.make_optimizer, self.schedule = optimizer, schedule
+        self.beta, self.batch_size, self.clip_norm = beta, batch_size, clip_norm
+        self.log_every = log_every
+        self.outer_step = self.pairs_seen = self.num_tokens = 0
+        self.solver_state: Any = None
+        self.moments_state: dict[str, float] = {}
+        self.numbers: dict[str, float] = {}
+        self.strict_loading = False  # checkpoints hold what trains, not a frozen base
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.scorer.named_parameters() if p.requires_grad}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(list(self.trainable().values()))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_fit_start(self) -> None:
+        if self.solver_state is None:
+            self.solver_state = self.solver.init(tuple(self.trainable().values()))
+
+    def training_step(self, batch: Sequence[PairBatch], batch_idx: int) -> None:
+        """One outer step."""
+        observed = self.observes(self.outer_step + 1)
+        tokens = sum(2 * part.tokens - int(part.lengths[:, 1:].sum()) for part in batch)
+        self.num_tokens += int(self._over_ranks(tokens))
+        seen = Observation(self.beta, observed, losses.needs_moments(self.loss))
+        step = self.solver.step(self._problem(batch, seen), self.solver_state)
+        norm = self._follow(step.direction, step.displacement, batch)
+        self.solver_state = step.state
+        self.outer_step += 1
+        self.pairs_seen += self.batch_size
+        means = {name: value.item() for name, value in self._reduce(seen.totals).means().items()}
+        if seen.moments:
+            spread = seen.spread(means, self.batch_size)
+            self.moments_state = losses.update(self.moments_state, means.pop("margin"), spread)
+        self.numbers = {}
+        if observed:
+            self.numbers = self._named(means, step.logged, norm)
+
+    def observes(self, step: int) -> bool:
+        """Whether outer step ``step`` (from 1) is logged; the first always is."""
+        return step == 1 or step % self.log_every == 0
+
+    # -- the problem handed to the solver
+
+    def _problem(self, batch: Sequence[PairBatch], seen: "Observation") -> Problem:
+        parameters = tuple(self.trainable().values())
+
+        def gradient(closure: Callable[[Problem], Terms], theta: Tensors) -> Slope:
+            with self._moved_to(theta):
+                return self._gradient(closure, batch, seen)
+
+        def everywhere(name: str) -> Callable[[Tensors], Any]:
+            def evaluated(theta: Tensors) -> Any:
+                found = [getattr(self._part(part, None), name)(theta) for part in batch]
+                if isinstance(found[0], tuple):
+                    return tuple(torch.cat(column) for column in zip(*found))
+                return torch.cat(found)
+
+            return evaluated
+
+        parts = [self._part(part, None) for part in batch]
+        return Problem(
+            theta=parameters,
+            upper=everywhere("upper"),
+            lower=everywhere("lower"),
+            both=everywhere("both"),
+            value=torch.cat([part.value for part in parts if part.value is not None]),
+            size=torch.cat([part.size for part in parts]),
+            gradient=gradient,
+        )
+
+    def _part(self, part: PairBatch, seen: "Observation | None") -> Problem:
+        """One microbatch as a Problem; ``seen`` looks at each pass over both responses."""
+        parameters = tuple(self.trainable().values())
+        reference = reference_logps(part)
+
+        def scored(theta: Tensors, batch: PairBatch) -> PairLogps:
+            if all(mine is given for mine, given in zip(parameters, theta)):
+                return self.scorer(batch)
+            return functional_call(self.scorer, dict(zip(self.trainable(), theta)), (batch,))
+
+        def both(theta: Tensors) -> tuple[Tensor, Tensor]:
+            policy = scored(theta, part)
+            moments = losses.moments_of(self.moments_state)
+            upper = losses.evaluate(self.loss, policy, reference, moments)
+            lower = -policy.mean_chosen
+            if seen:
+                seen.look(policy, reference, upper, lower)
+            return upper, lower
+
+        return Problem(
+            theta=parameters,
+            upper=lambda theta: both(theta)[0],
+            lower=lambda theta: -scored(theta, part.chosen_only()).mean_chosen,
+            both=both,
+            value=-reference.mean_chosen,
+            size=reference.chosen_length,
+            gradient=self._no_nesting,
+        )
+
+    def _no_nesting(self, closure: Callable, theta: Tensors) -> Slope:
+        raise RuntimeError("gradient belongs to the whole outer step, not to one microbatch")
+
+    @contextmanager
+    def _moved_to(self, theta: Tensors) -> Iterator[None]:
+        """The parameters hold ``theta``'s values inside; restored from a copy, bit for bit."""
+        parameters = tuple(self.trainable().values())
+        if all(mine is given for mine, given in zip(parameters, theta)):
+            yield
+            return
+        kept = [p.detach().clone() for p in parameters]
+        _write(parameters, theta)
+        try:
+            yield
+        finally:
+            _write(parameters, kept)
+
+    def _gradient(
+        self, closure: Callable[[Problem], Terms], batch: Sequence[PairBatch], seen: "Observation"
+    ) -> Slope:
+        parameters = tuple(self.trainable().values())
+        for p in parameters:
+            p.grad = None
+        watched = Totals()
+        for number, part in enumerate(batch):
+            terms = closure(self._part(part, seen))
+            summed = torch.stack([term.sum() for term in terms.minimise]).sum()
+            seen.close(summed)
+            with self._reducing(last=number == len(batch) - 1):
+                # DDP averages over ranks; the mean is over all pairs of the outer step
+                self.manual_backward(summed * (self.trainer.world_size / self.batch_size))
+            watched.add(terms.watch)
+        direction = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+        for p in parameters:
+            p.grad = None
+        means = self._reduce(watched).means()
+        return Slope(direction, {name: m.to(direction[0].dtype) for name, m in means.items()})
+
+    def _follow(
+        self, direction: Tensors, displacement: Tensors | None, batch: Sequence[PairBatch]
+    ) -> float:
+        """Displace theta, clip the direction, take the optimizer's step; the norm before clipping."""
+        parameters = tuple(self.trainable().values())
+        squares = [d.double().square().sum() for d in (*direction, *(displacement or ()))]
+        if not math.isfinite(torch.stack(squares).sum().item()):
+            rows = ", ".join(str(row) for part in batch for row in part.rows.tolist())
+            raise Diverged(
+                f"outer step {self.outer_step + 1}: the loss or its gradient is not finite; "
+                f"training rows of this batch: {rows}. Parameters are as before this step"
+            )
+        if displacement is not None:
+            _write(parameters, [p.detach() + d for p, d in zip(parameters, displacement)])
+        for p, along in zip(parameters, direction):
+            p.grad = along
+        norm = clip_grad_norm_(parameters, self.clip_norm or math.inf)
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer.step()  # type: ignore[union-attr]
+        scheduler.step()  # type: ignore[union-attr, call-arg]
+        return float(norm)
+
+    def _named(self, means: dict[str, float], logged: dict[str, Tensor], norm: float) -> dict:
+        optimizer = self.optimizers()
+        numbers = {
+            **means,
+            **{f"solver/{name}": float(value) for name, value in logged.items()},
+            "grad_norm": norm,
+            "num_tokens": self.num_tokens,
+            # of the step just taken: the scheduler already points at the next one
+            "learning_rate": self.schedule(self.outer_step - 1)
+            * optimizer.param_groups[0]["initial_lr"],  # type: ignore[union-attr]
+        }
+        return {f"train/{name}": value for name, value in numbers.items()}
+
+    # -- several processes
+
+    def _reducing(self, last: bool) -> Any:
+        """Gradients travel between ranks once, in the last microbatch's backward."""
+        wrapped = self.trainer.strategy.model
+        if last or not hasattr(wrapped, "no_sync"):
+            return nullcontext()
+        return wrapped.no_sync()  # type: ignore[union-attr]
+
+    def _over_ranks(self, value: Tensor | float) -> Tensor:
+        whole = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        return (
+            whole
+            if self.trainer.world_size == 1
+            else self.trainer.strategy.reduce(whole, reduce_op="sum")
+        )
+
+    def _reduce(self, totals: Totals) -> Totals:
+        """The same sums and counts over all ranks."""
+        if totals.sums and self.trainer.world_size > 1:
+            stacked = torch.stack([torch.stack(pair) for pair in totals.sums.values()])
+            summed = self._over_ranks(stacked)
+            totals.sums = {name: (row[0], row[1]) for name, row in zip(totals.sums, summed)}
+        return totals
+
+    # -- what a checkpoint holds besides parameters, optimizer and schedule
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = self.trainable().keys()
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: v for name, v in state.items() if name in kept}
+        checkpoint["spo_lightning"] = {
+            "outer_step": self.outer_step,
+            "pairs_seen": self.pairs_seen,
+            "num_tokens": self.num_tokens,
+            "solver": self.solver_state,
+            "moments": self.moments_state,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        ours = checkpoint["spo_lightning"]
+        self.outer_step, self.pairs_seen = ours["outer_step"], ours["pairs_seen"]
+        self.num_tokens = ours["num_tokens"]
+        self.solver_state, self.moments_state = ours["solver"], ours["moments"]
+
+
+class Observation:
+    """What one outer step showed: numbers of every full pass, and how hard F and the solver pull."""
+
+    def __init__(self, beta: float, full: bool, moments: bool):
+        self.beta, self.full, self.moments = beta, full, moments
+        self.totals = Totals()
+        self._last: tuple[PairLogps, Tensor] | None = None
+
+    def look(self, policy: PairLogps, reference: PairLogps, upper: Tensor, lower: Tensor) -> None:
+        """One microbatch's pass over both responses."""
+        if self.moments:
+            margin = (policy.mean_gap - reference.mean_gap).detach().double()
+            self.totals.add({"margin": margin, "margin_squared": margin.square()})
+        if not self.full:
+            return
+        self.totals.add(pair_numbers(policy, reference, beta=self.beta))
+        self.totals.add({"loss/upper": upper, "loss/lower": lower})
+        self._last = policy, upper
+
+    def close(self, objective: Tensor) -> None:
+        """``objective``: the sum that the microbatch's backward will start from."""
+        if self._last is None:
+            return
+        policy, upper = self._last
+        self._last = None
+        self.totals.add({"loss": (objective, torch.tensor(upper.numel()))})
+        chosen = ~policy.side
+
+        def pull(value: Tensor) -> Tensor:
+            """d value / d log pi(y_w), spread over the answer's tokens."""
+            return torch.autograd.grad(value, policy.logps, retain_graph=True)[0][chosen]
+
+        plain = pull(upper.sum())
+        added = (pull(objective) - plain).abs().sum()
+        self.totals.add({"solver/slope_ratio": (added, plain.abs().sum())})
+
+    def spread(self, means: dict[str, float], count: int) -> float:
+        """Unbiased standard deviation of the margin; nan for one pair."""
+        variance = means.pop("margin_squared") - means["margin"] ** 2
+        return math.sqrt(max(variance, 0.0) * count / (count - 1)) if count > 1 else math.nan
+
+
+def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values):
+            parameter.copy_(value)

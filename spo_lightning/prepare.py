@@ -1,0 +1,256 @@
+"""Config in, everything a run trains and measures on out: policy, pairs with reference, rows."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from spo_lightning import policies, sft
+from spo_lightning.data.batch import Pair
+from spo_lightning.data.encode import encode_pairs, encode_texts
+from spo_lightning.data.load import load
+from spo_lightning.data.rows import Task
+from spo_lightning.errors import UserError
+from spo_lightning.evals import Pairs, greedy_answers, score
+from spo_lightning.knobs import warm_start_steps
+from spo_lightning.models import Scorer, supports_sharing
+from spo_lightning.policies import Policy
+from spo_lightning.progress import Stages
+from spo_lightning.rundir import write_text
+from spo_lightning.sample import Decoding, judged_pairs
+
+log = logging.getLogger(__name__)
+
+CURVE_ROWS = 500  # held-out prompts on which the warm start is watched
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training and evaluation work on. ``held_rows``: the held-out rows that are answered;
+    ``place``: for each held-out pair the row of ``held_rows`` it belongs to."""
+
+    policy: Policy
+    scorer: Scorer
+    task: Task
+    train: Pairs
+    held: Pairs
+    held_rows: list[dict]
+    place: list[int]
+    counts: dict[str, dict[str, int]]
+
+
+def device_of(hardware: DictConfig) -> torch.device:
+    """Where the stages around training run; says in one line what ``auto`` took."""
+    wants, has = hardware.accelerator, torch.cuda.is_available()
+    if wants == "gpu" and not has:
+        raise UserError("hardware.accelerator=gpu, and there is none here: use hardware=cpu")
+    found = torch.device("cuda" if has and wants in ("auto", "gpu") else "cpu")
+    if wants == "auto":
+        named = torch.cuda.get_device_name() if has else f"{torch.get_num_threads()} CPU threads"
+        log.info("Hardware: %s", named)
+    return found
+
+
+def precision_of(hardware: DictConfig, device: torch.device) -> Callable[[], Any]:
+    """A context maker for forwards outside Lightning, equal to its precision plugin's."""
+    if hardware.precision == "bf16-mixed":
+        return partial(torch.autocast, device.type, torch.bfloat16)
+    return nullcontext
+
+
+def prepare(
+    cfg: DictConfig,
+    device: torch.device,
+    precision: Callable[[], AbstractContextManager],
+    stages: Stages,
+) -> Prepared:
+    """Load or build, warm start, sample pairs where the data asks for it, tokenise, score."""
+    stages.note("data", 0, 1)
+    node = {key: value for key, value in cfg.data.items() if key != "sft_steps"}
+    task = load(node)
+    policy = base_policy(cfg, task, device, stages)
+    task, place = with_pairs(cfg, task, policy, stages)
+    rows = {"train": task.train, "held-out": task.held_out}
+    encoded = {
+        name: encode_pairs(
+            some,
+            policy.tokenizer,
+            max_length=cfg.max_length,
+            on_mismatch=cfg.data.on_mismatch,
+            strict=cfg.data.strict,
+            where=f"{cfg.data.path or 'data'} ({name})",
+        )
+        for name, some in rows.items()
+    }
+    counts = {"source": task.counts, **{name: some.counts for name, some in encoded.items()}}
+    for name, some in encoded.items():
+        told = ", ".join(f"{key} {count}" for key, count in some.counts.items() if count)
+        log.info("Pairs (%s): %s", name, told)
+    policy = policies.adapt(policy, **cfg.model.lora, seed=cfg.seed)
+    policy.module.to(device)
+    scorer = scorer_of(cfg, policy, [p for some in encoded.values() for p in some.pairs])
+    pad = policy.tokenizer.pad_token_id
+    sets = {name: Pairs(some.pairs, None, pad) for name, some in encoded.items()}
+    sets = with_reference(cfg, policy, scorer, sets, precision, stages)
+    held = sets["held-out"]
+    return Prepared(
+        policy,
+        scorer,
+        task,
+        sets["train"],
+        held,
+        place.rows,
+        [place.of[pair.row] for pair in held.pairs],
+        counts,
+    )
+
+
+def base_policy(cfg: DictConfig, task: Task, device: torch.device, stages: Stages) -> Policy:
+    """The model as preference training starts from it, adapters not yet added."""
+    settings: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    shared = ("pretrained", "revision", "trust_remote_code", "dtype", "attention", "config")
+    policy = policies.load(**{key: settings[key] for key in shared}, seed=cfg.seed)
+    policy.lm.to(device)
+    if policy.built and not task.sft and not task.samples:
+        log.warning(
+            "The model is built from its config and starts untrained: model.pretrained names "
+            "a checkpoint to start from"
+        )
+    steps = warm_start_steps(cfg)
+    if steps and task.sft:
+        settings = {**OmegaConf.to_container(cfg.sft, resolve=True), "max_steps": steps}  # type: ignore
+        texts = encode_texts(task.sft, policy.tokenizer, max_length=cfg.max_length)
+        sft.warm_start(policy, texts, _quality(cfg, task, policy), settings, _cache(cfg), stages)
+    elif steps and cfg.sft.max_steps:
+        raise UserError("sft.max_steps is set, but this data brings no SFT text: leave it out")
+    return policy
+
+
+def _cache(cfg: DictConfig) -> Path:
+    return Path(cfg.cache.dir)
+
+
+def _quality(cfg: DictConfig, task: Task, policy: Policy) -> Callable[[], float] | None:
+    if task.answer_of is None or not task.held_out or task.held_out[0].get("answer") is None:
+        return None
+    how = decoding(cfg)
+    rows = task.held_out[:CURVE_ROWS]
+
+    def exact_match() -> float:
+        from spo_lightning.progress import silent
+
+        return greedy_answers(policy, rows, task, how, silent()).numbers["exact_match"]
+
+    return exact_match
+
+
+def decoding(cfg: DictConfig, temperature: float = 0.0, seed: int = 0) -> Decoding:
+    stop = tuple(cfg.eval.stop)
+    return Decoding(cfg.eval.max_new_tokens, cfg.eval.batch_size, stop, temperature, seed)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Held-out rows that are answered, and for each held-out pair row the one it belongs to."""
+
+    rows: list[dict]
+    of: list[int]
+
+
+def with_pairs(cfg: DictConfig, task: Task, policy: Policy, stages: Stages) -> tuple[Task, Places]:
+    """The task with its pairs; sampled from the policy, once per policy, where the data asks."""
+    held = [dict(row) for row in task.held_out[: cfg.eval.max_rows]]
+    if not task.samples:
+        return replace(task, held_out=held), Places(held, list(range(len(held))))
+    assert task.judge is not None
+    how = decoding(cfg, task.temperature, cfg.seed)
+    numbered = [{**row, "place": place} for place, row in enumerate(held)]
+    asked = [task.train, numbered, task.samples, str(how)]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+    digest.update(sft.key(policy, (), {}).encode())
+    home = _cache(cfg) / "sampled_pairs" / f"{digest.hexdigest()[:16]}.json"
+    if home.exists():
+        found = json.loads(home.read_text(encoding="utf-8"))
+        log.info("Sampled pairs: taken from %s", home)
+    else:
+        found = {}
+        for name, rows in (("train", task.train), ("held", numbered)):
+            found[name], found[f"{name}_ties"] = judged_pairs(
+                policy, rows, task.judge, how, stages, samples=task.samples
+            )
+        home.parent.mkdir(parents=True, exist_ok=True)
+        write_text(home, json.dumps(found))
+    counts = {**task.counts, "prompts without a difference": found["train_ties"]}
+    of = [row.pop("place") for row in found["held"]]
+    made = replace(task, train=found["train"], held_out=found["held"], counts=counts)
+    return made, Places(held, of)
+
+
+def scorer_of(cfg: DictConfig, policy: Policy, pairs: Sequence[Pair]) -> Scorer:
+    """Decide whether rows share their prompt."""
+    longest = max(len(pair) for pair in pairs)
+    shared = cfg.model.share_prompt and supports_sharing(policy.lm, longest)
+    if cfg.hardware.activation_checkpointing:
+        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.lm.train()  # dropout is off; checkpointing asks for it
+    return Scorer(policy.lm, shared)
+
+
+def with_reference(
+    cfg: DictConfig,
+    policy: Policy,
+    scorer: Scorer,
+    sets: dict[str, Pairs],
+    precision: Callable[[], AbstractContextManager],
+    stages: Stages,
+) -> dict[str, Pairs]:
+    """Score every pair once under the reference: the policy's start, or another checkpoint."""
+    other = cfg.model.reference
+    judge = scorer
+    if other is not None:
+        model = cfg.model
+        shared = {"trust_remote_code": model.trust_remote_code, "dtype": model.dtype}
+        opened = policies.load(
+            pretrained=other,
+            revision=None,
+            attention=model.attention,
+            config={},
+            seed=cfg.seed,
+            **shared,
+        )
+        check_same_tokens(policy, opened, other)
+        opened.lm.to(policy.lm.device)
+        judge = Scorer(opened.lm, scorer.shared)
+    scored = {}
+    with policy.start():
+        for name, pairs in sets.items():
+            scored[name] = score(
+                judge,
+                pairs,
+                batch_size=cfg.eval.batch_size,
+                precision=precision,
+                stages=stages,
+                title=f"reference ({name})",
+            )
+    return scored
+
+
+def check_same_tokens(policy: Policy, reference: Policy, where: str) -> None:
+    """Log-probabilities of two models compare only over the same token ids."""
+    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise UserError(f"the reference {where} has another tokenizer than the policy")
+
+
+def set_threads(hardware: DictConfig) -> None:
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,40 @@
+"""``python -m spo_lightning.report DIR [DIR ...]``: the table of one run, several runs or a sweep."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from spo_lightning.report.table import finished, run_table, sweep_table
+
+NAMES = (
+    "exact_match",
+    "win_rate",
+    "nll/chosen",
+    "rewards/accuracies",
+    "preference/accuracy",
+    "displacement/rate",
+    "displacement/chosen",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="spo-report", description=__doc__)
+    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="run or sweep directory")
+    args = parser.parse_args()
+    for directory in args.dirs:
+        if not directory.is_dir():
+            print(f"error: no such directory: {directory}", file=sys.stderr)
+            sys.exit(2)
+    runs = finished(args.dirs)
+    if len(runs) == 1:
+        print(run_table(runs[0][1]))
+        return
+    table = sweep_table(args.dirs, NAMES)
+    print(table)
+    where = args.dirs[0] / "table.md"
+    where.write_text(table, encoding="utf-8")
+    print(f"written to {where}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

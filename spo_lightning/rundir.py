@@ -1,0 +1,185 @@
+"""What a run leaves behind: config.yaml, status.json, metrics.csv, metrics.json, samples.jsonl."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from spo_lightning import __version__
+from spo_lightning.errors import UserError
+
+SECRET = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
+REMOVED = "<removed>"
+STATUS_SECONDS = 1.0  # between writes of status.json within a stage
+MAY_DIFFER = ("log", "logger", "hardware", "ckpt_path")
+
+
+def without_secrets(node: Any) -> Any:
+    """The same tree; values under secret-looking keys, and values of such variables, removed."""
+    hidden = {v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8}
+
+    def cleaned(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: cleaned(str(k), v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [cleaned(key, v) for v in value]
+        secret = value is not None and (SECRET.search(key) or str(value) in hidden)
+        return REMOVED if secret else value
+
+    return cleaned("", node)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside, then renamed: a reader never sees half a file."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+class RunDir:
+    """The files of one run. Only the main process writes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+        self._status: dict[str, Any] = {}
+        self._written = 0.0
+
+    def start(self, cfg: DictConfig, choices: Mapping[str, str], max_steps: int) -> None:
+        """Write config.yaml and the first status.json."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        resolved = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+        head = f"# choices: {json.dumps(dict(choices))}\n"
+        write_text(self.path / "config.yaml", head + OmegaConf.to_yaml(without_secrets(resolved)))
+        self._status = {
+            "state": "running",
+            "stage": "start",
+            "step": 0,
+            "max_steps": max_steps,
+            "error": None,
+            "pid": os.getpid(),
+            "started": _now(),
+            "updated": _now(),
+            "version": __version__,
+            "git": _commit(),
+        }
+        self.note_status()
+
+    def note_status(self, **changes: Any) -> None:
+        self._status |= {**changes, "updated": _now()}
+        self._written = time.monotonic()
+        write_text(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
+
+    def note(self, stage: str, done: int, total: int) -> None:
+        """What ``Stages`` calls as work goes on; writes at most once a second within a stage."""
+        new = self._status.get("stage") != stage
+        if stage == "training":
+            self._status["step"] = done
+        if new or time.monotonic() - self._written >= STATUS_SECONDS:
+            self.note_status(stage=stage)
+
+    def note_metrics(self, numbers: Mapping[str, Any]) -> None:
+        write_text(self.path / "metrics.json", json.dumps(numbers, indent=1) + "\n")
+
+    def note_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(self.path / "samples.jsonl", text)
+
+
+class MetricsCsv:
+    """metrics.csv: a fixed header, one row per logged step, appended and flushed."""
+
+    def __init__(self, path: Path, header: Sequence[str]):
+        self.path = path
+        self.header = list(header)
+        if path.exists() and path.stat().st_size:
+            with path.open(encoding="utf-8", newline="") as file:
+                self.header = next(csv.reader(file))
+        else:
+            self._append(self.header)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._append(["" if row.get(name) is None else row[name] for name in self.header])
+
+    def _append(self, cells: Sequence[Any]) -> None:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(cells)
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop rows later than ``step``, and a last row that a kill left unfinished."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        whole = [line for line in file if line.endswith("\n")]
+    kept = whole[:1] + [line for line in whole[1:] if int(line.split(",", 1)[0]) <= step]
+    write_text(path, "".join(kept))
+
+
+def resumed(cfg: DictConfig, directory: Path, touched: Sequence[str]) -> DictConfig:
+    """The directory's config.yaml, with what may differ taken from ``cfg``.
+
+    ``touched``: keys that the command line names. One that differs otherwise is refused by name.
+    """
+    path = directory / "config.yaml"
+    if not path.exists():
+        return cfg
+    saved = OmegaConf.load(path)
+    assert isinstance(saved, DictConfig)
+    asked = OmegaConf.to_container(cfg, resolve=True)
+    may_grow = saved.optimizer.schedule == "constant" and saved.max_steps >= 0
+    for key in touched:
+        free = MAY_DIFFER + (("max_steps",) if may_grow else ())
+        if key.split(".")[0] in free:
+            OmegaConf.update(saved, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+            continue
+        before, now = (
+            _leaves(_at(tree, key), key) for tree in (OmegaConf.to_container(saved), asked)
+        )
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name) and before.get(name) != REMOVED:
+                raise UserError(
+                    f"{name} is {before.get(name)!r} in {path} and {now.get(name)!r} here: a run "
+                    "goes on with its own settings; leave the override out or start a new run"
+                )
+    saved.ckpt_path = cfg.ckpt_path
+    return saved
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _leaves(tree: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v for name, sub in tree.items() for k, v in _leaves(sub, f"{prefix}.{name}").items()
+    }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _commit() -> str | None:
+    """The package's git commit, where it runs from a checkout."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None

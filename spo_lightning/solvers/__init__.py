@@ -1,0 +1,65 @@
+"""The bilevel problem and what a solver is: F and G in, a direction for theta out.
+
+Upper level F: a preference loss. Lower level G: supervised fine-tuning. Both have the same
+unknowns theta. A solver knows no language model; it sees closures that return one value per row.
+To add one: a file here with a frozen dataclass that has ``init`` and ``step``, and its yaml.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+
+
+class Terms(NamedTuple):
+    """What a closure gives for one microbatch.
+
+    ``minimise``: tensors of one value per row; each is averaged over the rows of the whole outer
+    step (all microbatches, all ranks) and the averages are summed. ``watch``: detached tensors of
+    one value per row, averaged in the same way and handed back.
+    """
+
+    minimise: Tensors
+    watch: dict[str, Tensor]
+
+
+class Slope(NamedTuple):
+    """A gradient with respect to theta and the averages of what was watched (0-d tensors)."""
+
+    direction: Tensors
+    means: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """F and G of the same theta, closed over one outer step's rows (or one microbatch of them)."""
+
+    theta: Tensors  # the policy's trainable parameters, and only those
+    upper: Callable[[Tensors], Tensor]  # F per pair [B]
+    lower: Callable[[Tensors], Tensor]  # G per row [N], nats per token
+    both: Callable[[Tensors], tuple[Tensor, Tensor]]  # (F, G) from one shared forward
+    value: Tensor | None  # [N] the lower level's value under the reference, nats per token
+    size: Tensor  # [N] tokens of each lower row
+    # gradient(closure, theta): closure(microbatch as a Problem) -> Terms, differentiated at theta
+    # over all microbatches of the step and reduced over ranks. At most one graph is alive at once.
+    gradient: Callable[[Callable[["Problem"], Terms], Tensors], Slope]
+
+
+class Step(NamedTuple):
+    """The module adds ``displacement`` to theta, then the optimizer follows ``direction``."""
+
+    direction: Tensors
+    displacement: Tensors | None
+    state: Any  # the solver's memory: a dict of tensors and numbers, saved in checkpoints
+    logged: dict[str, Tensor]  # detached scalars; they appear as solver/<name>
+
+
+class Solver(Protocol):
+    """A frozen record of hyper-parameters."""
+
+    def init(self, theta: Tensors) -> Any: ...
+
+    def step(self, problem: Problem, state: Any) -> Step: ...

@@ -1,0 +1,280 @@
+"""Train one run: ``python -m spo_lightning.train [group=option] [key=value]``; ``-m`` for several.
+
+``train(cfg, run_dir)`` does the same from a notebook or a test and returns the numbers.
+"""
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo_lightning import command, knobs
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    command.run("train", work)
+
+
+def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> dict[str, Any]:
+    """One job of the command: refuse bad input, then train."""
+    from spo_lightning import rundir
+
+    if cfg.ckpt_path is not None:
+        cfg = rundir.resumed(cfg, run_dir, line.touched)
+    knobs.check(cfg, line)
+    return train(cfg, run_dir, line.choices)
+
+
+def train(
+    cfg: "DictConfig", run_dir: Path, choices: "dict[str, str] | Any" = None
+) -> dict[str, Any]:
+    """Run everything and return what metrics.json holds."""
+    from spo_lightning.progress import Stages, Stop
+    from spo_lightning.rundir import RunDir
+
+    run, stop = RunDir(Path(run_dir).absolute()), Stop()
+    how = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
+    run.start(cfg, choices or {}, cfg.max_steps)
+    stages = Stages(run.note, stop, how)
+    before = stop.install()
+    try:
+        numbers = Run(cfg, run, stages, choices or {}).go()
+    except BaseException as error:
+        code, message = command.verdict(error)
+        stopped = code in (130, 143)
+        run.note_status(state="interrupted" if stopped else "failed", error=message)
+        if run.last.exists() and code != 2 and not stopped:
+            log.error("The last good checkpoint is %s. %s", run.last, how)
+        raise
+    finally:
+        import signal
+
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    run.note_status(state="finished", stage="done")
+    return numbers
+
+
+class Run:
+    """The stages of one run, in order."""
+
+    def __init__(self, cfg: Any, run: Any, stages: Any, choices: dict[str, str]):
+        self.cfg, self.run, self.stages, self.choices = cfg, run, stages, choices
+        self.seconds: dict[str, float] = {}
+
+    def go(self) -> dict[str, Any]:
+        from spo_lightning import prepare as room
+        from spo_lightning.fit import quiet
+        from spo_lightning.report.table import run_table
+
+        cfg = self.cfg
+        quiet()
+        room.set_threads(cfg.hardware)
+        self.device = room.device_of(cfg.hardware)
+        self.precision = room.precision_of(cfg.hardware, self.device)
+        loss, solver = self.objective()
+        resume = self.checkpoint()
+        log.info("Run directory: %s", self.run.path)
+        with self.timed("prepare"):
+            self.given = room.prepare(cfg, self.device, self.precision, self.stages)
+        with self.timed("init"):
+            init, before = self.held_out(final=False)
+        numbers: dict[str, Any] = {
+            "init": init,
+            "final": None,
+            "choices": dict(self.choices),
+            "steps": 0,
+            "seconds": self.seconds,
+        }
+        self.run.note_metrics(numbers)
+        steps = self.steps()
+        if steps:
+            with self.timed("training"):
+                self.fit(loss, solver, steps, resume)
+        with self.timed("final"):
+            final, after = self.held_out(final=True)
+        self.save()
+        numbers |= {"final": final, "steps": steps}
+        self.run.note_metrics(numbers)
+        self.run.note_samples(self.samples(before, after))
+        log.info("\n%s\n", run_table(numbers))
+        log.info("Model: %s", self.run.model)
+        log.info("Numbers and samples: %s", self.run.path)
+        return numbers
+
+    def objective(self) -> tuple[Any, Any]:
+        """The loss and the solver, built before anything slow so that bad knobs end at once."""
+        import hydra.utils
+        from hydra.errors import InstantiationException
+        from omegaconf import OmegaConf
+
+        from spo_lightning.errors import UserError
+
+        try:
+            node: Any = OmegaConf.to_container(self.cfg.loss, resolve=True)
+            node.pop("unit")
+            return hydra.utils.instantiate(node), hydra.utils.instantiate(self.cfg.solver)
+        except InstantiationException as error:
+            causes = [str(cause) for cause in command.chain(error)]
+            raise UserError(causes[-1].splitlines()[0]) from error
+
+    def checkpoint(self) -> Path | None:
+        """The file to go on from; rows of metrics.csv later than it are cut."""
+        from spo_lightning.errors import UserError
+        from spo_lightning.rundir import cut_after
+
+        where = self.cfg.ckpt_path
+        if where is None:
+            return None
+        path = self.run.last if where == "last" else Path(where)
+        if not path.exists():
+            if where != "last":
+                raise UserError(f"ckpt_path={where}: no such file")
+            log.info("No checkpoint yet in %s: starting from the beginning", self.run.path)
+            (self.run.path / "metrics.csv").unlink(missing_ok=True)
+            return None
+        import torch
+
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=False)
+            done = found["spo_lightning"]["outer_step"]
+        except Exception as error:
+            raise UserError(f"ckpt_path={path}: no checkpoint of ours ({error})") from error
+        self.found, self.done = found, done
+        cut_after(self.run.path / "metrics.csv", done)
+        log.info("Going on from outer step %d of %s", done, path)
+        return path
+
+    def steps(self) -> int:
+        if self.cfg.max_steps >= 0:
+            return self.cfg.max_steps
+        return math.ceil(self.cfg.epochs * len(self.given.train) / self.cfg.batch_size)
+
+    def fit(self, loss: Any, solver: Any, steps: int, resume: Path | None) -> None:
+        """Preference training under Lightning."""
+        from spo_lightning.fit import fit
+
+        done = 0
+        if resume is not None:
+            self.check_architecture()
+            done = self.done
+        if done < steps:
+            fit(
+                self.cfg,
+                self.given,
+                self.run,
+                self.stages,
+                loss,
+                solver,
+                steps,
+                resume,
+                self.precision,
+            )
+        elif resume is not None:
+            self.given.scorer.load_state_dict(
+                {n.removeprefix("scorer."): v for n, v in self.found["state_dict"].items()},
+                strict=False,
+            )
+        self.given.policy.module.to(self.device)
+
+    def check_architecture(self) -> None:
+        from spo_lightning.errors import UserError
+
+        mine = {
+            f"scorer.{n}": p.shape
+            for n, p in self.given.scorer.named_parameters()
+            if p.requires_grad
+        }
+        theirs = {name: value.shape for name, value in self.found["state_dict"].items()}
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                raise UserError(
+                    f"ckpt_path={self.cfg.ckpt_path} belongs to another architecture: {name} is "
+                    f"{theirs.get(name)} there and {mine.get(name)} here"
+                )
+
+    def held_out(self, final: bool) -> tuple[dict[str, float], Any]:
+        """The held-out numbers of the policy as it is, its greedy answers and pair scores."""
+        from spo_lightning import evals
+        from spo_lightning.prepare import decoding
+        from spo_lightning.sample import answers
+
+        cfg, given = self.cfg, self.given
+        self.stages.note("final" if final else "init", 0, 1)
+        scores = evals.pair_scores(
+            given.scorer,
+            given.held,
+            beta=cfg.loss.beta,
+            batch_size=cfg.eval.batch_size,
+            precision=self.precision,
+            stages=self.stages,
+        )
+        task, rows = given.task, given.held_rows
+        greedy = evals.greedy_answers(given.policy, rows, task, decoding(cfg), self.stages)
+        numbers = {**greedy.numbers, **scores.means}
+        if task.judge is not None:
+            drawn = [
+                answers(
+                    given.policy,
+                    rows,
+                    decoding(cfg, task.temperature, cfg.seed + extra),
+                    self.stages,
+                    "held-out samples",
+                )
+                for extra in ((2_000,) if final else (1_000, 2_000))
+            ]
+            if not final:
+                self.rivals = drawn[0]
+            numbers["win_rate"] = evals.win_rate(task.judge, drawn[-1], self.rivals)
+        return numbers, (greedy, scores)
+
+    def samples(self, before: Any, after: Any) -> list[dict[str, Any]]:
+        """Rows of samples.jsonl."""
+        from spo_lightning.evals import shown
+
+        given = self.given
+        pair_of = {place: index for index, place in enumerate(given.place)}
+        rows = []
+        for place, row in enumerate(given.held_rows):
+            pair = pair_of.get(place)
+            reference = row.get("answer", row.get("chosen"))
+            rows.append(
+                {
+                    "prompt": shown(row["prompt"]),
+                    "reference": reference if reference is None else shown(reference),
+                    "before": before[0].texts[place],
+                    "after": after[0].texts[place],
+                    "before_ok": before[0].right[place],
+                    "after_ok": after[0].right[place],
+                    "chosen_delta": None if pair is None else after[1].chosen_delta[pair],
+                    "rejected_delta": None if pair is None else after[1].rejected_delta[pair],
+                }
+            )
+        return rows
+
+    def save(self) -> None:
+        from spo_lightning.report.table import model_card
+
+        card = model_card(self.choices, self.cfg)
+        self.given.policy.save(self.run.model, merge=self.cfg.model.lora.merge, card=card)
+
+    def timed(self, stage: str) -> Any:
+        from contextlib import contextmanager
+
+        @contextmanager
+        def clock() -> Any:
+            began = time.monotonic()
+            yield
+            self.seconds[stage] = round(time.monotonic() - began, 3)
+
+        return clock()
+
+
+if __name__ == "__main__":
+    main()
