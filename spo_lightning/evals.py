@@ -16,6 +16,7 @@ from spo_lightning.policies import Policy
 from spo_lightning.progress import Stages
 from spo_lightning.sample import Decoding, answers
 
+RIVALS, MINE = 1_000, 2_000  # added to the seed of the init's and of the policy's own samples
 TOP = 10  # most probable next tokens whose entropy and mass are reported
 
 
@@ -157,6 +158,54 @@ def greedy_answers(
     texts = answers(policy, rows, how, stages, "held-out answers")
     right = [correct(task, row, text) for row, text in zip(rows, texts)]
     return Answers(texts, right, text_numbers(task, rows, texts))
+
+
+class HeldOut(NamedTuple):
+    """What one look at the held-out rows gave."""
+
+    numbers: dict[str, float]
+    answers: Answers
+    scores: PairScores | None
+
+
+def held_out(
+    policy: Policy,
+    scorer: Scorer,
+    task: Any,
+    rows: Sequence[dict],
+    pairs: Pairs,
+    *,
+    beta: float,
+    how: Decoding,
+    rivals: Sequence[str] | None,
+    precision: Callable[[], AbstractContextManager],
+    stages: Stages,
+) -> HeldOut:
+    """All held-out numbers of a policy. ``rivals``: the init's samples, for win_rate."""
+    scores = None
+    if len(pairs):
+        scores = pair_scores(
+            scorer,
+            pairs,
+            beta=beta,
+            batch_size=how.batch_size,
+            precision=precision,
+            stages=stages,
+        )
+    greedy = greedy_answers(policy, rows, task, how, stages)
+    numbers = {**greedy.numbers, **(scores.means if scores else {})}
+    if rivals is not None:
+        mine = samples(policy, rows, task, how, MINE, stages)
+        numbers["win_rate"] = win_rate(task.judge, mine, rivals)
+    return HeldOut(numbers, greedy, scores)
+
+
+def samples(
+    policy: Policy, rows: Sequence[dict], task: Any, how: Decoding, extra: int, stages: Stages
+) -> list[str]:
+    """One sampled answer per held-out prompt; ``extra`` keeps the two sides' draws apart."""
+    drawn = replace(how, temperature=task.temperature, seed=how.seed + extra)
+    return answers(policy, rows, drawn, stages, "held-out samples")
 
 
 def correct(task: Any, row: dict, text: str) -> bool | None:

@@ -84,7 +84,14 @@ def fit(
     )
     callbacks: list[Any] = [recorder]
     if cfg.model.reference is None:
-        callbacks.append(StartCheck(given.train, cfg.seed, cfg.micro_batch_size, precision))
+        check = StartCheck(
+            given.train,
+            seed=cfg.seed,
+            size=cfg.micro_batch_size,
+            half=hardware.precision.startswith("bf16"),
+            precision=precision,
+        )
+        callbacks.append(check)
     trainer = Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,

@@ -187,7 +187,7 @@ class Preference(LightningModule):
     def _follow(
         self, direction: Tensors, displacement: Tensors | None, batch: Sequence[PairBatch]
     ) -> float:
-        """Displace theta, clip the direction, take the optimizer's step; the norm before clipping."""
+        """Displace theta, clip, take the optimizer's step; returns the norm before clipping."""
         parameters = tuple(self.trainable().values())
         squares = [d.double().square().sum() for d in (*direction, *(displacement or ()))]
         if not math.isfinite(torch.stack(squares).sum().item()):
@@ -266,7 +266,7 @@ class Preference(LightningModule):
 
 
 class Observation:
-    """What one outer step showed: numbers of every full pass, and how hard F and the solver pull."""
+    """What one outer step showed: numbers of its full passes, and how hard F and solver pull."""
 
     def __init__(self, beta: float, full: bool, moments: bool):
         self.beta, self.full, self.moments = beta, full, moments

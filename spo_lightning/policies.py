@@ -114,6 +114,33 @@ def _build(config: dict, settings: dict) -> tuple[Any, Any]:
     return lm, tokenizer
 
 
+def tokenizer_of(pretrained: str | None, revision: str | None, trust: bool) -> Any:
+    """The tokenizer alone, for looking at data."""
+    if pretrained is None:
+        return byte_tokenizer()
+    source, local = _source(pretrained)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=trust
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(_refused(pretrained, local, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _source(where: str) -> tuple[str, bool]:
+    """A checked local directory or a hub id, and which of the two it is."""
+    path = Path(where).expanduser()
+    local = path.exists() or where.startswith((".", "/", "~"))
+    if local:
+        check_directory(path)
+    return (str(path) if local else where), local
+
+
 def byte_tokenizer() -> Any:
     """256 bytes, an end mark and padding: any text, no file."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -132,17 +159,14 @@ def byte_tokenizer() -> Any:
 def _open(
     where: str, revision: str | None, trust: bool, config: dict, settings: dict
 ) -> tuple[Any, Any]:
-    path = Path(where).expanduser()
-    local = path.exists() or where.startswith((".", "/", "~"))
-    if local:
-        check_directory(path)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    source, local = _source(where)
+    tokenizer = tokenizer_of(where, revision, trust)
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = str(path) if local else where
     shared = {"revision": revision or "main", "trust_remote_code": trust}
     try:
-        found = AutoConfig.from_pretrained(_base_of(path) if local else source, **shared)
-        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        base = _base_of(Path(source)) if local else source
+        found = AutoConfig.from_pretrained(base, **shared)
         _check_family(where, found, config)
         lm = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, **settings, **shared
@@ -153,8 +177,6 @@ def _open(
         raise UserError(_refused(where, local, error)) from error
     if hasattr(lm, "peft_config"):
         raise UserError(f"{where} holds adapters: merge them first (model.lora.merge=true)")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return lm, tokenizer
 
 
@@ -207,7 +229,7 @@ def _no_dropout(lm: Any) -> None:
 def adapt(
     policy: Policy, *, rank: int, alpha: float, targets: Any, merge: bool, seed: int
 ) -> Policy:
-    """The policy with low-rank adapters, of which alone the weights train; rank 0 is no adapters."""
+    """The policy with low-rank adapters, which alone train; rank 0 adds none."""
     if not rank:
         return policy
     from peft import LoraConfig, get_peft_model

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo_lightning import policies, sft
 from spo_lightning.data.batch import Pair
-from spo_lightning.data.encode import encode_pairs, encode_texts
+from spo_lightning.data.encode import Encoded, encode_pairs, encode_texts
 from spo_lightning.data.load import load
 from spo_lightning.data.rows import Task
 from spo_lightning.errors import UserError
@@ -78,28 +78,23 @@ def prepare(
     node = {key: value for key, value in cfg.data.items() if key != "sft_steps"}
     task = load(node)
     policy = base_policy(cfg, task, device, stages)
-    task, place = with_pairs(cfg, task, policy, stages)
-    rows = {"train": task.train, "held-out": task.held_out}
-    encoded = {
-        name: encode_pairs(
-            some,
-            policy.tokenizer,
-            max_length=cfg.max_length,
-            on_mismatch=cfg.data.on_mismatch,
-            strict=cfg.data.strict,
-            where=f"{cfg.data.path or 'data'} ({name})",
-        )
-        for name, some in rows.items()
+    task, places = with_pairs(cfg, task, policy, stages)
+    sides = {
+        "train": encoded(cfg, policy.tokenizer, task.train, "train"),
+        "held-out": encoded(cfg, policy.tokenizer, task.held_out, "held-out"),
     }
-    counts = {"source": task.counts, **{name: some.counts for name, some in encoded.items()}}
-    for name, some in encoded.items():
+    counts = {"source": task.counts, **{name: some.counts for name, some in sides.items()}}
+    for name, some in sides.items():
         told = ", ".join(f"{key} {count}" for key, count in some.counts.items() if count)
         log.info("Pairs (%s): %s", name, told)
     policy = policies.adapt(policy, **cfg.model.lora, seed=cfg.seed)
     policy.module.to(device)
-    scorer = scorer_of(cfg, policy, [p for some in encoded.values() for p in some.pairs])
+    pairs = [pair for some in sides.values() for pair in some.pairs]
+    scorer = scorer_of(policy, pairs, share=cfg.model.share_prompt)
+    if cfg.hardware.activation_checkpointing:
+        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
     pad = policy.tokenizer.pad_token_id
-    sets = {name: Pairs(some.pairs, None, pad) for name, some in encoded.items()}
+    sets = {name: Pairs(some.pairs, None, pad) for name, some in sides.items()}
     sets = with_reference(cfg, policy, scorer, sets, precision, stages)
     held = sets["held-out"]
     return Prepared(
@@ -108,8 +103,8 @@ def prepare(
         task,
         sets["train"],
         held,
-        place.rows,
-        [place.of[pair.row] for pair in held.pairs],
+        places.rows,
+        [places.of[pair.row] for pair in held.pairs],
         counts,
     )
 
@@ -168,41 +163,53 @@ class Places:
 
 def with_pairs(cfg: DictConfig, task: Task, policy: Policy, stages: Stages) -> tuple[Task, Places]:
     """The task with its pairs; sampled from the policy, once per policy, where the data asks."""
-    held = [dict(row) for row in task.held_out[: cfg.eval.max_rows]]
+    held = task.held_out[: cfg.eval.max_rows]
     if not task.samples:
         return replace(task, held_out=held), Places(held, list(range(len(held))))
+    train, _, ties = sampled(cfg, task, task.train, policy, stages)
+    pairs, of, _ = sampled(cfg, task, held, policy, stages)
+    counts = {**task.counts, "prompts whose samples the judge ties": ties}
+    return replace(task, train=train, held_out=pairs, counts=counts), Places(held, of)
+
+
+def sampled(
+    cfg: DictConfig, task: Task, rows: Sequence[dict], policy: Policy, stages: Stages
+) -> tuple[list[dict], list[int], int]:
+    """Pair rows judged among the policy's samples, the row each came from, and the ties; cached."""
     assert task.judge is not None
     how = decoding(cfg, task.temperature, cfg.seed)
-    numbered = [{**row, "place": place} for place, row in enumerate(held)]
-    asked = [task.train, numbered, task.samples, str(how)]
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    digest.update(sft.key(policy, (), {}).encode())
-    home = _cache(cfg) / "sampled_pairs" / f"{digest.hexdigest()[:16]}.json"
+    asked = [list(rows), task.samples, str(how), sft.key(policy, (), {})]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    home = _cache(cfg) / "sampled_pairs" / f"{digest[:16]}.json"
     if home.exists():
-        found = json.loads(home.read_text(encoding="utf-8"))
         log.info("Sampled pairs: taken from %s", home)
-    else:
-        found = {}
-        for name, rows in (("train", task.train), ("held", numbered)):
-            found[name], found[f"{name}_ties"] = judged_pairs(
-                policy, rows, task.judge, how, stages, samples=task.samples
-            )
-        home.parent.mkdir(parents=True, exist_ok=True)
-        write_text(home, json.dumps(found))
-    counts = {**task.counts, "prompts without a difference": found["train_ties"]}
-    of = [row.pop("place") for row in found["held"]]
-    made = replace(task, train=found["train"], held_out=found["held"], counts=counts)
-    return made, Places(held, of)
+        found = json.loads(home.read_text(encoding="utf-8"))
+        return found["pairs"], found["of"], found["ties"]
+    numbered = [{**row, "place": place} for place, row in enumerate(rows)]
+    pairs, ties = judged_pairs(policy, numbered, task.judge, how, stages, samples=task.samples)
+    of = [row.pop("place") for row in pairs]
+    home.parent.mkdir(parents=True, exist_ok=True)
+    write_text(home, json.dumps({"pairs": pairs, "of": of, "ties": ties}))
+    return pairs, of, ties
 
 
-def scorer_of(cfg: DictConfig, policy: Policy, pairs: Sequence[Pair]) -> Scorer:
+def encoded(cfg: DictConfig, tokenizer: Any, rows: Sequence[dict], name: str) -> Encoded:
+    """Token pairs of one side of the data."""
+    return encode_pairs(
+        rows,
+        tokenizer,
+        max_length=cfg.max_length,
+        on_mismatch=cfg.data.on_mismatch,
+        strict=cfg.data.strict,
+        where=f"{cfg.data.path or 'data'} ({name})",
+    )
+
+
+def scorer_of(policy: Policy, pairs: Sequence[Pair], *, share: bool) -> Scorer:
     """Decide whether rows share their prompt."""
-    longest = max(len(pair) for pair in pairs)
-    shared = cfg.model.share_prompt and supports_sharing(policy.lm, longest)
-    if cfg.hardware.activation_checkpointing:
-        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.lm.train()  # dropout is off; checkpointing asks for it
-    return Scorer(policy.lm, shared)
+    longest = max((len(pair) for pair in pairs), default=0)
+    policy.lm.train()  # dropout is off; activation checkpointing asks for it
+    return Scorer(policy.lm, share and bool(pairs) and supports_sharing(policy.lm, longest))
 
 
 def with_reference(
@@ -214,21 +221,10 @@ def with_reference(
     stages: Stages,
 ) -> dict[str, Pairs]:
     """Score every pair once under the reference: the policy's start, or another checkpoint."""
-    other = cfg.model.reference
-    judge = scorer
+    other, judge = cfg.model.reference, scorer
     if other is not None:
-        model = cfg.model
-        shared = {"trust_remote_code": model.trust_remote_code, "dtype": model.dtype}
-        opened = policies.load(
-            pretrained=other,
-            revision=None,
-            attention=model.attention,
-            config={},
-            seed=cfg.seed,
-            **shared,
-        )
+        opened = opened_checkpoint(other, cfg.model, policy.lm.device)
         check_same_tokens(policy, opened, other)
-        opened.lm.to(policy.lm.device)
         judge = Scorer(opened.lm, scorer.shared)
     scored = {}
     with policy.start():
@@ -242,6 +238,21 @@ def with_reference(
                 title=f"reference ({name})",
             )
     return scored
+
+
+def opened_checkpoint(where: str, settings: DictConfig, device: torch.device) -> Policy:
+    """A checkpoint as it is; ``settings`` has its dtype, attention and trust_remote_code."""
+    opened = policies.load(
+        pretrained=where,
+        revision=None,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=settings.dtype,
+        attention=settings.attention,
+        config={},
+        seed=0,
+    )
+    opened.lm.to(device)
+    return opened
 
 
 def check_same_tokens(policy: Policy, reference: Policy, where: str) -> None:

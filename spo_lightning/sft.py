@@ -50,7 +50,7 @@ def warm_start(
 ) -> Path:
     """Train the policy on ``texts`` in place, or load what an earlier run trained; its directory.
 
-    ``settings``: max_steps, batch_size, lr, seed. ``quality`` measures held-out exact match.
+    ``settings``: max_steps, batch_size, lr, betas, seed. ``quality`` measures held-out exact match.
     """
     from filelock import FileLock
     from safetensors.torch import load_model
@@ -78,7 +78,9 @@ def _train(
     stages: Stages,
 ) -> list[tuple[int, float]]:
     steps, size = settings["max_steps"], settings["batch_size"]
-    optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=settings["lr"], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        policy.lm.parameters(), lr=settings["lr"], betas=settings["betas"], weight_decay=0.0
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps, WARMUP))
     scorer = Scorer(policy.lm, shared=False)
     orders = draws(len(texts), size, settings["seed"], 0)

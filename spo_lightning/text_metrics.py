@@ -1,4 +1,4 @@
-"""Answers and references in, exact match and ROUGE out: metrics of ``evaluate``, nothing fetched."""
+"""Answers and references in, exact match and ROUGE out; nothing is fetched."""
 
 from typing import Any
 

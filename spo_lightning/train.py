@@ -14,6 +14,8 @@ from spo_lightning import command, knobs
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from spo_lightning.evals import HeldOut
+
 log = logging.getLogger(__name__)
 
 
@@ -84,9 +86,9 @@ class Run:
         with self.timed("prepare"):
             self.given = room.prepare(cfg, self.device, self.precision, self.stages)
         with self.timed("init"):
-            init, before = self.held_out(final=False)
+            before = self.held_out("init")
         numbers: dict[str, Any] = {
-            "init": init,
+            "init": before.numbers,
             "final": None,
             "choices": dict(self.choices),
             "steps": 0,
@@ -98,9 +100,9 @@ class Run:
             with self.timed("training"):
                 self.fit(loss, solver, steps, resume)
         with self.timed("final"):
-            final, after = self.held_out(final=True)
+            after = self.held_out("final")
         self.save()
-        numbers |= {"final": final, "steps": steps}
+        numbers |= {"final": after.numbers, "steps": steps}
         self.run.note_metrics(numbers)
         self.run.note_samples(self.samples(before, after))
         log.info("\n%s\n", run_table(numbers))
@@ -199,42 +201,33 @@ class Run:
                     f"{theirs.get(name)} there and {mine.get(name)} here"
                 )
 
-    def held_out(self, final: bool) -> tuple[dict[str, float], Any]:
-        """The held-out numbers of the policy as it is, its greedy answers and pair scores."""
+    def held_out(self, stage: str) -> "HeldOut":
+        """The held-out numbers of the policy as it is; ``init`` also draws the rivals' samples."""
         from spo_lightning import evals
         from spo_lightning.prepare import decoding
-        from spo_lightning.sample import answers
 
-        cfg, given = self.cfg, self.given
-        self.stages.note("final" if final else "init", 0, 1)
-        scores = evals.pair_scores(
+        cfg, given, how = self.cfg, self.given, decoding(self.cfg, seed=self.cfg.seed)
+        self.stages.note(stage, 0, 1)
+        if stage == "init":
+            self.rivals = None
+            if given.task.judge is not None:
+                self.rivals = evals.samples(
+                    given.policy, given.held_rows, given.task, how, evals.RIVALS, self.stages
+                )
+        return evals.held_out(
+            given.policy,
             given.scorer,
+            given.task,
+            given.held_rows,
             given.held,
             beta=cfg.loss.beta,
-            batch_size=cfg.eval.batch_size,
+            how=how,
+            rivals=self.rivals,
             precision=self.precision,
             stages=self.stages,
         )
-        task, rows = given.task, given.held_rows
-        greedy = evals.greedy_answers(given.policy, rows, task, decoding(cfg), self.stages)
-        numbers = {**greedy.numbers, **scores.means}
-        if task.judge is not None:
-            drawn = [
-                answers(
-                    given.policy,
-                    rows,
-                    decoding(cfg, task.temperature, cfg.seed + extra),
-                    self.stages,
-                    "held-out samples",
-                )
-                for extra in ((2_000,) if final else (1_000, 2_000))
-            ]
-            if not final:
-                self.rivals = drawn[0]
-            numbers["win_rate"] = evals.win_rate(task.judge, drawn[-1], self.rivals)
-        return numbers, (greedy, scores)
 
-    def samples(self, before: Any, after: Any) -> list[dict[str, Any]]:
+    def samples(self, before: "HeldOut", after: "HeldOut") -> list[dict[str, Any]]:
         """Rows of samples.jsonl."""
         from spo_lightning.evals import shown
 
@@ -243,17 +236,18 @@ class Run:
         rows = []
         for place, row in enumerate(given.held_rows):
             pair = pair_of.get(place)
+            moved = None if pair is None else after.scores
             reference = row.get("answer", row.get("chosen"))
             rows.append(
                 {
                     "prompt": shown(row["prompt"]),
                     "reference": reference if reference is None else shown(reference),
-                    "before": before[0].texts[place],
-                    "after": after[0].texts[place],
-                    "before_ok": before[0].right[place],
-                    "after_ok": after[0].right[place],
-                    "chosen_delta": None if pair is None else after[1].chosen_delta[pair],
-                    "rejected_delta": None if pair is None else after[1].rejected_delta[pair],
+                    "before": before.answers.texts[place],
+                    "after": after.answers.texts[place],
+                    "before_ok": before.answers.right[place],
+                    "after_ok": after.answers.right[place],
+                    "chosen_delta": moved and moved.chosen_delta[pair],
+                    "rejected_delta": moved and moved.rejected_delta[pair],
                 }
             )
         return rows

@@ -1,1 +1,1 @@
-"""What watches a running ``Preference`` module; one callback per file, none changes the training."""
+"""What watches a running ``Preference`` module, one callback per file; none changes it."""

@@ -1,4 +1,4 @@
-"""Numbers out: rows of metrics.csv, the loggers, held-out log-probabilities, checkpoints, stops."""
+"""After each outer step: a row of metrics.csv, held-out log-probabilities, checkpoints, stops."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Before the first step the policy is the reference: DPO's loss must be ln 2, or something is off."""
+"""Before the first step the policy is the reference: DPO's loss must be ln 2."""
 
 import math
 from collections.abc import Callable
@@ -22,9 +22,16 @@ class StartCheck(Callback):
     """Scores the first microbatch before any update; not on resume."""
 
     def __init__(
-        self, pairs: Pairs, seed: int, size: int, precision: Callable[[], AbstractContextManager]
+        self,
+        pairs: Pairs,
+        *,
+        seed: int,
+        size: int,
+        half: bool,
+        precision: Callable[[], AbstractContextManager],
     ):
-        self.pairs, self.seed, self.size, self.precision = pairs, seed, size, precision
+        self.pairs, self.seed, self.size = pairs, seed, size
+        self.half, self.precision = half, precision
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -37,15 +44,14 @@ class StartCheck(Callback):
         reference = reference_logps(batch)
         dpo = partial(losses.dpo, beta=BETA, label_smoothing=0.0)
         off = (dpo(policy, reference) - math.log(2)).abs()
-        exact = policy.logps.dtype == module.scorer.model.dtype and not torch.is_autocast_enabled()
-        half = self.precision is not None and module.scorer.model.dtype == torch.bfloat16
-        tolerance = HALF if half or not exact else TOLERANCE[policy.logps.dtype]
+        weights = module.scorer.model.dtype
+        tolerance = HALF if self.half or weights == torch.bfloat16 else TOLERANCE[weights]
         worst = int(off.argmax())
         if not off.mean() <= tolerance:
             change = (policy.chosen - reference.chosen)[worst].item()
             raise RuntimeError(
                 f"at step 0 the policy should be the reference, yet DPO's loss is off ln 2 by "
                 f"{off.mean().item():.2g} (row {batch.rows[worst].item()}: log pi(y_w) differs by "
-                f"{change:.3g} nats): the two were scored in another dtype, with another attention "
-                "implementation, with dropout, or with other weights"
+                f"{change:.3g} nats): the two were scored in another dtype, with another "
+                "attention implementation, with dropout, or with other weights"
             )

@@ -83,17 +83,17 @@ def drawn(
     """Problems drawn until every part is full; the hash of a prompt decides its side."""
     if eval_path is not None:
         raise UserError("data.eval_path without data.path: the problems are drawn; set both")
-    if operations < 1 or digits < 1 or min(sizes) < 0 or not 0 <= eval_fraction < 1:
+    if operations < 1 or digits < 1 or min(sizes) < 0 or not 0 < eval_fraction < 1:
         raise UserError(
-            f"data.operations={operations} data.digits={digits} data.eval_fraction="
-            f"{eval_fraction}, sizes {tuple(sizes)}: operations and digits start at 1, sizes at 0"
+            f"data.operations={operations} data.digits={digits} data.eval_fraction={eval_fraction}"
+            f" with {tuple(sizes)} rows: choose at least 1, 1, within 0 and 1, and no rows below 0"
         )
     random_, seen = random.Random(f"problems/{seed}"), set()
     sides: dict[bool, list[str]] = {False: [], True: []}
     wanted = {False: sizes.sft + sizes.train, True: sizes.held_out}
-    # a side that a hundred times its expected draws do not fill has too few problems
-    rarest = min([1 - eval_fraction, *([eval_fraction] if eval_fraction else [])])
-    for _ in range(int(100 * max(wanted.values()) / rarest)):
+    # a side that thirty times its expected draws do not fill has too few problems
+    expected = max(wanted[False] / (1 - eval_fraction), wanted[True] / eval_fraction)
+    for _ in range(int(30 * expected) + 1):
         prompt = str(random_.randint(1, 10**digits - 1))
         for _ in range(operations):
             prompt += random_.choice("+-") + str(random_.randint(1, 10**digits - 1))

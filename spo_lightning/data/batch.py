@@ -28,7 +28,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B rows ``[prompt | chosen | rejected | padding]``; rejected positions restart after the prompt.
+    """B rows ``[prompt | chosen | rejected | padding]``; rejected restarts after the prompt.
 
     A scored token stands in column ``column[s]`` of row ``pair[s]`` and is predicted by the hidden
     state in column ``predictor[s]``: the column before it, or the prompt's last for a first token.

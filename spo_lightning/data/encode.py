@@ -12,7 +12,7 @@ from spo_lightning.data.batch import Pair
 from spo_lightning.data.rows import Row
 from spo_lightning.errors import UserError
 
-COUNTS = (
+COUNTS: tuple[str, ...] = (
     "kept",
     "dropped/identical",
     "dropped/empty",
@@ -184,11 +184,13 @@ def _chat_texts(row: Row, sides: tuple[str, ...], tokenizer: Any, name: str) -> 
             f"{tokenizer.name_or_path or 'the tokenizer'}: no chat template, and {name} holds "
             "messages: use a tokenizer that has one, or give prompt, chosen and rejected as text"
         )
-    extra = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {}), "tokenize": False}
+    extra = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
     chats = [row["prompt"], *(row["prompt"] + row[side] for side in sides)]
     try:
         return [
-            tokenizer.apply_chat_template(chat, add_generation_prompt=not place, **extra)
+            tokenizer.apply_chat_template(
+                chat, **(extra | {"tokenize": False, "add_generation_prompt": not place})
+            )
             for place, chat in enumerate(chats)
         ]
     except TemplateError as error:

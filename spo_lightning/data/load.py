@@ -7,23 +7,25 @@ from typing import Any, get_args, get_type_hints
 from spo_lightning.data.rows import Task
 from spo_lightning.errors import UserError
 
-ENCODING = ("strict", "on_mismatch")
+# read by the encoding and by the warm start, not by a source
+ELSEWHERE = ("strict", "on_mismatch", "sft_steps")
 
 
 def load(node: Any) -> Task:
-    """Call the source that ``_target_`` names; the keys of the encoding stay behind."""
+    """Call the source that ``_target_`` names; keys that others read stay behind."""
     import hydra.utils
     from hydra.errors import InstantiationException
-    from omegaconf import OmegaConf
 
-    plain = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
+    plain = _plain(node)
     try:
         task = hydra.utils.instantiate(_source(plain, "data"), _convert_="all")
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
-        raise (cause or error) from None
+        if cause is None:
+            raise
+        raise cause from None
     if not task.train:
         place = plain.get("path") or "data"
         raise UserError(
@@ -32,13 +34,22 @@ def load(node: Any) -> Task:
     return task
 
 
+def _plain(node: Any) -> Any:
+    # not OmegaConf.create: a copy has no parent, so ${seed} would not resolve
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_config(node):
+        return OmegaConf.to_container(node, resolve=True)
+    return {key: _plain(value) for key, value in node.items()} if isinstance(node, dict) else node
+
+
 def _source(node: Any, where: str) -> Any:
-    """The node without the keys that encoding reads, its other keys checked."""
+    """The node without the keys that others read; the rest is checked."""
     if not isinstance(node, dict):
         return node
     if "_target_" not in node:
         return {key: _source(value, f"{where}.{key}") for key, value in node.items()}
-    kept = {key: value for key, value in node.items() if key not in ENCODING}
+    kept = {key: value for key, value in node.items() if key not in ELSEWHERE}
     _check(kept, where)
     return {key: _source(value, f"{where}.{key}") for key, value in kept.items()}
 

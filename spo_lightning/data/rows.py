@@ -114,9 +114,8 @@ def _csv(path: Path) -> list[Row]:
                 raise UserError(f"{path}:{reader.line_num}: not {wanted} cells: quote the commas")
             rows.append(row)
     except csv.Error as error:
-        raise UserError(
-            f"{path}:{reader.reader.line_num}: broken csv ({error}): repair it"
-        ) from None
+        line = reader.reader.line_num
+        raise UserError(f"{path}:{line}: broken csv ({error}): repair it") from None
     return rows
 
 

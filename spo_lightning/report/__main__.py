@@ -1,4 +1,4 @@
-"""``python -m spo_lightning.report DIR [DIR ...]``: the table of one run, several runs or a sweep."""
+"""``python -m spo_lightning.report DIR [DIR ...]``: the table of a run, of several, of a sweep."""
 
 import argparse
 import sys

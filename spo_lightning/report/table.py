@@ -1,4 +1,4 @@
-"""metrics.json in, tables out: one run's init, final and difference; many runs' means over seeds."""
+"""metrics.json in, tables out: one run's init and final; many runs' means over seeds."""
 
 import json
 import math

@@ -1,0 +1,41 @@
+"""What the data becomes: ``python -m spo_lightning.inspect data=... model=...``."""
+
+from pathlib import Path
+from typing import Any
+
+from spo_lightning import command, knobs
+
+
+def main() -> None:
+    command.run("inspect", work)
+
+
+def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
+    """Print counts, length histograms and one rendered pair; returns the page."""
+    knobs.check(cfg, line)
+    from spo_lightning import policies, prepare
+    from spo_lightning.data.load import load
+    from spo_lightning.data.page import page
+    from spo_lightning.fit import quiet
+    from spo_lightning.progress import silent
+
+    quiet()
+    task = load({key: value for key, value in cfg.data.items() if key != "sft_steps"})
+    held = task.held_out[: cfg.eval.max_rows]
+    if task.samples:  # the pairs are the policy's own samples
+        stages = silent()
+        policy = prepare.base_policy(cfg, task, prepare.device_of(cfg.hardware), stages)
+        task, _ = prepare.with_pairs(cfg, task, policy, stages)
+        tokenizer, held = policy.tokenizer, task.held_out
+    else:
+        tokenizer = policies.tokenizer_of(
+            cfg.model.pretrained, cfg.model.revision, cfg.model.trust_remote_code
+        )
+    train = prepare.encoded(cfg, tokenizer, task.train, "train")
+    text = page(train, prepare.encoded(cfg, tokenizer, held, "held-out"), tokenizer, task)
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
