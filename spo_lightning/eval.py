@@ -39,7 +39,7 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, float]:
     stages.stop.install()
     device = prepare.device_of(cfg.hardware)
     precision = prepare.precision_of(cfg.hardware, device)
-    task = load({key: value for key, value in cfg.data.items() if key != "sft_steps"})
+    task = load(cfg.data)
     task = replace(task, held_out=task.held_out[: cfg.eval.max_rows])
     if not task.held_out:
         raise UserError("no held-out rows: raise data.eval_fraction or set data.eval_path")

@@ -17,6 +17,7 @@ from spo_lightning.progress import Stages
 from spo_lightning.sample import Decoding, answers
 
 RIVALS, MINE = 1_000, 2_000  # added to the seed of the init's and of the policy's own samples
+TOKENS = 8_192  # of one scoring batch: long rows come in smaller ones
 TOP = 10  # most probable next tokens whose entropy and mass are reported
 
 
@@ -42,7 +43,12 @@ class Pairs:
     def batches(self, size: int) -> list[list[int]]:
         """Indices in batches of near-equal length, longest first, so that memory fails early."""
         order = sorted(range(len(self.pairs)), key=lambda i: -len(self.pairs[i]))
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        found: list[list[int]] = []
+        while order:
+            fits = max(1, min(size, TOKENS // len(self.pairs[order[0]])))
+            found.append(order[:fits])
+            order = order[fits:]
+        return found
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from spo_lightning.callbacks.recorder import Recorder
 from spo_lightning.callbacks.start import StartCheck
-from spo_lightning.data.batch import PairBatch, draws
+from spo_lightning.data.batch import Microbatches, draws
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.evals import Pairs
 from spo_lightning.module import Preference
@@ -28,14 +28,12 @@ class OuterSteps(IterableDataset):
     def __init__(self, pairs: Pairs, module: Preference, *, micro: int, seed: int):
         self.pairs, self.module, self.micro, self.seed = pairs, module, micro, seed
 
-    def __iter__(self) -> Iterator[list[PairBatch]]:
+    def __iter__(self) -> Iterator[Microbatches]:
         trainer, size = self.module.trainer, self.module.batch_size
         for rows in draws(len(self.pairs), size, self.seed, self.module.outer_step):
             mine = rows[trainer.global_rank :: trainer.world_size]
-            yield [
-                self.pairs.batch(mine[start : start + self.micro])
-                for start in range(0, len(mine), self.micro)
-            ]
+            starts = range(0, len(mine), self.micro)
+            yield Microbatches([self.pairs.batch(mine[s : s + self.micro]) for s in starts])
 
 
 def fit(

@@ -20,7 +20,7 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
     from spo_lightning.progress import silent
 
     quiet()
-    task = load({key: value for key, value in cfg.data.items() if key != "sft_steps"})
+    task = load(cfg.data)
     held = task.held_out[: cfg.eval.max_rows]
     if task.samples:  # the pairs are the policy's own samples
         stages = silent()

@@ -180,7 +180,8 @@ class Scorer(nn.Module):
             if self.model.config._attn_implementation != "sdpa":
                 # eager adds the mask to the scores; a boolean one would be silently wrong there
                 dtype = self.model.dtype
-                mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+                blocked = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+                mask = blocked.masked_fill(~mask, torch.finfo(dtype).min)
         return self.model.base_model(
             input_ids=batch.input_ids,
             attention_mask=mask,

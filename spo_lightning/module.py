@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 
 from spo_lightning import losses
-from spo_lightning.data.batch import PairBatch
+from spo_lightning.data.batch import Microbatches, PairBatch
 from spo_lightning.errors import Diverged
 from spo_lightning.metrics import Totals, pair_numbers
 from spo_lightning.models import PairLogps, Scorer, reference_logps
@@ -65,7 +65,7 @@ class Preference(LightningModule):
         if self.solver_state is None:
             self.solver_state = self.solver.init(tuple(self.trainable().values()))
 
-    def training_step(self, batch: Sequence[PairBatch], batch_idx: int) -> None:
+    def training_step(self, batch: Microbatches, batch_idx: int) -> None:
         """One outer step."""
         observed = self.observes(self.outer_step + 1)
         tokens = sum(2 * part.tokens - int(part.lengths[:, 1:].sum()) for part in batch)
@@ -90,7 +90,7 @@ class Preference(LightningModule):
 
     # -- the problem handed to the solver
 
-    def _problem(self, batch: Sequence[PairBatch], seen: "Observation") -> Problem:
+    def _problem(self, batch: Microbatches, seen: "Observation") -> Problem:
         parameters = tuple(self.trainable().values())
 
         def gradient(closure: Callable[[Problem], Terms], theta: Tensors) -> Slope:
@@ -164,7 +164,7 @@ class Preference(LightningModule):
             _write(parameters, kept)
 
     def _gradient(
-        self, closure: Callable[[Problem], Terms], batch: Sequence[PairBatch], seen: "Observation"
+        self, closure: Callable[[Problem], Terms], batch: Microbatches, seen: "Observation"
     ) -> Slope:
         parameters = tuple(self.trainable().values())
         for p in parameters:
@@ -185,7 +185,7 @@ class Preference(LightningModule):
         return Slope(direction, {name: m.to(direction[0].dtype) for name, m in means.items()})
 
     def _follow(
-        self, direction: Tensors, displacement: Tensors | None, batch: Sequence[PairBatch]
+        self, direction: Tensors, displacement: Tensors | None, batch: Microbatches
     ) -> float:
         """Displace theta, clip, take the optimizer's step; returns the norm before clipping."""
         parameters = tuple(self.trainable().values())

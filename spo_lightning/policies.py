@@ -223,7 +223,7 @@ def _no_dropout(lm: Any) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def adapt(
@@ -236,5 +236,6 @@ def adapt(
 
     torch.manual_seed(seed)
     chosen = targets if isinstance(targets, str) else list(targets)
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM")
+    scale: Any = alpha  # peft declares an int and takes any number
+    settings = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen, task_type="CAUSAL_LM")
     return replace(policy, module=get_peft_model(policy.lm, settings), adapted=True)

@@ -75,8 +75,7 @@ def prepare(
 ) -> Prepared:
     """Load or build, warm start, sample pairs where the data asks for it, tokenise, score."""
     stages.note("data", 0, 1)
-    node = {key: value for key, value in cfg.data.items() if key != "sft_steps"}
-    task = load(node)
+    task = load(cfg.data)
     policy = base_policy(cfg, task, device, stages)
     task, places = with_pairs(cfg, task, policy, stages)
     sides = {
@@ -201,7 +200,7 @@ def encoded(cfg: DictConfig, tokenizer: Any, rows: Sequence[dict], name: str) ->
         max_length=cfg.max_length,
         on_mismatch=cfg.data.on_mismatch,
         strict=cfg.data.strict,
-        where=f"{cfg.data.path or 'data'} ({name})",
+        where=f"{cfg.data.get('path') or 'data'} ({name})",
     )
 
 

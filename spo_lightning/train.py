@@ -3,6 +3,7 @@
 ``train(cfg, run_dir)`` does the same from a notebook or a test and returns the numbers.
 """
 
+import inspect
 import logging
 import math
 import time
@@ -121,7 +122,12 @@ class Run:
         try:
             node: Any = OmegaConf.to_container(self.cfg.loss, resolve=True)
             node.pop("unit")
-            return hydra.utils.instantiate(node), hydra.utils.instantiate(self.cfg.solver)
+            loss, solver = hydra.utils.instantiate(node), hydra.utils.instantiate(self.cfg.solver)
+            # a partial takes any keyword until it is called, and that is after the warm start
+            inspect.signature(loss.func).bind_partial(**loss.keywords)
+            return loss, solver
+        except TypeError as error:
+            raise UserError(f"loss: {error}; see conf/loss for its keys") from error
         except InstantiationException as error:
             causes = [str(cause) for cause in command.chain(error)]
             raise UserError(causes[-1].splitlines()[0]) from error
@@ -236,7 +242,9 @@ class Run:
         rows = []
         for place, row in enumerate(given.held_rows):
             pair = pair_of.get(place)
-            moved = None if pair is None else after.scores
+            moved = (None, None)  # no pair of this row was scored
+            if pair is not None and after.scores is not None:
+                moved = after.scores.chosen_delta[pair], after.scores.rejected_delta[pair]
             reference = row.get("answer", row.get("chosen"))
             rows.append(
                 {
@@ -246,8 +254,8 @@ class Run:
                     "after": after.answers.texts[place],
                     "before_ok": before.answers.right[place],
                     "after_ok": after.answers.right[place],
-                    "chosen_delta": moved and moved.chosen_delta[pair],
-                    "rejected_delta": moved and moved.rejected_delta[pair],
+                    "chosen_delta": moved[0],
+                    "rejected_delta": moved[1],
                 }
             )
         return rows

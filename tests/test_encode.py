@@ -301,6 +301,14 @@ def test_equal_to_trl_on_messages(bytes_):
         assert counts["kept"] == 2 and counts.get("split", 0) == 2 * ("thinking" in str(extra))
 
 
+def test_a_template_alone_decides_the_special_tokens_of_messages():
+    tokenizer = byte_tokenizer(before="<s>", after="</s>")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    rows = [row([turn("hi", "user")], [turn("a")], [turn("b")])]
+    assert same_as_peer(rows, tokenizer, 64) == {"kept": 1}
+    assert encoded(rows, tokenizer).pairs == [Pair(ids("[hi]"), ids("[a]"), ids("[b]"), row=0)]
+
+
 def test_equal_to_trl_on_implicit_messages(bytes_):
     pytest.importorskip("trl")
     from trl.data_utils import extract_prompt

@@ -263,6 +263,12 @@ def test_the_share_held_out_is_the_fraction_and_does_not_change():
     assert "data.eval_fraction=1" in message(split, [], 1)
 
 
+def test_the_order_of_a_message_s_keys_does_not_move_it():
+    turned = dict(reversed(USER.items()))
+    assert without([{"prompt": [turned]}], [{"prompt": [USER]}]) == []
+    assert all(held_out([USER], f / 50) == held_out([turned], f / 50) for f in range(50))
+
+
 def test_limit_is_seeded_and_ordered():
     rows = [{"prompt": str(n)} for n in range(100)]
     some = limit(rows, 10, 0)

@@ -183,6 +183,16 @@ def test_gsm8k_counts(source, truth, count):
     assert all(task.answer_of(row["completion"]) is not None for row in task.sft)
 
 
+def test_gsm8k_sft_never_holds_a_held_out_question(source, tmp_path):
+    right, wrong = ({"solution": f"A: {n}", "is_correct": n == 1} for n in (1, 2))
+    solved = dict(zip(MODELS, (right, wrong, wrong, wrong))) | {"ground_truth": "A: 1"}
+    rows = [{"question": f"q{n}", "answer": "#### 1", **solved} for n in range(40)]
+    write(tmp_path / "example_model_solutions.jsonl", rows)
+    write(tmp_path / "train.jsonl", rows)
+    task = source("data=gsm8k", f"data.path={tmp_path}")
+    assert disjoint(task) and len(task.sft) == len(task.train) == 40 - len(task.held_out)
+
+
 @needs(GSM8K)
 def test_answers_agree_with_the_flags_of_the_data():
     with open(GSM8K / "example_model_solutions.jsonl") as file:

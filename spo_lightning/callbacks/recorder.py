@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 from spo_lightning import losses
 from spo_lightning.evals import Pairs, pair_totals
+from spo_lightning.module import Preference
 from spo_lightning.progress import Stages
 from spo_lightning.rundir import MetricsCsv, RunDir
 
@@ -72,7 +73,7 @@ class Recorder(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: Preference) -> None:
         self.stages.stop.install()  # Lightning's own handlers end a run with the wrong exit code
         if multiprocessing.parent_process() is not None:  # a rank started by ddp_spawn
             logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -84,7 +85,7 @@ class Recorder(Callback):
         self.clock, self.tokens = time.monotonic(), 0
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: Preference, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = module.outer_step
         self.tokens += sum(part.tokens for part in batch) * trainer.world_size
@@ -105,11 +106,11 @@ class Recorder(Callback):
             raise self.stages.stop.raised(self.stages.how_to_go_on)
 
     def on_exception(
-        self, trainer: Trainer, module: LightningModule, exception: BaseException
+        self, trainer: Trainer, module: Preference, exception: BaseException
     ) -> None:
         self.shown.close()
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: Preference) -> None:
         self.shown.close()
 
     def _due(self, step: int, every: int) -> bool:
@@ -125,7 +126,7 @@ class Recorder(Callback):
             self.stages.stop.signal = 15
         return agreed
 
-    def _pace(self, module: LightningModule) -> dict[str, float]:
+    def _pace(self, module: Preference) -> dict[str, float]:
         now = time.monotonic()
         rate = self.tokens / max(now - self.clock, 1e-9)
         self.clock, self.tokens = now, 0
@@ -133,19 +134,22 @@ class Recorder(Callback):
         return {"train/epoch": epoch, "train/time/tokens_per_second": rate}
 
     @torch.no_grad()
-    def _evaluate(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+    def _evaluate(self, trainer: Trainer, module: Preference) -> dict[str, float]:
         began = time.monotonic()
-        mine = self.held.batches(self.eval_batch)[trainer.global_rank :: trainer.world_size]
+        batches = self.held.batches(self.eval_batch)
+        mine = batches[trainer.global_rank :: trainer.world_size]
         with self.precision():
             totals = pair_totals(
                 module.scorer,
                 self.held,
-                mine,
+                mine or batches[:1],
                 loss=module.loss,
                 moments=losses.moments_of(module.moments_state),
                 beta=module.beta,
                 top=True,
             )
+        if not mine:  # more ranks than batches: zeros, under the names the other ranks reduce
+            totals.sums = {name: (0 * total, 0 * n) for name, (total, n) in totals.sums.items()}
         means = module._reduce(totals).means()
         self.clock += time.monotonic() - began  # evaluation is not training's pace
         return {f"eval/{name}": value.item() for name, value in means.items()}

@@ -6,12 +6,13 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 from spo_lightning import losses
 from spo_lightning.data.batch import draws
 from spo_lightning.evals import Pairs
 from spo_lightning.models import reference_logps
+from spo_lightning.module import Preference
 
 BETA = 0.1  # of the DPO loss that is looked at, whatever loss is trained
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
@@ -34,7 +35,7 @@ class StartCheck(Callback):
         self.half, self.precision = half, precision
 
     @torch.no_grad()
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: Preference) -> None:
         if module.outer_step > 0:
             return
         rows = next(draws(len(self.pairs), self.size, self.seed, 0))

@@ -6,6 +6,7 @@ the whole batch, in the order pair by pair, chosen before rejected.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,9 @@ class PairBatch:
         return int(self.lengths.sum())
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PairBatch(**{n: v if v is None else v.to(device) for n, v in moved.items()})
+        mine = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {n: v if v is None else v.to(device) for n, v in mine.items()}
+        return PairBatch(**moved)
 
     def chosen_only(self) -> "PairBatch":
         """The same rows without their rejected responses: what supervised fine-tuning sees."""
@@ -81,6 +83,26 @@ class PairBatch:
             lengths=lengths,
             reference=None if self.reference is None else self.reference[kept],
         )
+
+
+class Microbatches:
+    """One rank's share of an outer step.
+
+    Neither a sequence nor a dataclass, so Lightning's precision plugins leave it alone: in bf16-true
+    they would round the reference's log-probabilities.
+    """
+
+    def __init__(self, parts: Sequence[PairBatch]):
+        self.parts = list(parts)
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def to(self, device: torch.device | str) -> "Microbatches":
+        return Microbatches([part.to(device) for part in self.parts])
 
 
 def collate(

@@ -1,0 +1,147 @@
+"""An objective from its yaml and a tiny policy in, a finished Lightning fit and its log out."""
+
+import contextlib
+import logging
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning import Callback, Trainer
+from omegaconf import OmegaConf
+from pairs import CONF
+from tiny import random_pairs
+from torch.utils.data import DataLoader
+
+from spo_lightning.evals import Pairs, score
+from spo_lightning.fit import OuterSteps
+from spo_lightning.models import Scorer
+from spo_lightning.module import Preference
+from spo_lightning.progress import silent
+
+PAD_ID = 257
+SOLVERS = {  # what the command line would say
+    "none": ["solver=none"],
+    "penalty": ["solver=penalty"],
+    "softplus": ["solver=penalty", "solver/phi=softplus", "solver.margin=0.05"],
+    "linear": ["solver=penalty", "solver/phi=linear"],
+    "mean": ["solver=penalty", "solver/level=mean", "solver/value=running_min"],
+    "ramp": ["solver=penalty", "solver/schedule=ramp", "solver.schedule.steps=3"],
+    "unrolled": ["solver=unrolled", "solver.steps=2", "solver.lower_lr=0.05"],
+}
+
+
+def config(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [*overrides])
+
+
+def objective(*overrides):
+    """The loss and the solver of a command line."""
+    cfg = config(*overrides)
+    node = OmegaConf.to_container(cfg.loss, resolve=True)
+    node.pop("unit")
+    return instantiate(node), instantiate(cfg.solver), cfg.loss.beta
+
+
+@dataclass
+class Watch(Callback):
+    """Numbers, rates and live tensors of every outer step."""
+
+    numbers: list = field(default_factory=list)
+    rates: list = field(default_factory=list)
+    parameters: list = field(default_factory=list)
+    keep: bool = False
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.numbers.append(dict(module.numbers))
+        if self.keep:
+            self.parameters.append(snapshot(module))
+
+
+@dataclass
+class Fit:
+    """What a fit leaves behind."""
+
+    module: Preference
+    trainer: Trainer
+    watch: Watch
+
+    @property
+    def numbers(self):
+        return self.watch.numbers
+
+
+def snapshot(module):
+    return {name: p.detach().clone() for name, p in module.trainable().items()}
+
+
+def scored(lm, pairs=None, shift=None):
+    """The pairs with the model's own log-probabilities as reference, each moved by ``shift``."""
+    pairs = random_pairs(12) if pairs is None else pairs
+    found = score(
+        Scorer(lm, True),
+        Pairs(pairs, None, PAD_ID),
+        batch_size=5,
+        precision=contextlib.nullcontext,
+        stages=silent(),
+        title="reference",
+    )
+    if shift is None:
+        return found
+    return replace(
+        found, references=[r + shift(number, r) for number, r in enumerate(found.references)]
+    )
+
+
+def fitted(
+    made,
+    chosen,
+    given=None,
+    *,
+    steps=3,
+    batch_size=8,
+    micro=8,
+    optimizer=partial(torch.optim.SGD, lr=0.05),
+    clip_norm=None,
+    schedule=lambda step: 1.0,
+    callbacks=(),
+    watch=None,
+):
+    """Drive ``Preference`` through Lightning's Trainer as ``fit.py`` does."""
+    loss, solver, beta = chosen
+    given = scored(made.lm) if given is None else given
+    module = Preference(
+        Scorer(made.lm, True),
+        loss,
+        solver,
+        optimizer,
+        beta=beta,
+        batch_size=batch_size,
+        clip_norm=clip_norm,
+        schedule=schedule,
+        log_every=1,
+    )
+    watch = Watch() if watch is None else watch
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = Trainer(
+        accelerator="cpu",
+        precision="64-true" if made.lm.dtype == torch.float64 else "32-true",
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=[watch, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = OuterSteps(given, module, micro=micro, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, DataLoader(data, batch_size=None))
+    return Fit(module, trainer, watch)
