@@ -115,7 +115,10 @@ def fit(
         )
     except BaseException as error:
         _finish(trainer, failed=True)
-        raise _from_rank(error, stages) from error
+        known = _from_rank(error, stages)
+        if known is error:
+            raise
+        raise known from error
     _finish(trainer, failed=False)
 
 
@@ -152,7 +155,10 @@ def quiet() -> None:
 def _loggers(cfg: DictConfig, run: RunDir) -> list[Any]:
     config = without_secrets(OmegaConf.to_container(cfg, resolve=True))
     return [
-        hydra.utils.instantiate(node, run_dir=run.path, config=config, _convert_="all")
+        # partial: as arguments of instantiate, `config` would clash and its _target_s be called
+        hydra.utils.instantiate(node, _partial_=True, _convert_="all")(
+            run_dir=run.path, config=config
+        )
         for node in cfg.logger.values()
     ]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spo_lightning.data.batch import CHOSEN, PAD, REJECTED, Pair, PairBatch, collate
+from spo_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -209,6 +210,22 @@ def sharing_refusal(config: Any, longest: int) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     return None
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Refuse an architecture whose logits are not its head on its last hidden states."""
+    ids = torch.arange(16) % model.config.vocab_size
+    batch = collate([Pair(tuple(ids[:8].tolist()), tuple(ids[8:].tolist()), ())], 0)
+    batch = batch.to(model.device)
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits[0, 7:15]
+    own = logits.double().log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+    worst = (Scorer(model, shared=False)(batch).logps - own).abs().max().item()
+    if not worst <= (1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1):
+        raise UserError(
+            f"{type(model).__name__} does more between its hidden states and its logits than its "
+            f"output embedding (log-probabilities differ by {worst:.2g} nats): not supported"
+        )
 
 
 @torch.no_grad()

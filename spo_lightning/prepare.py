@@ -22,7 +22,7 @@ from spo_lightning.data.rows import Task
 from spo_lightning.errors import UserError
 from spo_lightning.evals import Pairs, greedy_answers, score
 from spo_lightning.knobs import warm_start_steps
-from spo_lightning.models import Scorer, supports_sharing
+from spo_lightning.models import Scorer, check_head, supports_sharing
 from spo_lightning.policies import Policy
 from spo_lightning.progress import Stages
 from spo_lightning.rundir import write_text
@@ -174,7 +174,7 @@ def with_pairs(cfg: DictConfig, task: Task, policy: Policy, stages: Stages) -> t
 def sampled(
     cfg: DictConfig, task: Task, rows: Sequence[dict], policy: Policy, stages: Stages
 ) -> tuple[list[dict], list[int], int]:
-    """Pair rows judged among the policy's samples, the row each came from, and the ties; cached."""
+    """Pair rows judged among the policy's samples, the row each came from, the ties; cached."""
     assert task.judge is not None
     how = decoding(cfg, task.temperature, cfg.seed)
     asked = [list(rows), task.samples, str(how), sft.key(policy, (), {})]
@@ -206,6 +206,7 @@ def encoded(cfg: DictConfig, tokenizer: Any, rows: Sequence[dict], name: str) ->
 
 def scorer_of(policy: Policy, pairs: Sequence[Pair], *, share: bool) -> Scorer:
     """Decide whether rows share their prompt."""
+    check_head(policy.lm)
     longest = max((len(pair) for pair in pairs), default=0)
     policy.lm.train()  # dropout is off; activation checkpointing asks for it
     return Scorer(policy.lm, share and bool(pairs) and supports_sharing(policy.lm, longest))

@@ -46,14 +46,14 @@ class Stop:
 
 
 class Stages:
-    """Shows the stages of one run. ``note`` is called with (stage, done, total) as work goes on."""
+    """Shows the stages of one run. ``note`` is called with (stage, done, total) meanwhile."""
 
     def __init__(self, note: Callable[[str, int, int], None], stop: Stop, how_to_go_on: str):
         self.note, self.stop, self.how_to_go_on = note, stop, how_to_go_on
 
     @contextmanager
     def stage(self, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-        """``advance(count, text)`` moves the bar; it raises when a signal came, unless told not."""
+        """``advance(count, text)`` moves the bar; raises when a signal came, unless told not."""
         from rich.console import Console
 
         console = Console()

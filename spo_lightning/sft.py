@@ -50,7 +50,7 @@ def warm_start(
 ) -> Path:
     """Train the policy on ``texts`` in place, or load what an earlier run trained; its directory.
 
-    ``settings``: max_steps, batch_size, lr, betas, seed. ``quality`` measures held-out exact match.
+    ``settings``: max_steps, batch_size, lr, betas, seed. ``quality``: held-out exact match.
     """
     from filelock import FileLock
     from safetensors.torch import load_model

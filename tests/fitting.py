@@ -22,6 +22,7 @@ from spo_lightning.module import Preference
 from spo_lightning.progress import silent
 
 PAD_ID = 257
+SGD = partial(torch.optim.SGD, lr=0.05)
 SOLVERS = {  # what the command line would say
     "none": ["solver=none"],
     "penalty": ["solver=penalty"],
@@ -107,7 +108,7 @@ def fitted(
     steps=3,
     batch_size=8,
     micro=8,
-    optimizer=partial(torch.optim.SGD, lr=0.05),
+    optimizer=SGD,
     clip_norm=None,
     schedule=lambda step: 1.0,
     callbacks=(),

@@ -10,7 +10,8 @@ from tiny import gradients, in_float64, lora, policy, random_pairs, slow_logps
 
 from spo_lightning import models
 from spo_lightning.data.batch import CHOSEN, Pair, PairBatch, collate
-from spo_lightning.models import Scorer, sides, supports_sharing
+from spo_lightning.errors import UserError
+from spo_lightning.models import Scorer, check_head, sides, supports_sharing
 
 PAD_ID = 257
 FAMILIES = ("llama", "llama-grouped", "qwen2", "gpt2")
@@ -238,6 +239,20 @@ def test_a_soft_capped_head(family, changes):
     shared = supports_sharing(lm, longest(pairs))
     with torch.no_grad():
         assert_right(Scorer(lm, shared)(collate(pairs, PAD_ID)), lm, pairs)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_known_heads_pass_the_check(family):
+    for dtype in ("float64", "float32", "bfloat16"):
+        check_head(policy(family, dtype=dtype, attention="eager").lm)
+
+
+@pytest.mark.parametrize("model_type", ["cohere", "granite"])
+def test_a_head_that_scales_its_logits_is_refused(model_type):
+    changes = {"cohere": {"logit_scale": 0.0625}, "granite": {"logits_scaling": 8.0}}[model_type]
+    lm = policy("llama-grouped", model_type=model_type, **changes).lm
+    with pytest.raises(UserError, match="between its hidden states and its logits"):
+        check_head(lm)
 
 
 def test_the_reference_of_lora_is_the_base_and_only_adapters_move():

@@ -13,14 +13,13 @@ from lightning import Callback
 from tiny import in_float64, lora, policy, random_pairs, slow_logps
 
 from spo_lightning.callbacks.start import StartCheck
-from spo_lightning.data.batch import collate, draws
+from spo_lightning.data.batch import draws
 from spo_lightning.errors import Diverged
 from spo_lightning.fit import Schedule
 from spo_lightning.models import Scorer
 from spo_lightning.solvers import Step, Terms
 
 DPO = ("loss=dpo", "solver=none")
-# rows of a batch that is no multiple of the pairs: the second epoch starts within a step
 LOSSES = ("dpo", "simpo", "sft", "alpha_dpo")
 
 
@@ -278,7 +277,7 @@ def test_what_is_logged_equals_hand_computation():
     weight, beta = 0.7, 0.3
     made = policy()
     # the reference finds odd pairs better than the policy does, and even ones worse
-    given = scored(made.lm, shift=lambda number, r: (0.2 if number % 2 else -0.1))
+    given = scored(made.lm, shift=lambda number, r: 0.2 if number % 2 else -0.1)
     chosen = objective(
         "loss=dpo", f"loss.beta={beta}", "solver=penalty", f"solver.weight={weight}"
     )
@@ -324,9 +323,3 @@ def test_what_is_logged_equals_hand_computation():
     assert 0 < fell < 8
     for name, value in expected.items():
         assert numbers[f"train/{name}"] == pytest.approx(value, rel=1e-6), name
-
-
-def test_the_order_of_a_step_is_the_batch_of_draws():
-    pairs = random_pairs(12)
-    assert sorted(row for rows in [next(draws(12, 12, 3, 0))] for row in rows) == list(range(12))
-    assert collate(pairs, 257).rows.tolist() == list(range(12))

@@ -98,7 +98,8 @@ print(command.CONF)
 
 def test_every_console_script_helps(installed, elsewhere):
     for name in SCRIPTS:
-        assert name.removeprefix("spo-") in run(installed / name, "--help", cwd=elsewhere)
+        told = run(installed / name, "--help", cwd=elsewhere)
+        assert "Configuration groups" in told or "usage: spo-" in told
 
 
 def test_wheel_trains_and_reports(installed, elsewhere):

@@ -71,9 +71,7 @@ def policy(name="llama", *, dtype="float64", attention="sdpa", seed=0, **changes
 
 
 def lora(made, rank=4, seed=0):
-    return policies.adapt(
-        made, rank=rank, alpha=8, targets="all-linear", merge=False, seed=seed
-    )
+    return policies.adapt(made, rank=rank, alpha=8, targets="all-linear", merge=False, seed=seed)
 
 
 def random_pairs(count, seed=0, longest=14):

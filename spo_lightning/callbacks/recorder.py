@@ -105,9 +105,7 @@ class Recorder(Callback):
         if stopping:
             raise self.stages.stop.raised(self.stages.how_to_go_on)
 
-    def on_exception(
-        self, trainer: Trainer, module: Preference, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, module: Preference, exception: BaseException) -> None:
         self.shown.close()
 
     def on_train_end(self, trainer: Trainer, module: Preference) -> None:

@@ -88,8 +88,8 @@ class PairBatch:
 class Microbatches:
     """One rank's share of an outer step.
 
-    Neither a sequence nor a dataclass, so Lightning's precision plugins leave it alone: in bf16-true
-    they would round the reference's log-probabilities.
+    Neither a sequence nor a dataclass, so Lightning's precision plugins leave it alone: in
+    bf16-true they would round the reference's log-probabilities.
     """
 
     def __init__(self, parts: Sequence[PairBatch]):

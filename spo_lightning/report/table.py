@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -65,48 +66,77 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _setting(numbers: Mapping[str, Any], config: dict, differing: set[str]) -> str:
-    """What distinguishes a run from the others, its seed left out."""
-    leaves = _leaves(config)
-    chosen = numbers.get("choices", {})
-    parts = [f"{group}={chosen[group]}" for group in ("data", "loss", "solver") if group in chosen]
-    hidden = ("loss.", "solver.", "data.")
-    parts += [
-        f"{name}={leaves.get(name)}"
-        for name in sorted(differing)
-        if not (
-            name.startswith(hidden) and name.split(".")[-1] not in ("weight", "beta", "margin")
+Run = tuple[Path, dict[str, Any], dict[str, Any]]
+SEEDS = ("seed", "sft.seed")  # keys that make repetitions of one setting
+GROUPS = ("data", "model", "loss", "solver")
+
+
+def settings(runs: Sequence[Run]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Setting -> seed -> metrics; a setting is what distinguishes runs besides their seed."""
+    leaves = {path: _leaves(config) for path, _, config in runs}
+    chosen = {
+        path: {group: numbers.get("choices", {}).get(group) for group in GROUPS}
+        for path, numbers, _ in runs
+    }
+    told = [group for group in GROUPS if len({c[group] for c in chosen.values()}) > 1]
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path, numbers, config in runs:
+        alike = [leaves[other] for other in leaves if chosen[other] == chosen[path]]
+        differing = sorted(
+            name
+            for name in leaves[path]
+            if name not in SEEDS and len({repr(some.get(name)) for some in alike}) > 1
         )
-    ]
-    return " ".join(parts)
+        parts = [f"{group}={chosen[path][group]}" for group in told]
+        parts += [f"{name}={leaves[path][name]}" for name in differing]
+        label = " ".join(parts) or "run"
+        found.setdefault(label, {})[config["seed"]] = numbers
+    return found
 
 
 def sweep_table(directories: Sequence[Path], names: Sequence[str]) -> str:
-    """Markdown: per setting the mean and 95% interval over seeds of the held-out numbers."""
+    """Markdown: per setting the mean and 95% interval over seeds, then differences by seed."""
     runs = finished(directories)
     if not runs:
         return "no finished run\n"
-    leaves = [_leaves(config) for _, _, config in runs]
-    ignored = ("seed", "sft.seed", "hydra", "ckpt_path")
-    every = {name for some in leaves for name in some}
-    differing = {
-        name
-        for name in every
-        if not name.startswith(ignored) and len({repr(some.get(name)) for some in leaves}) > 1
-    }
-    rows: dict[str, list[dict[str, Any]]] = {}
-    inits: dict[str, dict[str, Any]] = {}
-    for _, numbers, config in runs:
-        rows.setdefault(_setting(numbers, config, differing), []).append(numbers["final"])
-        data = numbers.get("choices", {}).get("data", "data")
-        inits.setdefault(data, {})[f"{data} {config['seed']}"] = numbers["init"]
-    table = {f"data={data} init": list(some.values()) for data, some in inits.items()} | rows
-    shown = [name for name in names if any(name in n for some in table.values() for n in some)]
-    lines = ["| run | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
-    for setting, some in table.items():
+    found = settings(runs)
+    rows = {label: [run["final"] for run in seeds.values()] for label, seeds in found.items()}
+    for data in sorted({_data(run) for seeds in found.values() for run in seeds.values()}):
+        every = (seeds for seeds in found.values())
+        inits = {
+            s: run["init"] for seeds in every for s, run in seeds.items() if _data(run) == data
+        }
+        rows = {f"init (data={data})": list(inits.values())} | rows
+    shown = [name for name in names if any(name in n for some in rows.values() for n in some)]
+    head = ["| run | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
+    lines = list(head)
+    for label, some in rows.items():
         cells = [_cell([n[name] for n in some if name in n]) for name in shown]
-        lines.append(f"| {setting} | {len(some)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {label} | {len(some)} | " + " | ".join(cells) + " |")
+    differences = _differences(found, shown)
+    if differences:
+        lines += ["", "Differences between runs of the same seed, mean and 95% interval:", ""]
+        lines += [head[0], head[1], *differences]
     return "\n".join(lines) + "\n"
+
+
+def _data(run: Mapping[str, Any]) -> str:
+    return run.get("choices", {}).get("data", "given")
+
+
+def _differences(found: Mapping[str, Mapping[int, Any]], shown: Sequence[str]) -> list[str]:
+    """A row per two settings that share at least two seeds and their data."""
+    lines = []
+    for (one, left), (other, right) in combinations(found.items(), 2):
+        seeds = sorted(left.keys() & right.keys())
+        if len(seeds) < 2 or _data(left[seeds[0]]) != _data(right[seeds[0]]):
+            continue
+        cells = []
+        for name in shown:
+            pairs = [(left[s]["final"].get(name), right[s]["final"].get(name)) for s in seeds]
+            cells.append(_cell([b - a for a, b in pairs if a is not None and b is not None]))
+        lines.append(f"| {other} less {one} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _cell(values: Sequence[float]) -> str:
