@@ -15,6 +15,7 @@ from typing import Any
 
 from spo_lightning.errors import Diverged, Interrupted, UserError
 
+STOPPED = (130, 143)
 HERE = Path(__file__).resolve().parent
 # the wheel's copy first: beside an installed package a stranger's conf may lie
 CONF = str(next(p for p in (HERE / "conf", HERE.parent / "conf") if p.is_dir()))
@@ -40,38 +41,45 @@ def run(config_name: str, work: Callable[..., Any]) -> None:
         "run_id", lambda: os.urandom(2).hex(), use_cache=True, replace=True
     )
     failures: list[BaseException] = []
-    jobs = []
+    failed_jobs: list[str] = []  # of a sweep, one line each
 
     @hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)
     def job(cfg: Any) -> Any:
         settings = HydraConfig.get()
-        jobs.append(settings.runtime.output_dir)
         try:
-            return work(cfg, Path(settings.runtime.output_dir), knobs.given(config_name))
+            return work(cfg, Path(settings.runtime.output_dir), knobs.given())
         except BaseException as error:  # one job's end must not end the sweep
             failures.append(error)
-            if settings.mode == RunMode.RUN or isinstance(error, (KeyboardInterrupt, Interrupted)):
-                return None
             code, message = verdict(error)
-            print(f"job {settings.job.num} failed: {message}", file=sys.stderr, flush=True)
+            if code in STOPPED:
+                raise KeyboardInterrupt from error  # also the end of a sweep
+            if settings.mode != RunMode.RUN:
+                log.error("%s", message, exc_info=error if _is_bug(error) else None)
+                said = " ".join(settings.overrides.task)
+                failed_jobs.append(f"job {settings.job.num} ({said}) failed: {message}")
+            return None
 
     try:
         job()
     except (HydraException, OmegaConfBaseException) as error:
         failures.append(UserError(one_line(error)))
-    except OSError as error:
+    except OSError as error:  # of Hydra's own work: the jobs' are caught above
         failures.append(UserError(f"cannot write the run directory: {error}"))
     except KeyboardInterrupt as error:
-        failures.append(error)
-    finish(failures, len(jobs))
+        failures.append(error.__cause__ or error)
+    finish(failures, failed_jobs)
 
 
 def one_line(error: BaseException) -> str:
     """A Hydra refusal as one line: what it says first, then its cause."""
     lines = [part.strip() for part in str(error).splitlines() if part.strip()]
-    kept = [x for x in lines if not x.startswith(("full_key:", "object_type=", "Set the env"))]
+    noise = ("full_key:", "object_type=", "Set the env", "See https://hydra.cc")
+    kept = [x for x in lines if not x.startswith(noise)]
     where = [x for x in lines if x.startswith("full_key:")]
     text = " ".join(kept[:6] + where)
+    override = getattr(error, "override", None)  # of Hydra's parser, which names it in some cases
+    if override and override not in text:
+        text = f"{override}: {text}"
     cause = error.__cause__
     if cause is not None and str(cause) and str(cause).splitlines()[0] not in text:
         text += f": {one_line(cause)}"
@@ -92,23 +100,28 @@ def verdict(error: BaseException) -> tuple[int, str]:
         if isinstance(cause, Interrupted):
             return cause.code, str(cause)
         if isinstance(cause, UserError):
-            return 2, str(cause)
+            return 2, " ".join(str(cause).split())
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     text = str(error).splitlines()[0] if str(error) else ""
     return 1, text if isinstance(error, Diverged) else f"{type(error).__name__}: {text}"
 
 
-def finish(failures: Sequence[BaseException], jobs: int) -> None:
+def _is_bug(error: BaseException) -> bool:
+    return verdict(error)[0] == 1 and not isinstance(error, Diverged)
+
+
+def finish(failures: Sequence[BaseException], failed_jobs: Sequence[str]) -> None:
     """Exit as section 8 of the design says; a bug shows its traceback."""
     if not failures:
         return
-    error = failures[0]
+    error = next((e for e in failures if verdict(e)[0] in STOPPED), failures[0])
     code, message = verdict(error)
-    if jobs > 1 and code not in (130, 143):
-        print(f"{len(failures)} of {jobs} jobs failed, see above", file=sys.stderr)
+    for line in failed_jobs:
+        print(line, file=sys.stderr)
+    if failed_jobs and code not in STOPPED:
         sys.exit(3)
-    if code == 1 and not isinstance(error, Diverged):
+    if _is_bug(error):
         traceback.print_exception(error)
     print(f"error: {message}" if code in (1, 2) else message, file=sys.stderr)
     sys.exit(code)

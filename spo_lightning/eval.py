@@ -23,62 +23,62 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, float]:
     knobs.check(cfg, line)
     from dataclasses import replace
 
-    from spo_lightning import evals, policies, prepare
+    from spo_lightning import policies, prepare
     from spo_lightning.data.load import load
     from spo_lightning.errors import UserError
-    from spo_lightning.fit import quiet
-    from spo_lightning.models import Scorer
     from spo_lightning.progress import Stages, Stop
     from spo_lightning.rundir import write_text
 
     for where in (cfg.checkpoint, cfg.reference):
         if where is not None and Path(where).exists():
             policies.check_directory(Path(where))
-    quiet()
+    prepare.quiet()
     stages = Stages(lambda *_: None, Stop(), "Run the command again.")
     stages.stop.install()
-    device = prepare.device_of(cfg.hardware)
-    precision = prepare.precision_of(cfg.hardware, device)
     task = load(cfg.data)
     task = replace(task, held_out=task.held_out[: cfg.eval.max_rows])
     if not task.held_out:
         raise UserError("no held-out rows: raise data.eval_fraction or set data.eval_path")
-    policy = prepare.opened_checkpoint(cfg.checkpoint, cfg, device)
-    judge, rivals, rows = None, None, task.held_out
-    how = prepare.decoding(cfg, seed=cfg.seed)
-    if cfg.reference is not None:
-        judge = prepare.opened_checkpoint(cfg.reference, cfg, device)
-        prepare.check_same_tokens(policy, judge, cfg.reference)
-        if task.judge is not None:
-            rivals = evals.samples(judge, rows, task, how, evals.RIVALS, stages)
-    pairs = held_pairs(cfg, task, judge, policy.tokenizer, stages)
-    scorer = prepare.scorer_of(policy, pairs.pairs, share=True)
-    if judge is not None:
-        pairs = evals.score(
-            Scorer(judge.lm, scorer.shared),
-            pairs,
-            batch_size=how.batch_size,
-            precision=precision,
-            stages=stages,
-            title="reference",
-        )
-    numbers = evals.held_out(
-        policy,
-        scorer,
-        task,
-        rows,
-        pairs,
-        beta=cfg.loss.beta,
-        how=how,
-        rivals=rivals,
-        precision=precision,
-        stages=stages,
-    ).numbers
+    numbers = measure(cfg, task, stages)
     write_text(Path(cfg.output), json.dumps(numbers, indent=1) + "\n")
     for name, value in numbers.items():
         log.info("%-28s%12.4f", name, value)
     log.info("Written to %s", Path(cfg.output).absolute())
     return numbers
+
+
+def measure(cfg: Any, task: Any, stages: Any) -> dict[str, float]:
+    """The held-out numbers of ``checkpoint``, against ``reference`` where there is one."""
+    from spo_lightning import evals, prepare
+    from spo_lightning.models import Scorer
+
+    device = prepare.device_of(cfg.hardware)
+    precision = prepare.precision_of(cfg.hardware, device)
+    how = prepare.decoding(cfg, seed=cfg.seed)
+    policy = prepare.opened_checkpoint(cfg.checkpoint, cfg, device)
+    judge = rivals = None
+    if cfg.reference is not None:
+        judge = prepare.opened_checkpoint(cfg.reference, cfg, device)
+        prepare.check_same_tokens(policy, judge, cfg.reference)
+        if task.judge is not None:
+            rivals = evals.samples(judge, task.held_out, task, how, evals.RIVALS, stages)
+    pairs = held_pairs(cfg, task, judge, policy.tokenizer, stages)
+    scorer = prepare.scorer_of(policy, pairs.pairs, share=True)
+    shared: Any = {"precision": precision, "stages": stages}
+    if judge is not None:
+        theirs = Scorer(judge.lm, scorer.shared)
+        pairs = evals.score(theirs, pairs, batch_size=how.batch_size, title="reference", **shared)
+    return evals.held_out(
+        policy,
+        scorer,
+        task,
+        task.held_out,
+        pairs,
+        beta=cfg.loss.beta,
+        how=how,
+        rivals=rivals,
+        **shared,
+    ).numbers
 
 
 def held_pairs(cfg: Any, task: Any, reference: Any, tokenizer: Any, stages: Any) -> Any:

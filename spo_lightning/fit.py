@@ -1,6 +1,5 @@
 """Prepared pairs and an objective in, a trained policy out: the part that runs under Lightning."""
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from spo_lightning.data.batch import Microbatches, draws
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.evals import Pairs
 from spo_lightning.module import Preference
-from spo_lightning.prepare import Prepared
+from spo_lightning.prepare import Prepared, quiet
 from spo_lightning.progress import Stages
 from spo_lightning.rundir import RunDir, without_secrets
 
@@ -48,56 +47,16 @@ def fit(
     precision: Callable[[], Any],
 ) -> None:
     """Preference training; the policy of ``given`` is trained in place."""
-    hardware = cfg.hardware
-    if cfg.batch_size < hardware.devices:
-        raise UserError(
-            f"batch_size={cfg.batch_size} gives no pair to some of the "
-            f"{hardware.devices} devices: raise it"
-        )
-    optimizer: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
-    shape, warmup = optimizer.pop("schedule"), optimizer.pop("warmup")
-    module = Preference(
-        given.scorer,
-        loss,
-        solver,
-        hydra.utils.instantiate(optimizer),
-        beta=cfg.loss.beta,
-        batch_size=cfg.batch_size,
-        clip_norm=cfg.clip_norm,
-        schedule=Schedule(shape, steps, warmup),
-        log_every=cfg.log.every_n_steps,
-    )
-    recorder = Recorder(
-        run,
-        stages,
-        given.held,
-        max_steps=steps,
-        pairs=len(given.train),
-        eval_every=cfg.eval.every_n_steps,
-        eval_batch=cfg.eval.batch_size,
-        checkpoint_every=cfg.checkpoint.every_n_steps,
-        monitor=cfg.checkpoint.monitor,
-        mode=cfg.checkpoint.mode,
-        precision=precision,
-    )
-    callbacks: list[Any] = [recorder]
-    if cfg.model.reference is None:
-        check = StartCheck(
-            given.train,
-            seed=cfg.seed,
-            size=cfg.micro_batch_size,
-            half=hardware.precision.startswith("bf16"),
-            precision=precision,
-        )
-        callbacks.append(check)
+    quiet()  # Lightning, which is imported only here
+    module = _module(cfg, given, loss, solver, steps)
     trainer = Trainer(
-        accelerator=hardware.accelerator,
-        devices=hardware.devices,
-        strategy=hardware.strategy,
-        precision=hardware.precision,
+        accelerator=cfg.hardware.accelerator,
+        devices=cfg.hardware.devices,
+        strategy=cfg.hardware.strategy,
+        precision=cfg.hardware.precision,
         max_steps=steps,
         max_epochs=-1,
-        callbacks=callbacks,
+        callbacks=_callbacks(cfg, given, run, stages, steps, precision),
         logger=_loggers(cfg, run),
         default_root_dir=run.path,
         enable_checkpointing=False,
@@ -122,6 +81,55 @@ def fit(
     _finish(trainer, failed=False)
 
 
+def _module(cfg: DictConfig, given: Prepared, loss: Any, solver: Any, steps: int) -> Preference:
+    optimizer: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
+    shape, warmup = optimizer.pop("schedule"), optimizer.pop("warmup")
+    return Preference(
+        given.scorer,
+        loss,
+        solver,
+        hydra.utils.instantiate(optimizer),
+        beta=cfg.loss.beta,
+        batch_size=cfg.batch_size,
+        clip_norm=cfg.clip_norm,
+        schedule=Schedule(shape, steps, warmup),
+        log_every=cfg.log.every_n_steps,
+    )
+
+
+def _callbacks(
+    cfg: DictConfig,
+    given: Prepared,
+    run: RunDir,
+    stages: Stages,
+    steps: int,
+    precision: Callable[[], Any],
+) -> list[Any]:
+    recorder = Recorder(
+        run,
+        stages,
+        given.held,
+        max_steps=steps,
+        pairs=len(given.train),
+        eval_every=cfg.eval.every_n_steps,
+        eval_batch=cfg.eval.batch_size,
+        checkpoint_every=cfg.checkpoint.every_n_steps,
+        monitor=cfg.checkpoint.monitor,
+        mode=cfg.checkpoint.mode,
+        precision=precision,
+    )
+    if cfg.model.reference is not None:  # then the policy does not start as its reference
+        return [recorder]
+    check = StartCheck(
+        given.train,
+        seed=cfg.seed,
+        size=cfg.micro_batch_size,
+        half=cfg.hardware.precision.startswith("bf16"),
+        precision=precision,
+    )
+    return [recorder, check]
+
+
 class Schedule:
     """The rate at an outer step as a share of ``optimizer.lr``: warm-up, then a shape."""
 
@@ -139,17 +147,6 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: max(0.0, 1.0 - done),
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
 }
-
-
-def quiet() -> None:
-    """Libraries' notes and bars hide ours; their warnings of errors stay."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    for name in list(logging.root.manager.loggerDict):
-        if name.split(".")[0] in ("lightning", "lightning_fabric", "datasets"):
-            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _loggers(cfg: DictConfig, run: RunDir) -> list[Any]:

@@ -16,10 +16,9 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
     from spo_lightning import policies, prepare
     from spo_lightning.data.load import load
     from spo_lightning.data.page import page
-    from spo_lightning.fit import quiet
     from spo_lightning.progress import silent
 
-    quiet()
+    prepare.quiet()
     task = load(cfg.data)
     held = task.held_out[: cfg.eval.max_rows]
     if task.samples:  # the pairs are the policy's own samples

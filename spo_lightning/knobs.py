@@ -1,14 +1,17 @@
 """Overrides that cannot have been meant are refused before anything is loaded.
 
-Hydra refuses unknown keys; here: a value of another kind than the default, a value out of range,
-and a knob that the chosen combination never reads.
+Hydra refuses unknown keys; here: a mandatory value left out, a key added or removed that nothing
+reads or misses, a value of another kind than the default or out of range, and a knob that the
+chosen combination never reads.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from spo_lightning.errors import UserError
 
@@ -38,10 +41,16 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v in ("constant", "linear", "cosine"),
         "constant, linear or cosine",
     ),
+    "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
     "data.eval_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "data.on_mismatch": (lambda v: v in ("split", "drop", "error"), "split, drop or error"),
+    "ckpt_path": (lambda v: v is None or isinstance(v, str), "last, or the path of a checkpoint"),
     "model.lora.rank": (lambda v: v >= 0, "at least 0"),
+    "model.pretrained": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
+    "model.reference": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
     "hardware.devices": (lambda v: v >= 1, "at least 1"),
+    "hardware.strategy": (lambda v: v in ("auto", "ddp_spawn"), "auto or ddp_spawn"),
+    "hardware.threads": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "hardware.precision": (
         lambda v: v in ("32-true", "bf16-mixed", "bf16-true", "64-true"),
         "32-true, bf16-mixed, bf16-true or 64-true (fp16 needs loss scaling, which fights "
@@ -74,6 +83,9 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     ),
 ]
 READ_ALWAYS = ("model.lora.rank", "sft.max_steps")
+# what stands here goes to a constructor, which knows its own keys
+OPEN = ("model.config.", "optimizer.", "loss.", "solver.", "data.", "logger.")
+ABSENT = object()
 
 
 def warm_start_steps(cfg: DictConfig) -> int:
@@ -92,7 +104,7 @@ class Given:
     defaults: DictConfig
 
 
-def given(config_name: str) -> Given:
+def given() -> Given:
     """Read from Hydra, inside its main."""
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
@@ -100,28 +112,53 @@ def given(config_name: str) -> Given:
     settings = HydraConfig.get()
     choices = {k: v for k, v in settings.runtime.choices.items() if not k.startswith("hydra/")}
     choices = {k.split("@")[0]: str(v) for k, v in choices.items() if v is not None}
-    overrides = list(settings.overrides.task)
+    overrides: Any = OmegaConf.to_container(settings.overrides.task)  # one may hold a ${...}
+    for removed in (text for text in overrides if text.startswith("~")):
+        raise UserError(f"{removed} removes what is read: give it a value instead")
     keys = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
     groups = [text for key, text in zip(keys, overrides) if key in choices]
     touched = [key.replace("/", ".") for key in keys]
-    return Given(touched, choices, compose(config_name, overrides=groups))
+    return Given(touched, choices, compose(settings.job.config_name, overrides=groups))
 
 
 def check(cfg: DictConfig, line: Given) -> None:
     """Refuse what the command line gets wrong, in one line that names the key."""
-    touched = line.touched
-    if line.choices.get("loss") == "spo" and line.choices.get("solver") == "none":
-        raise UserError("loss=spo with solver=none is plain DPO: use loss=dpo")
-    for key in touched:
-        _check_kind(key, OmegaConf.select(cfg, key), OmegaConf.select(line.defaults, key))
+    _check_whole(cfg, line)
+    for key in line.touched:
+        default = OmegaConf.select(line.defaults, key, default=ABSENT)
+        if not (_declared(line.defaults, key) or key.startswith(OPEN) or key in line.choices):
+            raise UserError(f"{key} is no setting of this command: leave it out")
+        _check_kind(key, OmegaConf.select(cfg, key), None if default is ABSENT else default)
     for key, (holds, words) in RANGES.items():
         value = OmegaConf.select(cfg, key)
-        if (value is not None or key in touched) and not _holds(holds, value):
+        if (value is not None or key in line.touched) and not _holds(holds, value):
             raise UserError(f"{key}={value}: it must be {words}")
     for prefix, idle, why in IDLE:
-        for key in touched:
+        for key in line.touched:
             if key.startswith(prefix) and key not in READ_ALWAYS and idle(cfg):
                 raise UserError(f"{key} has no effect: {why}; leave it out")
+
+
+def _check_whole(cfg: DictConfig, line: Given) -> None:
+    """What no single key shows."""
+    try:
+        for key in sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError(f"{key} has no default: give it a value, {key}=...")
+        OmegaConf.resolve(cfg.copy())
+    except InterpolationResolutionError as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    if line.choices.get("loss") == "spo" and line.choices.get("solver") == "none":
+        raise UserError("loss=spo with solver=none is plain DPO: use loss=dpo")
+    if "model" in cfg and cfg.model.pretrained is None and not cfg.model.config:
+        raise UserError(
+            "model.pretrained is not set, and this model has no config to be built from: "
+            "name a directory or hub id"
+        )
+    devices = OmegaConf.select(cfg, "hardware.devices")
+    if "batch_size" in cfg and _number(devices) and 1 <= cfg.batch_size < devices:
+        raise UserError(
+            f"batch_size={cfg.batch_size} gives no pair to some of the {devices} devices: raise it"
+        )
 
 
 def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
@@ -132,13 +169,44 @@ def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
 
 
 def _check_kind(key: str, value: Any, default: Any) -> None:
-    if default is None or isinstance(default, (DictConfig,)):
-        return
-    number = isinstance(default, (int, float)) and not isinstance(default, bool)
-    given = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and isinstance(default, int) and isinstance(value, float) and value != int(value):
-        raise UserError(f"{key}={value}: it must be a whole number")
-    if number and not given and value is not None:
-        raise UserError(f"{key}={value}: it must be a number")
-    if isinstance(default, bool) and not isinstance(value, bool):
-        raise UserError(f"{key}={value}: it must be true or false")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value}: it must be finite")
+    for kind, accepts, words in KINDS:
+        if isinstance(default, kind):
+            if value is not None and not accepts(value):
+                raise UserError(f"{key}={value}: it must be {words}")
+            if value is None and kind is not int and kind is not float:
+                raise UserError(f"{key}=null: it must be {words}")
+            return
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# the default's kind, what is accepted for it, in words; bool first, because True is an int
+KINDS: list[tuple[type, Callable[[Any], bool], str]] = [
+    (bool, lambda v: isinstance(v, bool), "true or false"),
+    (int, lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
+    (float, _number, "a number"),
+    (str, lambda v: isinstance(v, (str, ListConfig)), "text"),
+    (DictConfig, lambda v: isinstance(v, DictConfig), "settings, key by key"),
+    (ListConfig, lambda v: isinstance(v, ListConfig), "a list, [...]"),
+]
+
+
+def _check_precision(cfg: DictConfig) -> None:
+    wanted = {"64-true": "float64", "bf16-true": "bfloat16"}
+    precision, dtype = (OmegaConf.select(cfg, k) for k in ("hardware.precision", "model.dtype"))
+    if dtype is not None and wanted.get(precision, dtype) != dtype:
+        raise UserError(
+            f"hardware.precision={precision} converts the weights, so that the policy would not "
+            f"be its reference: set model.dtype={wanted[precision]} too"
+        )
+
+
+def _declared(cfg: DictConfig, key: str) -> bool:
+    """Whether the configuration has the key, also where its value must be given (???)."""
+    above, _, last = key.rpartition(".")
+    parent = OmegaConf.select(cfg, above) if above else cfg
+    return isinstance(parent, DictConfig) and last in parent.keys()  # noqa: SIM118 (skips ???)

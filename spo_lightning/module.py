@@ -72,7 +72,7 @@ class Preference(LightningModule):
         self.num_tokens += int(self._over_ranks(tokens))
         seen = Observation(self.beta, observed, losses.needs_moments(self.loss))
         step = self.solver.step(self._problem(batch, seen), self.solver_state)
-        norm = self._follow(step.direction, step.displacement, batch)
+        norm = self._follow(step.direction, step.displacement, seen.objective, batch)
         self.solver_state = step.state
         self.outer_step += 1
         self.pairs_seen += self.batch_size
@@ -174,6 +174,7 @@ class Preference(LightningModule):
             terms = closure(self._part(part, seen))
             summed = torch.stack([term.sum() for term in terms.minimise]).sum()
             seen.close(summed)
+            seen.objective = seen.objective + summed.detach()
             with self._reducing(last=number == len(batch) - 1):
                 # DDP averages over ranks; the mean is over all pairs of the outer step
                 self.manual_backward(summed * (self.trainer.world_size / self.batch_size))
@@ -185,12 +186,16 @@ class Preference(LightningModule):
         return Slope(direction, {name: m.to(direction[0].dtype) for name, m in means.items()})
 
     def _follow(
-        self, direction: Tensors, displacement: Tensors | None, batch: Microbatches
+        self,
+        direction: Tensors,
+        displacement: Tensors | None,
+        objective: Tensor,
+        batch: Microbatches,
     ) -> float:
         """Displace theta, clip, take the optimizer's step; returns the norm before clipping."""
         parameters = tuple(self.trainable().values())
         squares = [d.double().square().sum() for d in (*direction, *(displacement or ()))]
-        if not math.isfinite(torch.stack(squares).sum().item()):
+        if not math.isfinite((torch.stack(squares).sum() + objective.double()).item()):
             rows = ", ".join(str(row) for part in batch for row in part.rows.tolist())
             raise Diverged(
                 f"outer step {self.outer_step + 1}: the loss or its gradient is not finite; "
@@ -247,7 +252,7 @@ class Preference(LightningModule):
     # -- what a checkpoint holds besides parameters, optimizer and schedule
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = self.trainable().keys()
+        kept = {f"scorer.{name}" for name in self.trainable()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: v for name, v in state.items() if name in kept}
         checkpoint["spo_lightning"] = {
@@ -271,6 +276,7 @@ class Observation:
     def __init__(self, beta: float, full: bool, moments: bool):
         self.beta, self.full, self.moments = beta, full, moments
         self.totals = Totals()
+        self.objective = torch.zeros(())  # sum of all that was minimised, to see a NaN
         self._last: tuple[PairLogps, Tensor] | None = None
 
     def look(self, policy: PairLogps, reference: PairLogps, upper: Tensor, lower: Tensor) -> None:

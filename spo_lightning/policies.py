@@ -103,22 +103,32 @@ def load(
 
 
 def _build(config: dict, settings: dict) -> tuple[Any, Any]:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = byte_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    made = AutoConfig.for_model(
-        **config, vocab_size=len(tokenizer), bos_token_id=None, use_cache=True, **ids
-    )
-    lm = AutoModelForCausalLM.from_config(made, **settings)
-    return lm, tokenizer
+    try:
+        made = AutoConfig.for_model(
+            **config, vocab_size=len(tokenizer), bos_token_id=None, use_cache=True, **ids
+        )
+        return AutoModelForCausalLM.from_config(made, **settings), tokenizer
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.config does not build: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """What the innermost error says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())
 
 
 def tokenizer_of(pretrained: str | None, revision: str | None, trust: bool) -> Any:
     """The tokenizer alone, for looking at data."""
     if pretrained is None:
         return byte_tokenizer()
-    source, local = _source(pretrained)
+    source, local = source_of(pretrained)
     from transformers import AutoTokenizer
 
     try:
@@ -132,7 +142,7 @@ def tokenizer_of(pretrained: str | None, revision: str | None, trust: bool) -> A
     return tokenizer
 
 
-def _source(where: str) -> tuple[str, bool]:
+def source_of(where: str) -> tuple[str, bool]:
     """A checked local directory or a hub id, and which of the two it is."""
     path = Path(where).expanduser()
     local = path.exists() or where.startswith((".", "/", "~"))
@@ -159,7 +169,7 @@ def byte_tokenizer() -> Any:
 def _open(
     where: str, revision: str | None, trust: bool, config: dict, settings: dict
 ) -> tuple[Any, Any]:
-    source, local = _source(where)
+    source, local = source_of(where)
     tokenizer = tokenizer_of(where, revision, trust)
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -238,4 +248,7 @@ def adapt(
     chosen = targets if isinstance(targets, str) else list(targets)
     scale: Any = alpha  # peft declares an int and takes any number
     settings = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen, task_type="CAUSAL_LM")
-    return replace(policy, module=get_peft_model(policy.lm, settings), adapted=True)
+    try:
+        return replace(policy, module=get_peft_model(policy.lm, settings), adapted=True)
+    except ValueError as error:
+        raise UserError(f"model.lora.targets={targets}: {_cause(error)}") from error

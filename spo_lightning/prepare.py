@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from spo_lightning import policies, sft
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import Encoded, encode_pairs, encode_texts
-from spo_lightning.data.load import load
 from spo_lightning.data.rows import Task
 from spo_lightning.errors import UserError
 from spo_lightning.evals import Pairs, greedy_answers, score
@@ -60,6 +59,13 @@ def device_of(hardware: DictConfig) -> torch.device:
     return found
 
 
+def check_checkpoints(model: DictConfig) -> None:
+    """Refuse local directories that hold no model, before any is loaded."""
+    for where in (model.pretrained, model.reference):
+        if where is not None:
+            policies.source_of(where)
+
+
 def precision_of(hardware: DictConfig, device: torch.device) -> Callable[[], Any]:
     """A context maker for forwards outside Lightning, equal to its precision plugin's."""
     if hardware.precision == "bf16-mixed":
@@ -69,13 +75,12 @@ def precision_of(hardware: DictConfig, device: torch.device) -> Callable[[], Any
 
 def prepare(
     cfg: DictConfig,
+    task: Task,
     device: torch.device,
     precision: Callable[[], AbstractContextManager],
     stages: Stages,
 ) -> Prepared:
     """Load or build, warm start, sample pairs where the data asks for it, tokenise, score."""
-    stages.note("data", 0, 1)
-    task = load(cfg.data)
     policy = base_policy(cfg, task, device, stages)
     task, places = with_pairs(cfg, task, policy, stages)
     sides = {
@@ -259,6 +264,17 @@ def check_same_tokens(policy: Policy, reference: Policy, where: str) -> None:
     """Log-probabilities of two models compare only over the same token ids."""
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         raise UserError(f"the reference {where} has another tokenizer than the policy")
+
+
+def quiet() -> None:
+    """Libraries' notes and bars hide ours; their warnings of errors stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in list(logging.root.manager.loggerDict):
+        if name.split(".")[0] in ("lightning", "lightning_fabric", "datasets"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def set_threads(hardware: DictConfig) -> None:

@@ -17,6 +17,7 @@ from spo_lightning.errors import UserError
 
 SECRET = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
 REMOVED = "<removed>"
+CHOICES = "# choices: "  # opens config.yaml; the groups' options, as json
 STATUS_SECONDS = 1.0  # between writes of status.json within a stage
 MAY_DIFFER = ("log", "logger", "hardware", "ckpt_path")
 
@@ -30,7 +31,7 @@ def without_secrets(node: Any) -> Any:
             return {k: cleaned(str(k), v) for k, v in value.items()}
         if isinstance(value, list):
             return [cleaned(key, v) for v in value]
-        secret = value is not None and (SECRET.search(key) or str(value) in hidden)
+        secret = value is not None and (SECRET.search(key) or any(h in str(value) for h in hidden))
         return REMOVED if secret else value
 
     return cleaned("", node)
@@ -55,11 +56,20 @@ class RunDir:
         self._status: dict[str, Any] = {}
         self._written = 0.0
 
+    def refuse_used(self) -> None:
+        """A new run never writes over what an earlier one left."""
+        if self.last.exists() or (self.path / "metrics.csv").exists():
+            raise UserError(
+                f"{self.path} holds a run: go on with ckpt_path=last, or take another "
+                "hydra.run.dir"
+            )
+
     def start(self, cfg: DictConfig, choices: Mapping[str, str], max_steps: int) -> None:
         """Write config.yaml and the first status.json."""
+        self._fresh = not (self.path / "config.yaml").exists()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         resolved = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-        head = f"# choices: {json.dumps(dict(choices))}\n"
+        head = f"{CHOICES}{json.dumps(dict(choices))}\n"
         write_text(self.path / "config.yaml", head + OmegaConf.to_yaml(without_secrets(resolved)))
         self._status = {
             "state": "running",
@@ -74,6 +84,12 @@ class RunDir:
             "git": _commit(),
         }
         self.note_status()
+
+    def withdraw(self) -> None:
+        """Bad input before the first number leaves status.json and the log, no half a run."""
+        if self._fresh and not (self.path / "metrics.json").exists():
+            (self.path / "config.yaml").unlink(missing_ok=True)
+            self.checkpoints.rmdir()
 
     def note_status(self, **changes: Any) -> None:
         self._status |= {**changes, "updated": _now()}
@@ -126,21 +142,48 @@ def cut_after(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def resumed(cfg: DictConfig, directory: Path, touched: Sequence[str]) -> DictConfig:
-    """The directory's config.yaml, with what may differ taken from ``cfg``.
+def resumed(
+    cfg: DictConfig, directory: Path, touched: Sequence[str], choices: Mapping[str, str]
+) -> tuple[DictConfig, dict[str, str]]:
+    """The directory's config.yaml and choices, with what may differ taken from ``cfg``.
 
     ``touched``: keys that the command line names. One that differs otherwise is refused by name.
     """
     path = directory / "config.yaml"
     if not path.exists():
-        return cfg
+        return cfg, dict(choices)
+    chosen = _choices(path)
+    named = {key.replace("/", "."): key for key in choices}
+    for key in (named[key] for key in touched if key in named):
+        if key.split("/")[0] in MAY_DIFFER:
+            chosen[key] = choices[key]
+        elif chosen and choices[key] != chosen.get(key):
+            raise UserError(_differs(key, chosen.get(key), choices[key], path))
+    return _going_on(cfg, path, touched), chosen
+
+
+def _choices(path: Path) -> dict[str, str]:
+    with path.open(encoding="utf-8") as file:
+        head = file.readline()
+    return json.loads(head.removeprefix(CHOICES)) if head.startswith(CHOICES) else {}
+
+
+def _differs(name: str, before: Any, now: Any, path: Path) -> str:
+    return (
+        f"{name} is {before!r} in {path} and {now!r} here: a run goes on with its own settings; "
+        "leave the override out or start a new run"
+    )
+
+
+def _going_on(cfg: DictConfig, path: Path, touched: Sequence[str]) -> DictConfig:
     saved = OmegaConf.load(path)
     assert isinstance(saved, DictConfig)
     asked = OmegaConf.to_container(cfg, resolve=True)
-    may_grow = saved.optimizer.schedule == "constant" and saved.max_steps >= 0
+    flat = saved.optimizer.schedule == "constant" and saved.optimizer.warmup == 0
+    may_grow = flat and saved.max_steps >= 0
     for key in touched:
         free = MAY_DIFFER + (("max_steps",) if may_grow else ())
-        if key.split(".")[0] in free:
+        if key.split(".")[0] in free or _at(OmegaConf.to_container(saved), key) == REMOVED:
             OmegaConf.update(saved, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
             continue
         before, now = (
@@ -148,10 +191,7 @@ def resumed(cfg: DictConfig, directory: Path, touched: Sequence[str]) -> DictCon
         )
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name) and before.get(name) != REMOVED:
-                raise UserError(
-                    f"{name} is {before.get(name)!r} in {path} and {now.get(name)!r} here: a run "
-                    "goes on with its own settings; leave the override out or start a new run"
-                )
+                raise UserError(_differs(name, before.get(name), now.get(name), path))
     saved.ckpt_path = cfg.ckpt_path
     return saved
 

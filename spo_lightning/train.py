@@ -28,10 +28,11 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> dict[str, Any]:
     """One job of the command: refuse bad input, then train."""
     from spo_lightning import rundir
 
-    if cfg.ckpt_path is not None:
-        cfg = rundir.resumed(cfg, run_dir, line.touched)
     knobs.check(cfg, line)
-    return train(cfg, run_dir, line.choices)
+    choices = line.choices
+    if cfg.ckpt_path is not None:
+        cfg, choices = rundir.resumed(cfg, run_dir, line.touched, line.choices)
+    return train(cfg, run_dir, choices)
 
 
 def train(
@@ -43,6 +44,8 @@ def train(
 
     run, stop = RunDir(Path(run_dir).absolute()), Stop()
     how = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
+    if cfg.ckpt_path is None:
+        run.refuse_used()
     run.start(cfg, choices or {}, cfg.max_steps)
     stages = Stages(run.note, stop, how)
     before = stop.install()
@@ -52,6 +55,8 @@ def train(
         code, message = command.verdict(error)
         stopped = code in (130, 143)
         run.note_status(state="interrupted" if stopped else "failed", error=message)
+        if code == 2:
+            run.withdraw()
         if run.last.exists() and code != 2 and not stopped:
             log.error("The last good checkpoint is %s. %s", run.last, how)
         raise
@@ -72,20 +77,26 @@ class Run:
         self.seconds: dict[str, float] = {}
 
     def go(self) -> dict[str, Any]:
-        from spo_lightning import prepare as room
-        from spo_lightning.fit import quiet
+        from spo_lightning.data.load import load
         from spo_lightning.report.table import run_table
 
         cfg = self.cfg
-        quiet()
-        room.set_threads(cfg.hardware)
+        self.stages.note("data", 0, 1)
+        task = load(cfg.data)  # bad rows end the run before anything heavy is imported
+        from spo_lightning import prepare as room
+
+        room.check_checkpoints(cfg.model)
         self.device = room.device_of(cfg.hardware)
-        self.precision = room.precision_of(cfg.hardware, self.device)
         loss, solver = self.objective()
         resume = self.checkpoint()
+        room.quiet()
+        room.set_threads(cfg.hardware)
+        self.precision = room.precision_of(cfg.hardware, self.device)
         log.info("Run directory: %s", self.run.path)
         with self.timed("prepare"):
-            self.given = room.prepare(cfg, self.device, self.precision, self.stages)
+            self.given = room.prepare(cfg, task, self.device, self.precision, self.stages)
+        if resume is not None:
+            self.check_architecture()
         with self.timed("init"):
             before = self.held_out("init")
         numbers: dict[str, Any] = {
@@ -170,7 +181,6 @@ class Run:
 
         done = 0
         if resume is not None:
-            self.check_architecture()
             done = self.done
         if done < steps:
             fit(

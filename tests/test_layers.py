@@ -25,10 +25,10 @@ ROOMS = (
 NARROW = {
     "errors": set(),
     "data": {"errors"},
-    "models": {"data"},
-    "losses": {"models"},
+    "models": {"data", "errors"},
+    "losses": {"models", "errors"},
     "solvers": set(),
-    "metrics": {"models"},
+    "metrics": {"models", "errors"},
     "report": {"errors"},
 }
 COMMANDS = ("train", "eval", "inspect", "command", "knobs", "report.__main__")

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 
@@ -29,23 +30,22 @@ TINY = [
 
 def run(directory, *overrides):
     """The rows of metrics.csv."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "spo_lightning.train",
-            *TINY,
-            *overrides,
-            f"hydra.run.dir={directory}",
-        ],
+    line = ["-m", "spo_lightning.train", *TINY, *overrides, f"hydra.run.dir={directory}"]
+    started = subprocess.Popen(
+        [sys.executable, *line],
         cwd=directory.parent,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    try:
+        _, said = started.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)  # the ranks too
+        raise
+    assert started.returncode == 0, said[-3000:]
     with (directory / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 

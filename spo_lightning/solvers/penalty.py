@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from spo_lightning.solvers import Problem, Step, Tensors, Terms
 
+BORDER = 256  # units of rounding that count as 0: 3e-5 nats per token in float32
 State = dict[str, Any]  # "step", and what value and level remember as 0-d tensors
 
 
@@ -35,10 +36,11 @@ class Hinge:
     """phi(v) = max(0, v): an exact penalty, nothing inside the region; slope 0 at the border."""
 
     def __call__(self, violation: Tensor) -> Tensor:
-        return F.relu(violation)
+        return violation * self.slope(violation.detach())
 
     def slope(self, violation: Tensor) -> Tensor:
-        return (violation > 0).to(violation.dtype)
+        # at policy = reference G - V is 0 up to rounding, which must not decide who is pulled
+        return (violation > BORDER * torch.finfo(violation.dtype).eps).to(violation.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""What tests of the commands share: a small run, and a command run in a process of its own."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+MODULE = ("-m", "spo_lightning.train")
+# one narrow layer, few rows: a run of seconds
+SMALL = (
+    "data=slips",
+    "data.operations=1",
+    "data.digits=1",
+    "data.sft_rows=32",
+    "data.prompts=40",
+    "data.eval_prompts=8",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=48",
+    "model.config.num_hidden_layers=1",
+    "hardware=cpu",
+    "hardware.threads=1",
+    "batch_size=4",
+    "micro_batch_size=2",
+    "sft.max_steps=20",
+    "sft.batch_size=8",
+    "eval.max_new_tokens=4",
+    "log.every_n_steps=1",
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Offline, one thread, nobody's keys."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "WANDB_", "HYDRA_"))}
+    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+
+
+def start(cwd: Path, *words: object, module=MODULE, **env: str) -> subprocess.Popen:
+    """A command of the package, begun in ``cwd``."""
+    return subprocess.Popen(
+        [sys.executable, *module, *map(str, words)],
+        cwd=cwd,
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen, timeout: float = 120) -> Ended:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return Ended(process.returncode, out, err)
+
+
+def command(cwd: Path, *words: object, module=MODULE, timeout: float = 120, **env: str) -> Ended:
+    """A command of the package, run to its end."""
+    return end(start(cwd, *words, module=module, **env), timeout)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> str:
+    """The warm start is trained once for all tests."""
+    return f"cache.dir={tmp_path_factory.mktemp('cache')}"
