@@ -35,7 +35,7 @@ def run(config_name: str, work: Callable[..., Any]) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from spo_lightning import knobs
+    from spo_lightning import knobs, rundir
 
     OmegaConf.register_new_resolver(
         "run_id", lambda: os.urandom(2).hex(), use_cache=True, replace=True
@@ -46,6 +46,7 @@ def run(config_name: str, work: Callable[..., Any]) -> None:
     @hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)
     def job(cfg: Any) -> Any:
         settings = HydraConfig.get()
+        rundir.remove_secrets(Path(settings.sweep.dir) / "multirun.yaml")  # Hydra's, of a sweep
         try:
             return work(cfg, Path(settings.runtime.output_dir), knobs.given())
         except BaseException as error:  # one job's end must not end the sweep
@@ -55,7 +56,7 @@ def run(config_name: str, work: Callable[..., Any]) -> None:
                 raise KeyboardInterrupt from error  # also the end of a sweep
             if settings.mode != RunMode.RUN:
                 log.error("%s", message, exc_info=error if _is_bug(error) else None)
-                said = " ".join(settings.overrides.task)
+                said = " ".join(rundir.without_secrets(list(settings.overrides.task)))
                 failed_jobs.append(f"job {settings.job.num} ({said}) failed: {message}")
             return None
 

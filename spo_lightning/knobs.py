@@ -85,7 +85,6 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
 READ_ALWAYS = ("model.lora.rank", "sft.max_steps")
 # what stands here goes to a constructor, which knows its own keys
 OPEN = ("model.config.", "optimizer.", "loss.", "solver.", "data.", "logger.")
-ABSENT = object()
 
 
 def warm_start_steps(cfg: DictConfig) -> int:
@@ -125,10 +124,9 @@ def check(cfg: DictConfig, line: Given) -> None:
     """Refuse what the command line gets wrong, in one line that names the key."""
     _check_whole(cfg, line)
     for key in line.touched:
-        default = OmegaConf.select(line.defaults, key, default=ABSENT)
         if not (_declared(line.defaults, key) or key.startswith(OPEN) or key in line.choices):
             raise UserError(f"{key} is no setting of this command: leave it out")
-        _check_kind(key, OmegaConf.select(cfg, key), None if default is ABSENT else default)
+        _check_kind(key, OmegaConf.select(cfg, key), OmegaConf.select(line.defaults, key))
     for key, (holds, words) in RANGES.items():
         value = OmegaConf.select(cfg, key)
         if (value is not None or key in line.touched) and not _holds(holds, value):
@@ -154,10 +152,10 @@ def _check_whole(cfg: DictConfig, line: Given) -> None:
             "model.pretrained is not set, and this model has no config to be built from: "
             "name a directory or hub id"
         )
-    devices = OmegaConf.select(cfg, "hardware.devices")
-    if "batch_size" in cfg and _number(devices) and 1 <= cfg.batch_size < devices:
+    pairs, devices = (OmegaConf.select(cfg, key) for key in ("batch_size", "hardware.devices"))
+    if _number(pairs) and _number(devices) and 1 <= pairs < devices:
         raise UserError(
-            f"batch_size={cfg.batch_size} gives no pair to some of the {devices} devices: raise it"
+            f"batch_size={pairs} gives no pair to some of the {devices} devices: raise it"
         )
 
 

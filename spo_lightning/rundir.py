@@ -24,7 +24,7 @@ MAY_DIFFER = ("log", "logger", "hardware", "ckpt_path")
 
 def without_secrets(node: Any) -> Any:
     """The same tree; values under secret-looking keys, and values of such variables, removed."""
-    hidden = {v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8}
+    hidden = _secrets()
 
     def cleaned(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -35,6 +35,19 @@ def without_secrets(node: Any) -> Any:
         return REMOVED if secret else value
 
     return cleaned("", node)
+
+
+def remove_secrets(path: Path) -> None:
+    """The values of secret-looking variables, out of a file that is not ours."""
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        for secret in _secrets():
+            text = text.replace(secret, REMOVED)
+        write_text(path, text)
+
+
+def _secrets() -> set[str]:
+    return {v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -113,6 +113,7 @@ KNOBS = [
     Case("infinite", ("max_steps=inf",), "max_steps=inf: it must be finite"),
     Case("no number", ("loss.beta=nan",), "loss.beta=nan: it must be finite"),
     Case("negative beta", ("loss.beta=-1",), "loss.beta=-1: it must be above 0"),
+    Case("a word for a batch", ("batch_size=abc",), "batch_size=abc: it must be a whole number"),
     Case("no batch", ("batch_size=0",), "batch_size=0: it must be at least 1"),
     Case("negative seed", ("seed=-1",), "seed=-1: it must be at least 0"),
     Case("negative decay", ("optimizer.weight_decay=-1",), "optimizer.weight_decay=-1"),

@@ -320,3 +320,20 @@ def test_a_truncated_checkpoint_gives_one_line(tmp_path, cache):
     assert done.code == 2 and done.err.count("\n") == 1
     assert "last.ckpt: no checkpoint of ours" in done.err
     assert numbers(tmp_path)["steps"] == 1  # what the run had stays
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_sweep(tmp_path, cache):
+    """The job in hand saves; the jobs after it do not start."""
+    words = (*COMMAND, cache, "seed=0,1", "sft.seed=0", "hydra.sweep.dir=sweep")
+    process = start(tmp_path, "-m", *words)
+    path, until = tmp_path / "sweep/0/metrics.csv", time.monotonic() + 90
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    done = end(process)
+    assert done.code == 143 and done.err.startswith("stopped by SIGTERM. Go on with: ")
+    assert done.err.count("\n") == 1
+    assert status(tmp_path / "sweep/0")["state"] == "interrupted"
+    assert not (tmp_path / "sweep/1").exists()
