@@ -70,7 +70,7 @@ def fit(
     loader = DataLoader(data, batch_size=None)
     try:
         trainer.fit(
-            module, loader, ckpt_path=None if resume is None else str(resume), weights_only=False
+            module, loader, ckpt_path=None if resume is None else str(resume), weights_only=True
         )
     except BaseException as error:
         _finish(trainer, failed=True)

@@ -161,7 +161,7 @@ class Run:
         import torch
 
         try:
-            found = torch.load(path, map_location="cpu", weights_only=False)
+            found = torch.load(path, map_location="cpu", weights_only=True)
             done = found["spo_lightning"]["outer_step"]
         except Exception as error:
             raise UserError(f"ckpt_path={path}: no checkpoint of ours ({error})") from error
