@@ -1,9 +1,9 @@
 """The commands as a user types them: help, sweeps, console scripts, directories, secrets."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,11 @@ def ran(tmp_path_factory, cache):
 def test_help_is_quick(tmp_path, name):
     took = []
     for _ in range(3):
-        began = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = command(tmp_path, "--help", module=module(name))
-        took.append(time.monotonic() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # of the processor, not of the clock: a busy machine says nothing about the command
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert (done.code, done.err) == (0, "") and "Hydra" in done.out
     assert min(took) < 2, took
     assert not list(tmp_path.iterdir())
