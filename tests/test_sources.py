@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_rows(source, name):
 
 def test_slips_differ_from_one_step_on(source):
     task = source("data=slips")
-    assert [len(task.train), len(task.held_out), len(task.sft)] == [2000, 500, 4000]
+    assert [len(task.train), len(task.held_out), len(task.sft)] == [2000, 500, 1000]
     assert disjoint(task) and task.judge is None and task.samples == 0
     for row in task.train + task.held_out:
         assert row["chosen"] == chain(row["prompt"])
@@ -271,7 +271,7 @@ def test_a_mixture_keeps_its_proportions_and_sides(source):
     assert (names.count("short"), names.count("long")) == (666, 2000)
     assert disjoint(task) and len(task.held_out) == 1000 and task.answer_of is final_integer
     assert all(
-        row["prompt"].count("+") + row["prompt"].count("-") == 2
+        row["prompt"].count("+") + row["prompt"].count("-") == 3
         for row in task.train
         if row["source"] == "short"
     )
@@ -280,7 +280,7 @@ def test_a_mixture_keeps_its_proportions_and_sides(source):
     # one prompt, train side of the one and held-out side of the other
     uneven = source(
         "data=mixture",
-        "data.sources.long.operations=2",
+        "data.sources.long.operations=3",
         "data.sources.long.eval_fraction=0.5",
         "data.sources.long.seed=3",
     )
