@@ -23,6 +23,7 @@ from spo_lightning.progress import silent
 
 PAD_ID = 257
 SGD = partial(torch.optim.SGD, lr=0.05)
+# fmt: off
 SOLVERS = {  # what the command line would say
     "none": ["solver=none"],
     "penalty": ["solver=penalty"],
@@ -30,8 +31,21 @@ SOLVERS = {  # what the command line would say
     "linear": ["solver=penalty", "solver/phi=linear"],
     "mean": ["solver=penalty", "solver/level=mean", "solver/value=running_min"],
     "ramp": ["solver=penalty", "solver/schedule=ramp", "solver.schedule.steps=3"],
+    "inner": ["solver=penalty", "solver/value=inner", "solver.value.steps=2"],
+    "dual": ["solver=penalty", "solver/phi=linear", "solver/schedule=dual"],
+    "barrier": ["solver=penalty", "solver/phi=linear", "solver/schedule=barrier"],
     "unrolled": ["solver=unrolled", "solver.steps=2", "solver.lower_lr=0.05"],
+    "first": ["solver=unrolled", "solver/apply=hypergradient", "solver.lower_lr=0.05"],
+    "second": [
+        "solver=unrolled", "solver/apply=hypergradient", "solver.apply.order=second",
+        "solver.steps=2", "solver.lower_lr=0.05",
+    ],
+    "preconditioned": ["solver=unrolled", "solver/inner=preconditioned", "solver.lower_lr=1e-4"],
+    "implicit": ["solver=implicit"],
+    "coin": ["solver=alternating"],
+    "gap": ["solver=alternating", "solver/pick=gap", "solver.pick.every=2"],
 }
+# fmt: on
 
 
 def config(*overrides):

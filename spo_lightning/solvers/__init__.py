@@ -6,9 +6,11 @@ To add one: a file here with a frozen dataclass that has ``init`` and ``step``, 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
@@ -46,6 +48,30 @@ class Problem:
     # gradient(closure, theta): closure(microbatch as a Problem) -> Terms, differentiated at theta
     # over all microbatches of the step and reduced over ranks. At most one graph is alive at once.
     gradient: Callable[[Callable[["Problem"], Terms], Tensors], Slope]
+    # inside this context a forward can be differentiated twice; None where the model cannot
+    twice: Callable[[], AbstractContextManager] | None = nullcontext
+
+
+def upper_terms(part: Problem) -> Terms:
+    """F to minimise; F and G to watch, from one shared forward."""
+    upper, lower = part.both(part.theta)
+    return Terms((upper,), {"upper": upper.detach(), "lower": lower.detach()})
+
+
+def lower_terms(part: Problem) -> Terms:
+    """G alone."""
+    lower = part.lower(part.theta)
+    return Terms((lower,), {"lower": lower.detach()})
+
+
+def moved(theta: Tensors, along: Tensors, length: float) -> Tensors:
+    """theta + length * along, detached."""
+    return tuple(t.detach() + length * d for t, d in zip(theta, along))
+
+
+def dot(left: Tensors, right: Tensors) -> Tensor:
+    """The inner product, accumulated in float64 (0-d)."""
+    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(left, right)]).sum()
 
 
 class Step(NamedTuple):

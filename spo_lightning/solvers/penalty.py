@@ -3,7 +3,8 @@
 Per lower row i, in nats per token: violation_i = G_i - V_i + margin. Its price is
 weight * scale_i * phi(violation_i), where scale_i = beta * tokens_i for losses that sum over
 tokens (so weight 1 pulls as strongly as DPO ever pushes, at every length) and 1 for
-length-normalised ones. Add a variant of phi, level, value or schedule: a record here, its yaml.
+length-normalised ones. V stands in ``values``, the weight over the steps in ``weights``. Add a
+variant of phi, level, value or schedule: a record in its file, and its yaml.
 """
 
 import math
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spo_lightning.solvers import Problem, Step, Tensors, Terms
+from spo_lightning.solvers import Problem, Step, Tensors
+from spo_lightning.solvers.values import Inner, RunningMin, Value, check_decay
+from spo_lightning.solvers.weights import Priced, Schedule
 
 BORDER = 256  # units of rounding that count as 0: 3e-5 nats per token in float32
-State = dict[str, Any]  # "step", and what value and level remember as 0-d tensors
+State = dict[str, Any]  # "step", and what value, level and schedule remember
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ class PerPair:
     def price(self, phi: Any, lower: Tensor, violation: Tensor, running: Tensor) -> Tensor:
         return phi(violation)
 
+    def judged(self, running: Tensor, means: dict[str, Tensor]) -> Tensor:
+        return means["violation"]
+
     def update(self, running: Tensor, means: dict[str, Tensor]) -> State:
         return {}
 
@@ -81,79 +87,31 @@ class RunningMean:
     decay: float
 
     def __post_init__(self):
-        _check_decay("level=mean", self.decay)
+        check_decay("level=mean", self.decay)
 
     def price(self, phi: Any, lower: Tensor, violation: Tensor, running: Tensor) -> Tensor:
         return phi.slope(running) * lower
 
+    def judged(self, running: Tensor, means: dict[str, Tensor]) -> Tensor:
+        return torch.lerp(means["violation"], running, self.decay)
+
     def update(self, running: Tensor, means: dict[str, Tensor]) -> State:
-        return {"violation": torch.lerp(means["violation"], running, self.decay)}
+        return {"violation": self.judged(running, means)}
 
 
-@dataclass(frozen=True)
-class Reference:
-    """V is the row's own NLL under the reference."""
-
-    def of(self, part: Problem, lower: Tensor, state: State) -> Tensor:
-        if part.value is None:
-            raise ValueError(
-                "solver.value=reference needs the reference's NLL of the lower rows, and there is "
-                "none; use solver/value=running_min"
-            )
-        return part.value
-
-    def update(self, state: State, means: dict[str, Tensor]) -> State:
-        return {}
+def check_weight(weight: float) -> None:
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"solver.weight must be finite and at least 0, not {weight}")
 
 
-@dataclass(frozen=True)
-class RunningMin:
-    """V is the lowest value that the smoothed mean of G has had so far in this run.
-
-    Before the first outer step ends, V is each row's present G: only a margin is violated.
-    """
-
-    decay: float
-
-    def __post_init__(self):
-        _check_decay("value=running_min", self.decay)
-
-    def of(self, part: Problem, lower: Tensor, state: State) -> Tensor:
-        return state["value"].to(lower).expand_as(lower) if "value" in state else lower
-
-    def update(self, state: State, means: dict[str, Tensor]) -> State:
-        lower = means["lower"]
-        if "value" not in state:
-            return {"smoothed": lower, "value": lower}
-        smoothed = torch.lerp(lower, state["smoothed"].to(lower), self.decay)
-        return {"smoothed": smoothed, "value": torch.minimum(state["value"].to(lower), smoothed)}
+def check_unit(unit: str) -> None:
+    if unit not in ("sequence", "token"):
+        raise ValueError(f"solver.unit must be sequence or token, not {unit}")
 
 
-@dataclass(frozen=True)
-class Constant:
-    """The same weight at every step."""
-
-    def __call__(self, step: int) -> float:
-        return 1.0
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """From 0 to the full weight, linearly. V-PBGD (2302.05185)."""
-
-    steps: int
-
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"schedule=ramp: steps must be at least 1, not {self.steps}")
-
-    def __call__(self, step: int) -> float:
-        return min(1.0, step / self.steps)
-
-
-def _check_decay(owner: str, decay: float) -> None:
-    if not 0 <= decay < 1:
-        raise ValueError(f"{owner}: decay must be at least 0 and below 1, not {decay}")
+def scale_of(unit: str, beta: float, size: Tensor) -> Tensor | float:
+    """[N] beta * tokens for losses that sum over tokens, 1 for length-normalised ones."""
+    return beta * size if unit == "sequence" else 1.0
 
 
 @dataclass(frozen=True)
@@ -163,25 +121,30 @@ class Penalty:
 
     phi: Linear | Hinge | Softplus
     level: PerPair | RunningMean
-    value: Reference | RunningMin
-    schedule: Constant | Ramp
+    value: Value
+    schedule: Schedule
     weight: float
     margin: float  # nats per token; positive demands improvement, negative tolerates loss
     unit: str  # of the loss's margin: sequence or token
     beta: float  # the loss's
 
     def __post_init__(self):
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"solver.weight must be finite and at least 0, not {self.weight}")
-        if self.unit not in ("sequence", "token"):
-            raise ValueError(f"solver.unit must be sequence or token, not {self.unit}")
-        if isinstance(self.phi, Linear):
+        check_weight(self.weight)
+        check_unit(self.unit)
+        if self.schedule.reads_violation:
+            if not isinstance(self.phi, Linear):
+                raise ValueError(
+                    "a weight that follows the violation (solver/schedule=dual, barrier) prices "
+                    "it by itself: add solver/phi=linear"
+                )
+        elif isinstance(self.phi, Linear):
             self._refuse_inert()
 
     def _refuse_inert(self) -> None:
         inert = {
             f"solver.margin={self.margin}": self.margin != 0,
             "solver/value=running_min": isinstance(self.value, RunningMin),
+            "solver/value=inner": isinstance(self.value, Inner),
             "solver/level=mean": isinstance(self.level, RunningMean),
         }
         for knob in (knob for knob, set_ in inert.items() if set_):
@@ -194,28 +157,30 @@ class Penalty:
         return {"step": 0}
 
     def step(self, problem: Problem, state: State) -> Step:
-        weight = self.weight * self.schedule(state["step"])
+        state = {**state, **self.value.ahead(problem, state)}
         running = state.get("violation", torch.tensor(self.margin, dtype=torch.float64))
 
-        def objective(part: Problem) -> Terms:
+        def pricing(part: Problem) -> Priced:
             upper, lower = part.both(part.theta)
             held = lower.detach()
             value = self.value.of(part, held, state)
             violation = lower - value + self.margin
             watch = {"lower": held, "violation": violation.detach(), "value": value}
             watch["active"] = (watch["violation"] > 0).to(lower.dtype)
-            if weight == 0:  # exactly the plain objective, not plus zero times something
-                return Terms((upper,), watch)
-            scale = self.beta * part.size if self.unit == "sequence" else 1.0
             price = self.level.price(self.phi, lower, violation, running.to(lower))
-            return Terms((upper, weight * scale * price), watch)
+            return Priced(upper, scale_of(self.unit, self.beta, part.size) * price, watch)
 
-        direction, means = problem.gradient(objective, problem.theta)
+        def judged(means: dict[str, Tensor]) -> Tensor:
+            return self.level.judged(running.to(means["violation"]), means)
+
+        slope, weight = self.schedule.combine(self.weight, pricing, judged, problem, state)
+        means = slope.means
         after = {
             "step": state["step"] + 1,
             **self.value.update(state, means),
             **self.level.update(running.to(means["violation"]), means),
+            **self.schedule.update(weight, judged(means)),
         }
         logged = {name: means[name] for name in ("violation", "active", "value")}
-        logged["weight"] = torch.tensor(weight)
-        return Step(direction, None, after, logged)
+        logged["weight"] = torch.tensor(weight, dtype=torch.float64)
+        return Step(slope.direction, None, after, logged)

@@ -1,24 +1,80 @@
-"""K plain gradient steps on G lead from theta to theta'; there the preference gradient is taken.
+"""K gradient steps on G lead from theta to theta'; there the preference gradient is taken.
 
 Applied at theta' (``Adapted``) it is an SFT step followed by a preference step, whose fixed point
 tends to that of the linear penalty with weight lower_lr / lr as both steps shrink. Pulled back to
-theta and run to convergence it would end where theta' minimises F, whatever G is. To add a way to
-apply it: a record here with the same call, and its yaml.
+theta (``Hypergradient``) and run to convergence it ends where theta' minimises F, whatever G is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from spo_lightning.solvers import Problem, Step, Tensors, Terms
+import torch
+
+from spo_lightning.solvers import Problem, Slope, Step, Tensors, lower_terms, moved, upper_terms
+from spo_lightning.solvers.products import Products
+
+State = dict[str, Any]
 
 
-def _lower(part: Problem) -> Terms:
-    lower = part.lower(part.theta)
-    return Terms((lower,), {"lower": lower.detach()})
+@dataclass(frozen=True)
+class Plain:
+    """Inner steps follow -grad G."""
+
+    def scale(self, state: State, slope: Tensors) -> Tensors | None:
+        """The diagonal P of the inner steps of this outer step; None is the identity."""
+        return None
+
+    def update(self, state: State, slope: Tensors) -> State:
+        return state
 
 
-def _upper(part: Problem) -> Terms:
-    upper, lower = part.both(part.theta)
-    return Terms((upper,), {"upper": upper.detach(), "lower": lower.detach()})
+@dataclass(frozen=True)
+class Preconditioned:
+    """Inner steps follow -P grad G, P = 1 / (sqrt(running mean of squares) + eps), diagonal.
+
+    P comes from earlier outer steps (from the present gradient at the first) and is a constant of
+    the inner steps, so that I - lower_lr H P is their exact Jacobian (transposed).
+    """
+
+    decay: float
+    eps: float
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(
+                f"solver.inner.decay must be at least 0 and below 1, not {self.decay}"
+            )
+        if not self.eps > 0:
+            raise ValueError(f"solver.inner.eps must be above 0, not {self.eps}")
+
+    def scale(self, state: State, slope: Tensors) -> Tensors:
+        squares = state.get("squares") or tuple(s.square() for s in slope)
+        return tuple(1 / (square.sqrt() + self.eps) for square in squares)
+
+    def update(self, state: State, slope: Tensors) -> State:
+        squares = tuple(s.square() for s in slope)
+        if "squares" in state:
+            squares = tuple(
+                torch.lerp(new, old, self.decay) for new, old in zip(squares, state["squares"])
+            )
+        return {**state, "squares": squares}
+
+
+@dataclass(frozen=True)
+class Path:
+    """theta_0 .. theta_{K-1} of the inner steps, and the maps between them."""
+
+    points: Sequence[Tensors]
+    lower_lr: float
+    scale: Tensors | None
+
+    def pulled_back(self, problem: Problem, slope: Tensors, products: Products) -> Tensors:
+        """v <- v - lower_lr H(theta_k) P v, backwards: no graph through more than one step."""
+        for point in reversed(self.points):
+            turned = products(problem, point, _scaled(self.scale, slope))
+            slope = moved(slope, turned, -self.lower_lr)
+        return slope
 
 
 @dataclass(frozen=True)
@@ -26,19 +82,39 @@ class Adapted:
     """Move theta to theta', then follow grad F(theta') from there."""
 
     def __call__(
-        self, theta: Tensors, ahead: Tensors, slope: Tensors
+        self, problem: Problem, ahead: Tensors, slope: Tensors, path: Path, products: Products
     ) -> tuple[Tensors, Tensors | None]:
         """The direction and the displacement."""
-        return slope, tuple(a - t.detach() for a, t in zip(ahead, theta))
+        return slope, tuple(a - t.detach() for a, t in zip(ahead, problem.theta))
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """Stay at theta and follow the gradient of F(theta'(theta)): whole, or its first order."""
+
+    order: str  # second: through the inner steps; first: as if theta' moved with theta
+
+    def __post_init__(self):
+        if self.order not in ("first", "second"):
+            raise ValueError(f"solver.apply.order must be first or second, not {self.order}")
+
+    def __call__(
+        self, problem: Problem, ahead: Tensors, slope: Tensors, path: Path, products: Products
+    ) -> tuple[Tensors, Tensors | None]:
+        if self.order == "first":
+            return slope, None
+        return path.pulled_back(problem, slope, products), None
 
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Descend F at theta_K, K gradient steps on G away from theta."""
+    """Descend F at theta_K, K gradient steps on G away from theta. methods: K-step unroll."""
 
     steps: int
     lower_lr: float
-    apply: Adapted
+    inner: Plain | Preconditioned
+    apply: Adapted | Hypergradient
+    hvp: Products
 
     def __post_init__(self):
         if self.steps < 1:
@@ -48,20 +124,33 @@ class Unrolled:
         if not self.lower_lr > 0:
             raise ValueError(f"solver.lower_lr must be above 0, not {self.lower_lr}")
 
-    def init(self, theta: Tensors) -> dict:
+    def init(self, theta: Tensors) -> State:
         return {}
 
-    def step(self, problem: Problem, state: dict) -> Step:
-        ahead, lower = problem.theta, []
-        for _ in range(self.steps):
-            slope, means = problem.gradient(_lower, ahead)
-            lower.append(means["lower"])
-            ahead = tuple(t.detach() - self.lower_lr * s for t, s in zip(ahead, slope))
-        slope, means = problem.gradient(_upper, ahead)
-        direction, displacement = self.apply(problem.theta, ahead, slope)
-        logged = {
-            "lower_before": lower[0],
-            "lower_ahead": means["lower"],
-            "upper_ahead": means["upper"],
-        }
-        return Step(direction, displacement, state, logged)
+    def step(self, problem: Problem, state: State) -> Step:
+        first = slope = problem.gradient(lower_terms, problem.theta)
+        scale = self.inner.scale(state, first.direction)
+        points = [problem.theta]
+        while True:
+            ahead = moved(points[-1], _scaled(scale, slope.direction), -self.lower_lr)
+            if len(points) == self.steps:
+                break
+            points.append(ahead)
+            slope = problem.gradient(lower_terms, ahead)
+        upper = problem.gradient(upper_terms, ahead)
+        path = Path(points, self.lower_lr, scale)
+        direction, displacement = self.apply(problem, ahead, upper.direction, path, self.hvp)
+        after = self.inner.update(state, first.direction)
+        return Step(direction, displacement, after, _logged(first, upper))
+
+
+def _logged(first: Slope, upper: Slope) -> dict:
+    return {
+        "lower_before": first.means["lower"],
+        "lower_ahead": upper.means["lower"],
+        "upper_ahead": upper.means["upper"],
+    }
+
+
+def _scaled(scale: Tensors | None, vector: Tensors) -> Tensors:
+    return vector if scale is None else tuple(p * v for p, v in zip(scale, vector))
