@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hydra.utils
+import torch
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, IterableDataset
 
+from spo_lightning.callbacks.evaluation import Evaluation
 from spo_lightning.callbacks.recorder import Recorder
+from spo_lightning.callbacks.setting import Setting
 from spo_lightning.callbacks.start import StartCheck
 from spo_lightning.data.batch import Microbatches, draws
 from spo_lightning.errors import Diverged, UserError
@@ -22,17 +26,37 @@ from spo_lightning.rundir import RunDir, without_secrets
 
 
 class OuterSteps(IterableDataset):
-    """One item per outer step: this rank's microbatches. Starts where the module stands."""
+    """One item per outer step: this rank's microbatches. Starts where the module stands.
 
-    def __init__(self, pairs: Pairs, module: Preference, *, micro: int, seed: int):
+    ``lower``: texts drawn beside the pairs, as many as pairs, for a lower level of its own.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        module: Preference,
+        *,
+        micro: int,
+        seed: int,
+        lower: Pairs | None = None,
+    ):
         self.pairs, self.module, self.micro, self.seed = pairs, module, micro, seed
+        self.lower = lower
 
     def __iter__(self) -> Iterator[Microbatches]:
         trainer, size = self.module.trainer, self.module.batch_size
-        for rows in draws(len(self.pairs), size, self.seed, self.module.outer_step):
+        start, beside = self.module.outer_step, None
+        if self.lower is not None:
+            beside = draws(len(self.lower), size, self.seed + 1, start)
+        for rows in draws(len(self.pairs), size, self.seed, start):
             mine = rows[trainer.global_rank :: trainer.world_size]
             starts = range(0, len(mine), self.micro)
-            yield Microbatches([self.pairs.batch(mine[s : s + self.micro]) for s in starts])
+            parts = [self.pairs.batch(mine[s : s + self.micro]) for s in starts]
+            if beside is not None:
+                drawn = next(beside)[trainer.global_rank :: trainer.world_size]
+                texts = [self.lower.batch(drawn[s : s + self.micro]) for s in starts]
+                parts = [replace(part, lower=text) for part, text in zip(parts, texts)]
+            yield Microbatches(parts)
 
 
 def fit(
@@ -45,8 +69,8 @@ def fit(
     steps: int,
     resume: Path | None,
     precision: Callable[[], Any],
-) -> None:
-    """Preference training; the policy of ``given`` is trained in place."""
+) -> int:
+    """Preference training; the policy of ``given`` is trained in place. The outer steps taken."""
     quiet()  # Lightning, which is imported only here
     module = _module(cfg, given, loss, solver, steps)
     trainer = Trainer(
@@ -66,7 +90,9 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=1,
     )
-    data = OuterSteps(given.train, module, micro=cfg.micro_batch_size, seed=cfg.seed)
+    data = OuterSteps(
+        given.train, module, micro=cfg.micro_batch_size, seed=cfg.seed, lower=given.lower
+    )
     loader = DataLoader(data, batch_size=None)
     try:
         trainer.fit(
@@ -79,6 +105,9 @@ def fit(
             raise
         raise known from error
     _finish(trainer, failed=False)
+    # a callback may have stopped it early, and in another process
+    saved = torch.load(run.last, map_location="cpu", weights_only=True, mmap=True)
+    return saved["spo_lightning"]["outer_step"]
 
 
 def _module(cfg: DictConfig, given: Prepared, loss: Any, solver: Any, steps: int) -> Preference:
@@ -105,21 +134,31 @@ def _callbacks(
     steps: int,
     precision: Callable[[], Any],
 ) -> list[Any]:
+    evaluation = Evaluation(
+        given.held,
+        pairs=len(given.train),
+        every=cfg.eval.every_n_steps,
+        batch_size=cfg.eval.batch_size,
+        precision=precision,
+    )
+    setting = Setting(run.path, given.train, given.held, cfg.eval.batch_size, precision)
+    diagnostics = [
+        hydra.utils.instantiate(node, _partial_=True, _convert_="all")(setting)
+        for node in cfg.diagnostics.values()
+        if node.every_n_steps > 0
+    ]
     recorder = Recorder(
         run,
         stages,
-        given.held,
+        columns=[name for diagnostic in diagnostics for name in diagnostic.names],
         max_steps=steps,
-        pairs=len(given.train),
-        eval_every=cfg.eval.every_n_steps,
-        eval_batch=cfg.eval.batch_size,
         checkpoint_every=cfg.checkpoint.every_n_steps,
         monitor=cfg.checkpoint.monitor,
         mode=cfg.checkpoint.mode,
-        precision=precision,
     )
+    watching = [evaluation, *diagnostics, recorder]
     if cfg.model.reference is not None:  # then the policy does not start as its reference
-        return [recorder]
+        return watching
     check = StartCheck(
         given.train,
         seed=cfg.seed,
@@ -127,7 +166,7 @@ def _callbacks(
         half=cfg.hardware.precision.startswith("bf16"),
         precision=precision,
     )
-    return [recorder, check]
+    return [*watching, check]
 
 
 class Schedule:

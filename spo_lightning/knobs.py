@@ -15,6 +15,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from spo_lightning.errors import UserError
 
+DIAGNOSTICS = ("displacement", "evolution", "geometry", "ches", "overoptimisation", "probes")
 # key -> (what holds, in words)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: v >= 0, "at least 0"),
@@ -44,6 +45,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
     "data.eval_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "data.on_mismatch": (lambda v: v in ("split", "drop", "error"), "split, drop or error"),
+    "data.drop_high_ches": (lambda v: v is None or 0 <= v < 1, "at least 0 and below 1, or null"),
     "ckpt_path": (lambda v: v is None or isinstance(v, str), "last, or the path of a checkpoint"),
     "model.lora.rank": (lambda v: v >= 0, "at least 0"),
     "model.pretrained": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
@@ -56,6 +58,15 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "32-true, bf16-mixed, bf16-true or 64-true (fp16 needs loss scaling, which fights "
         "clipping and several gradients per step)",
     ),
+    **{f"diagnostics.{d}.every_n_steps": (lambda v: v >= 0, "at least 0") for d in DIAGNOSTICS},
+    "diagnostics.displacement.share": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "diagnostics.displacement.tolerance": (lambda v: v >= 0, "at least 0"),
+    "diagnostics.displacement.window": (lambda v: v >= 1, "at least 1"),
+    "diagnostics.overoptimisation.entropy_tolerance": (lambda v: v >= 0, "at least 0"),
+    "diagnostics.overoptimisation.mass_tolerance": (lambda v: v >= 0, "at least 0"),
+    "diagnostics.overoptimisation.patience": (lambda v: v >= 1, "at least 1"),
+    "diagnostics.probes.rows": (lambda v: v >= 2, "at least 2"),
+    "diagnostics.probes.share": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
 }
 
 # (prefix of the knobs, when they are idle, why)
@@ -74,6 +85,16 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     ),
     ("sft.", lambda c: warm_start_steps(c) == 0, "there is no warm start (sft.max_steps is 0)"),
     ("epochs", lambda c: c.max_steps >= 0, "max_steps is set; make it -1"),
+    (
+        "solver.weight",
+        lambda c: str(c.solver.get("schedule", {}).get("_target_")).endswith("SlackBarrier"),
+        "solver/schedule=barrier finds it",
+    ),
+    (
+        "solver.hvp",
+        lambda c: c.solver.get("apply") is not None and c.solver.apply.get("order") != "second",
+        "only solver/apply=hypergradient with solver.apply.order=second takes Hessian products",
+    ),
     ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
     ("optimizer.", lambda c: c.max_steps == 0, "max_steps is 0: nothing is trained"),
     (
@@ -81,8 +102,25 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         lambda c: c.data.get("eval_path") is not None,
         "data.eval_path is set",
     ),
+    (
+        "data.drop_high_ches",
+        lambda c: c.get("max_steps", 0) == 0,
+        "training pairs are dropped, and nothing is trained",
+    ),
+    *(
+        (
+            f"diagnostics.{d}.",
+            lambda c, d=d: c.diagnostics[d].every_n_steps == 0,
+            f"diagnostics.{d}.every_n_steps is 0",
+        )
+        for d in DIAGNOSTICS
+    ),
 ]
-READ_ALWAYS = ("model.lora.rank", "sft.max_steps")
+READ_ALWAYS = (
+    *("model.lora.rank", "sft.max_steps"),
+    *(f"diagnostics.{d}.every_n_steps" for d in DIAGNOSTICS),
+)
+STUDY_READS = ("experiment", "seed", "study")  # all that a run without a language model reads
 # what stands here goes to a constructor, which knows its own keys
 OPEN = ("model.config.", "optimizer.", "loss.", "solver.", "data.", "logger.")
 
@@ -122,6 +160,7 @@ def given() -> Given:
 
 def check(cfg: DictConfig, line: Given) -> None:
     """Refuse what the command line gets wrong, in one line that names the key."""
+    _check_study(cfg, line)
     _check_whole(cfg, line)
     for key in line.touched:
         if not (_declared(line.defaults, key) or key.startswith(OPEN) or key in line.choices):
@@ -131,10 +170,20 @@ def check(cfg: DictConfig, line: Given) -> None:
         value = OmegaConf.select(cfg, key)
         if (value is not None or key in line.touched) and not _holds(holds, value):
             raise UserError(f"{key}={value}: it must be {words}")
+    _check_looks(cfg)
     for prefix, idle, why in IDLE:
         for key in line.touched:
             if key.startswith(prefix) and key not in READ_ALWAYS and idle(cfg):
                 raise UserError(f"{key} has no effect: {why}; leave it out")
+
+
+def _check_study(cfg: DictConfig, line: Given) -> None:
+    for key in line.touched:
+        if cfg.get("study") is not None and key.split(".")[0] not in STUDY_READS:
+            raise UserError(
+                f"{key} has no effect: this experiment trains no language model, and its settings "
+                "stand under study; leave it out"
+            )
 
 
 def _check_whole(cfg: DictConfig, line: Given) -> None:
@@ -156,6 +205,16 @@ def _check_whole(cfg: DictConfig, line: Given) -> None:
     if _number(pairs) and _number(devices) and 1 <= pairs < devices:
         raise UserError(
             f"batch_size={pairs} gives no pair to some of the {devices} devices: raise it"
+        )
+
+
+def _check_looks(cfg: DictConfig) -> None:
+    key, other = "diagnostics.overoptimisation.every_n_steps", "eval.every_n_steps"
+    looks, evaluated = (OmegaConf.select(cfg, name) for name in (key, other))
+    if looks and (not evaluated or looks % evaluated):
+        raise UserError(
+            f"{key}={looks}: it reads held-out numbers, so it must be a multiple of {other} "
+            f"({evaluated}), and that above 0"
         )
 
 

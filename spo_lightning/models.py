@@ -8,12 +8,14 @@ cannot take such a row runs two separate forwards instead (``Scorer.shared``), a
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from spo_lightning.data.batch import CHOSEN, PAD, REJECTED, Pair, PairBatch, collate
@@ -142,6 +144,11 @@ class Scorer(nn.Module):
         logps = logps.masked_scatter(batch.rejected, rejected)
         return PairLogps(logps, batch.pair, batch.rejected, len(batch))
 
+    def twice(self) -> Callable[[], AbstractContextManager] | None:
+        """A context whose forwards can be differentiated twice, None where there is none."""
+        attention = self.model.config._attn_implementation
+        return {"eager": nullcontext, "sdpa": partial(sdpa_kernel, SDPBackend.MATH)}.get(attention)
+
     def _score(self, batch: PairBatch) -> Tensor:
         hidden = self._hidden(batch)[batch.pair, batch.predictor]  # [S, width]
         score = partial(token_logps, self._logits)
@@ -165,6 +172,18 @@ class Scorer(nn.Module):
             parts.append(torch.stack([-torch.xlogy(p, p).sum(-1) / math.log(2), p.sum(-1)]))
         entropy, mass = torch.cat(parts, dim=1)
         return entropy, mass
+
+    @torch.no_grad()
+    def hidden_sums(self, batch: PairBatch) -> Tensor:
+        """[B, 2, width] in float64: per side, the last hidden states that predict its tokens."""
+        if self.shared or not bool(batch.rejected.any()):
+            parts = [(batch, 2 * batch.pair + batch.rejected.long())]
+        else:
+            parts = [(part, 2 * part.pair + side) for side, part in enumerate(sides(batch))]
+        states = torch.cat([self._hidden(p)[p.pair, p.predictor] for p, _ in parts]).double()
+        sums = states.new_zeros(2 * len(batch), states.shape[1])
+        slots = torch.cat([slot for _, slot in parts])
+        return sums.index_add(0, slots, states).view(len(batch), 2, -1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[S, vocabulary] in float32 at least."""

@@ -115,12 +115,15 @@ class Preference(LightningModule):
             value=torch.cat([part.value for part in parts if part.value is not None]),
             size=torch.cat([part.size for part in parts]),
             gradient=gradient,
+            twice=self.scorer.twice(),
         )
 
     def _part(self, part: PairBatch, seen: "Observation | None") -> Problem:
         """One microbatch as a Problem; ``seen`` looks at each pass over both responses."""
         parameters = tuple(self.trainable().values())
         reference = reference_logps(part)
+        texts = part.chosen_only() if part.lower is None else part.lower
+        start = reference_logps(texts)
 
         def scored(theta: Tensors, batch: PairBatch) -> PairLogps:
             if all(mine is given for mine, given in zip(parameters, theta)):
@@ -131,19 +134,23 @@ class Preference(LightningModule):
             policy = scored(theta, part)
             moments = losses.moments_of(self.moments_state)
             upper = losses.evaluate(self.loss, policy, reference, moments)
-            lower = -policy.mean_chosen
+            lower = -policy.mean_chosen if part.lower is None else below(theta)
             if seen:
                 seen.look(policy, reference, upper, lower)
             return upper, lower
 
+        def below(theta: Tensors) -> Tensor:
+            return -scored(theta, texts).mean_chosen
+
         return Problem(
             theta=parameters,
             upper=lambda theta: both(theta)[0],
-            lower=lambda theta: -scored(theta, part.chosen_only()).mean_chosen,
+            lower=below,
             both=both,
-            value=-reference.mean_chosen,
-            size=reference.chosen_length,
+            value=-start.mean_chosen,
+            size=start.chosen_length,
             gradient=self._no_nesting,
+            twice=self.scorer.twice(),
         )
 
     def _no_nesting(self, closure: Callable, theta: Tensors) -> Slope:
@@ -301,7 +308,10 @@ class Observation:
 
         def pull(value: Tensor) -> Tensor:
             """d value / d log pi(y_w), spread over the answer's tokens."""
-            return torch.autograd.grad(value, policy.logps, retain_graph=True)[0][chosen]
+            slope = torch.autograd.grad(
+                value, policy.logps, retain_graph=True, materialize_grads=True
+            )
+            return slope[0][chosen]
 
         plain = pull(upper.sum())
         added = (pull(objective) - plain).abs().sum()

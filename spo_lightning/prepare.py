@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from spo_lightning import policies, sft
+from spo_lightning import ches, policies, sft
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import Encoded, encode_pairs, encode_texts
 from spo_lightning.data.rows import Task
@@ -42,6 +42,7 @@ class Prepared:
     task: Task
     train: Pairs
     held: Pairs
+    lower: Pairs | None  # the lower level's own texts; None: the chosen responses
     held_rows: list[dict]
     place: list[int]
     counts: dict[str, dict[str, int]]
@@ -99,6 +100,11 @@ def prepare(
         policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
     pad = policy.tokenizer.pad_token_id
     sets = {name: Pairs(some.pairs, None, pad) for name, some in sides.items()}
+    sets["train"] = without_high_ches(cfg, policy, scorer, sets["train"], precision, stages)
+    gone = len(sides["train"].pairs) - len(sets["train"])
+    counts["train"] |= {"kept": len(sets["train"]), "dropped/ches": gone}
+    if task.lower:
+        sets["lower level"] = lower_texts(cfg, task, policy)
     sets = with_reference(cfg, policy, scorer, sets, precision, stages)
     held = sets["held-out"]
     return Prepared(
@@ -107,6 +113,7 @@ def prepare(
         task,
         sets["train"],
         held,
+        sets.get("lower level"),
         places.rows,
         [places.of[pair.row] for pair in held.pairs],
         counts,
@@ -215,6 +222,47 @@ def scorer_of(policy: Policy, pairs: Sequence[Pair], *, share: bool) -> Scorer:
     longest = max((len(pair) for pair in pairs), default=0)
     policy.lm.train()  # dropout is off; activation checkpointing asks for it
     return Scorer(policy.lm, share and bool(pairs) and supports_sharing(policy.lm, longest))
+
+
+def lower_texts(cfg: DictConfig, task: Task, policy: Policy) -> Pairs:
+    """The lower level's own texts, as pairs without a rejected side."""
+    texts = encode_texts(task.lower, policy.tokenizer, max_length=cfg.max_length)
+    if not texts:
+        raise UserError(
+            f"data.sft={cfg.data.sft}: no row has a prompt and a completion that fit max_length"
+        )
+    log.info("Texts (lower level): kept %d of %d", len(texts), len(task.lower))
+    return Pairs(texts, None, policy.tokenizer.pad_token_id)
+
+
+def without_high_ches(
+    cfg: DictConfig,
+    policy: Policy,
+    scorer: Scorer,
+    pairs: Pairs,
+    precision: Callable[[], AbstractContextManager],
+    stages: Stages,
+) -> Pairs:
+    """The training pairs less the share with the highest normalised CHES under the policy's start.
+
+    Razin et al. 2410.08847 keep only the lowest 5%; here the highest share goes, and the rest
+    stays.
+    """
+    share = cfg.data.drop_high_ches
+    if not share:
+        return pairs
+    with policy.start(), stages.stage("CHES", len(pairs)) as advance:
+        found = ches.scores(
+            scorer, pairs, batch_size=cfg.eval.batch_size, precision=precision, advance=advance
+        )
+    kept = ches.without_highest(pairs, found[:, 1], share)
+    log.info(
+        "Pairs (train): %d of %d dropped, those of highest normalised CHES (the paper's filter "
+        "keeps the lowest 5%%)",
+        len(pairs) - len(kept),
+        len(pairs),
+    )
+    return kept
 
 
 def with_reference(

@@ -76,6 +76,8 @@ class RunDir:
                 f"{self.path} holds a run: go on with ckpt_path=last, or take another "
                 "hydra.run.dir"
             )
+        if (self.path / "numbers.json").exists():
+            raise UserError(f"{self.path} holds a study: take another hydra.run.dir")
 
     def start(self, cfg: DictConfig, choices: Mapping[str, str], max_steps: int) -> None:
         """Write config.yaml and the first status.json."""

@@ -44,13 +44,18 @@ def train(
 
     run, stop = RunDir(Path(run_dir).absolute()), Stop()
     how = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
+    if cfg.get("study") is not None:
+        how = "A study starts from its beginning"
     if cfg.ckpt_path is None:
         run.refuse_used()
     run.start(cfg, choices or {}, cfg.max_steps)
     stages = Stages(run.note, stop, how)
     before = stop.install()
     try:
-        numbers = Run(cfg, run, stages, choices or {}).go()
+        if cfg.get("study") is not None:
+            numbers = studied(cfg, run, stages)
+        else:
+            numbers = Run(cfg, run, stages, choices or {}).go()
     except BaseException as error:
         code, message = command.verdict(error)
         stopped = code in (130, 143)
@@ -67,6 +72,34 @@ def train(
             signal.signal(number, handler)
     run.note_status(state="finished", stage="done")
     return numbers
+
+
+def studied(cfg: "DictConfig", run: Any, stages: Any) -> dict[str, Any]:
+    """An experiment without a language model: its numbers, then what its report makes of them."""
+    study = built(cfg.study)
+    log.info("Run directory: %s", run.path)
+    run.note_status(max_steps=study.total)
+    with stages.stage("training", study.total) as advance:
+        numbers = study.run(run.path, advance)
+    stages.note("report", 0, 1)
+    for path in study.report(run.path):
+        log.info("Written: %s", path)
+    run.checkpoints.rmdir()  # a study has none
+    return numbers
+
+
+def built(node: Any) -> Any:
+    """What the node describes; what a constructor refuses is the user's error, in one line."""
+    import hydra.utils
+    from hydra.errors import InstantiationException
+
+    from spo_lightning.errors import UserError
+
+    try:
+        return hydra.utils.instantiate(node)
+    except InstantiationException as error:
+        causes = [str(cause) for cause in command.chain(error)]
+        raise UserError(causes[-1].splitlines()[0]) from error
 
 
 class Run:
@@ -110,7 +143,7 @@ class Run:
         steps = self.steps()
         if steps:
             with self.timed("training"):
-                self.fit(loss, solver, steps, resume)
+                steps = self.fit(loss, solver, steps, resume)
         with self.timed("final"):
             after = self.held_out("final")
         self.save()
@@ -124,8 +157,6 @@ class Run:
 
     def objective(self) -> tuple[Any, Any]:
         """The loss and the solver, built before anything slow so that bad knobs end at once."""
-        import hydra.utils
-        from hydra.errors import InstantiationException
         from omegaconf import OmegaConf
 
         from spo_lightning.errors import UserError
@@ -133,15 +164,12 @@ class Run:
         try:
             node: Any = OmegaConf.to_container(self.cfg.loss, resolve=True)
             node.pop("unit")
-            loss, solver = hydra.utils.instantiate(node), hydra.utils.instantiate(self.cfg.solver)
+            loss, solver = built(node), built(self.cfg.solver)
             # a partial takes any keyword until it is called, and that is after the warm start
             inspect.signature(loss.func).bind_partial(**loss.keywords)
             return loss, solver
         except TypeError as error:
             raise UserError(f"loss: {error}; see conf/loss for its keys") from error
-        except InstantiationException as error:
-            causes = [str(cause) for cause in command.chain(error)]
-            raise UserError(causes[-1].splitlines()[0]) from error
 
     def checkpoint(self) -> Path | None:
         """The file to go on from; rows of metrics.csv later than it are cut."""
@@ -175,15 +203,15 @@ class Run:
             return self.cfg.max_steps
         return math.ceil(self.cfg.epochs * len(self.given.train) / self.cfg.batch_size)
 
-    def fit(self, loss: Any, solver: Any, steps: int, resume: Path | None) -> None:
-        """Preference training under Lightning."""
+    def fit(self, loss: Any, solver: Any, steps: int, resume: Path | None) -> int:
+        """Preference training under Lightning. The outer steps taken, of ``steps`` at most."""
         from spo_lightning.fit import fit
 
         done = 0
         if resume is not None:
             done = self.done
         if done < steps:
-            fit(
+            steps = fit(
                 self.cfg,
                 self.given,
                 self.run,
@@ -200,6 +228,7 @@ class Run:
                 strict=False,
             )
         self.given.policy.module.to(self.device)
+        return steps
 
     def check_architecture(self) -> None:
         from spo_lightning.errors import UserError

@@ -18,7 +18,18 @@ PACKAGE = Path(spo_lightning.__file__).parent
 # stands before `train`, which prints one of its tables
 ROOMS = (
     *("errors", "data", "policies", "models", "losses", "solvers", "metrics", "text_metrics"),
-    *("progress", "rundir", "loggers", "module", "sample", "evals", "callbacks", "sft"),
+    *(
+        "progress",
+        "rundir",
+        "tabular",
+        "loggers",
+        "module",
+        "sample",
+        "evals",
+        "ches",
+        "callbacks",
+        "sft",
+    ),
     *("knobs", "prepare", "fit", "report", "command", "train", "eval", "inspect", "bench"),
 )
 # what the rooms that know least may import besides themselves
@@ -27,8 +38,9 @@ NARROW = {
     "data": {"errors"},
     "models": {"data", "errors"},
     "losses": {"models", "errors"},
-    "solvers": set(),
+    "solvers": {"errors"},
     "metrics": {"models", "errors"},
+    "tabular": {"models", "losses", "solvers", "rundir", "errors"},
     "report": {"errors"},
 }
 COMMANDS = ("train", "eval", "inspect", "command", "knobs", "report.__main__")

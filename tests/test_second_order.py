@@ -81,7 +81,9 @@ class Compare(Callback):
 def worst(solver, point, directions=DIRECTIONS, micro=3):
     made = policy("llama")
     compare = Compare(solver, point, directions)
-    shifted = scored(made.lm, shift=lambda number, r: 0.1 * torch.cos(torch.arange(len(r)) + number))
+    shifted = scored(
+        made.lm, shift=lambda number, r: 0.1 * torch.cos(torch.arange(len(r)) + number)
+    )
     fitted(
         made, objective("loss=dpo", "loss.beta=0.5", "solver=none"), shifted, steps=1,
         batch_size=6, micro=micro, callbacks=[compare],

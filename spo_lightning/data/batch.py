@@ -45,6 +45,7 @@ class PairBatch:
     lengths: Tensor  # [B, 3] tokens of prompt, chosen, rejected
     rows: Tensor  # [B] Pair.row
     reference: Tensor | None = None  # [S] log-probabilities under the reference
+    lower: "PairBatch | None" = None  # the lower level's own rows, without rejected responses
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

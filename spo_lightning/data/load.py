@@ -2,13 +2,15 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
-from spo_lightning.data.rows import Task
+from spo_lightning.data.rows import Task, completion_rows, read, without
 from spo_lightning.errors import UserError
 
-# read by the encoding and by the warm start, not by a source
-ELSEWHERE = ("strict", "on_mismatch", "sft_steps")
+# read here, by the encoding and by the warm start; a source that names one of them gets it
+ELSEWHERE = ("sft", "strict", "on_mismatch", "drop_high_ches", "sft_steps")
+OWN = "own"  # data.sft: the source's own SFT rows
 
 
 def load(node: Any) -> Task:
@@ -31,7 +33,24 @@ def load(node: Any) -> Task:
         raise UserError(
             f"{place}: no row is left to train on: give more rows or lower data.eval_fraction"
         )
-    return task
+    return _with_lower(task, plain)
+
+
+def _with_lower(task: Task, node: dict[str, Any]) -> Task:
+    """The task with the lower level's rows that ``data.sft`` names; None leaves the chosen."""
+    named = node.get("sft")
+    if named is None:
+        return task
+    rows = task.sft
+    if named != OWN and "sft" not in _parameters(node):
+        raw = read(named, split=node.get("split", "train"), where="data.sft")
+        rows = without(completion_rows(raw, named), task.held_out)
+    if not rows:
+        raise UserError(
+            f"data.sft={named}: no SFT row is left: name a file of prompt and completion, or null "
+            "for the chosen responses"
+        )
+    return replace(task, lower=rows)
 
 
 def _plain(node: Any) -> Any:
@@ -49,9 +68,16 @@ def _source(node: Any, where: str) -> Any:
         return node
     if "_target_" not in node:
         return {key: _source(value, f"{where}.{key}") for key, value in node.items()}
-    kept = {key: value for key, value in node.items() if key not in ELSEWHERE}
+    named = _parameters(node)
+    kept = {key: value for key, value in node.items() if key in named or key not in ELSEWHERE}
     _check(kept, where)
     return {key: _source(value, f"{where}.{key}") for key, value in kept.items()}
+
+
+def _parameters(node: dict[str, Any]) -> Any:
+    import hydra.utils
+
+    return inspect.signature(hydra.utils.get_method(node["_target_"])).parameters
 
 
 def _check(node: dict[str, Any], where: str) -> None:

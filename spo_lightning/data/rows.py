@@ -28,6 +28,7 @@ class Task:
     train: list[Row]
     held_out: list[Row]
     sft: list[Row] = field(default_factory=list)  # {prompt, completion}
+    lower: list[Row] = field(default_factory=list)  # the same, for G in place of the chosen
     answer_of: Callable[[str], str | None] | None = None  # the final answer in a completion
     judge: Callable[[str], float] | None = None  # the score win_rate compares
     summary: bool = False  # ROUGE is reported

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from spo_lightning.errors import Diverged
-from spo_lightning.solvers import Problem, Step, Tensors, dot, lower_terms, upper_terms
+from spo_lightning.solvers import Problem, Step, Tensors, dot, lower_terms, moved, upper_terms
 from spo_lightning.solvers.linear import LinearSolve
 from spo_lightning.solvers.products import Products
 
@@ -59,24 +59,24 @@ class Implicit:
         Each step is explicit in G and implicit in the quadratic, so that only G's curvature
         bounds ``lower_lr`` (below 2 / |H|), not 1 / gamma.
         """
-        theta = tuple(t.detach() for t in problem.theta)
+        theta = point = last = tuple(t.detach() for t in problem.theta)
+        slope = first = problem.gradient(lower_terms, problem.theta)
         share = self.lower_lr / self.gamma
-        point, last = problem.theta, theta
-        before = change = None
-        for _ in range(self.steps):
-            slope = problem.gradient(lower_terms, point)
-            before = slope.means["lower"] if before is None else before
-            last = tuple(p.detach() for p in point)
-            point = tuple(
-                (p - self.lower_lr * s + share * t) / (1 + share)
-                for p, s, t in zip(last, slope.direction, theta)
+        for step in range(self.steps):
+            if step:
+                slope = problem.gradient(lower_terms, point)
+            last, point = (
+                point,
+                tuple(
+                    (p - self.lower_lr * s + share * t) / (1 + share)
+                    for p, s, t in zip(point, slope.direction, theta)
+                ),
             )
-            change = tuple(p - q for p, q in zip(point, last))
-        assert before is not None and change is not None
-        far = dot(*2 * (tuple(p - t for p, t in zip(point, theta)),))
+        change, away = moved(point, last, -1.0), moved(point, theta, -1.0)
+        far = dot(away, away)
         gap = (dot(change, change) / far).sqrt() if far else torch.zeros(())
         if not math.isfinite(float(gap)):
             raise Diverged(
                 f"the proximal lower level diverged: lower solver.lower_lr (now {self.lower_lr})"
             )
-        return point, gap, before
+        return point, gap, first.means["lower"]

@@ -50,13 +50,14 @@ class Preconditioned:
 
     def scale(self, state: State, slope: Tensors) -> Tensors:
         squares = state.get("squares") or tuple(s.square() for s in slope)
-        return tuple(1 / (square.sqrt() + self.eps) for square in squares)
+        return tuple(1 / (square.to(s).sqrt() + self.eps) for square, s in zip(squares, slope))
 
     def update(self, state: State, slope: Tensors) -> State:
         squares = tuple(s.square() for s in slope)
         if "squares" in state:
             squares = tuple(
-                torch.lerp(new, old, self.decay) for new, old in zip(squares, state["squares"])
+                torch.lerp(new, old.to(new), self.decay)
+                for new, old in zip(squares, state["squares"])
             )
         return {**state, "squares": squares}
 
