@@ -46,6 +46,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.eval_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "data.on_mismatch": (lambda v: v in ("split", "drop", "error"), "split, drop or error"),
     "data.drop_high_ches": (lambda v: v is None or 0 <= v < 1, "at least 0 and below 1, or null"),
+    "steps": (lambda v: v >= 1, "at least 1"),
+    "warmup": (lambda v: v >= 1, "at least 1"),
+    "repetitions": (lambda v: v >= 1, "at least 1"),
+    "only": (lambda v: v is None or isinstance(v, ListConfig), "a list of names, [...], or null"),
     "ckpt_path": (lambda v: v is None or isinstance(v, str), "last, or the path of a checkpoint"),
     "model.lora.rank": (lambda v: v >= 0, "at least 0"),
     "model.pretrained": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
@@ -96,11 +100,16 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         "only solver/apply=hypergradient with solver.apply.order=second takes Hessian products",
     ),
     ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
-    ("optimizer.", lambda c: c.max_steps == 0, "max_steps is 0: nothing is trained"),
+    ("optimizer.", lambda c: c.get("max_steps") == 0, "max_steps is 0: nothing is trained"),
     (
         "data.eval_fraction",
         lambda c: c.data.get("eval_path") is not None,
         "data.eval_path is set",
+    ),
+    (
+        "data.sft",
+        lambda c: _sft_is_idle(c),
+        "no lower level reads it (solver=none, or nothing is trained), nor does the warm start",
     ),
     (
         "data.drop_high_ches",
@@ -122,7 +131,7 @@ READ_ALWAYS = (
 )
 STUDY_READS = ("experiment", "seed", "study")  # all that a run without a language model reads
 # what stands here goes to a constructor, which knows its own keys
-OPEN = ("model.config.", "optimizer.", "loss.", "solver.", "data.", "logger.")
+OPEN = ("model.config.", "optimizer.", "loss.", "solver.", "solvers.", "data.", "logger.")
 
 
 def warm_start_steps(cfg: DictConfig) -> int:
@@ -130,6 +139,15 @@ def warm_start_steps(cfg: DictConfig) -> int:
     if cfg.sft.max_steps is not None:
         return cfg.sft.max_steps
     return 0 if cfg.model.pretrained is not None else cfg.data.sft_steps
+
+
+def _sft_is_idle(cfg: DictConfig) -> bool:
+    if cfg.data.get("sft") is None or "max_steps" not in cfg:  # the other commands only show it
+        return False
+    watched = str(cfg.solver.get("_target_")).endswith("NoLower")
+    # of pairs it is the warm start's text too; other sources bring that themselves
+    warms = str(cfg.data.get("_target_")).endswith("pairs.pairs") and warm_start_steps(cfg) > 0
+    return (watched or cfg.max_steps == 0) and not warms
 
 
 @dataclass(frozen=True)
@@ -173,7 +191,8 @@ def check(cfg: DictConfig, line: Given) -> None:
     _check_looks(cfg)
     for prefix, idle, why in IDLE:
         for key in line.touched:
-            if key.startswith(prefix) and key not in READ_ALWAYS and idle(cfg):
+            below = key == prefix or key.startswith(prefix.removesuffix(".") + ".")
+            if below and key not in READ_ALWAYS and idle(cfg):
                 raise UserError(f"{key} has no effect: {why}; leave it out")
 
 

@@ -147,7 +147,7 @@ class Scorer(nn.Module):
     def twice(self) -> Callable[[], AbstractContextManager] | None:
         """A context whose forwards can be differentiated twice, None where there is none."""
         attention = self.model.config._attn_implementation
-        return {"eager": nullcontext, "sdpa": partial(sdpa_kernel, SDPBackend.MATH)}.get(attention)
+        return {"eager": nullcontext, "sdpa": MathKernel}.get(attention)
 
     def _score(self, batch: PairBatch) -> Tensor:
         hidden = self._hidden(batch)[batch.pair, batch.predictor]  # [S, width]
@@ -208,6 +208,28 @@ class Scorer(nn.Module):
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
+
+
+class MathKernel(AbstractContextManager):
+    """sdpa's math kernel, which can be differentiated twice; unlike sdpa_kernel, entered again."""
+
+    def __enter__(self) -> None:
+        self.inside = sdpa_kernel(SDPBackend.MATH)
+        self.inside.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.inside.__exit__(*error)
+
+
+def _kernels() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around a layer's forward, and around its recomputation: with the kernel the forward had."""
+    cuda = torch.backends.cuda  # these flags hold on every device
+    fast = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()
+    return nullcontext(), nullcontext() if fast else MathKernel()
+
+
+# how activations are checkpointed
+RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "context_fn": _kernels}
 
 
 def sharing_refusal(config: Any, longest: int) -> str | None:

@@ -68,8 +68,7 @@ class Preference(LightningModule):
     def training_step(self, batch: Microbatches, batch_idx: int) -> None:
         """One outer step."""
         observed = self.observes(self.outer_step + 1)
-        tokens = sum(2 * part.tokens - int(part.lengths[:, 1:].sum()) for part in batch)
-        self.num_tokens += int(self._over_ranks(tokens))
+        self.num_tokens += int(self._over_ranks(sum(part.read for part in batch)))
         seen = Observation(self.beta, observed, losses.needs_moments(self.loss))
         step = self.solver.step(self._problem(batch, seen), self.solver_state)
         norm = self._follow(step.direction, step.displacement, seen.objective, batch)
@@ -134,9 +133,10 @@ class Preference(LightningModule):
             policy = scored(theta, part)
             moments = losses.moments_of(self.moments_state)
             upper = losses.evaluate(self.loss, policy, reference, moments)
-            lower = -policy.mean_chosen if part.lower is None else below(theta)
+            apart = policy if part.lower is None else scored(theta, texts)
+            lower = -apart.mean_chosen
             if seen:
-                seen.look(policy, reference, upper, lower)
+                seen.look(policy, reference, apart, upper, lower)
             return upper, lower
 
         def below(theta: Tensors) -> Tensor:
@@ -284,10 +284,18 @@ class Observation:
         self.beta, self.full, self.moments = beta, full, moments
         self.totals = Totals()
         self.objective = torch.zeros(())  # sum of all that was minimised, to see a NaN
-        self._last: tuple[PairLogps, Tensor] | None = None
+        self._last: tuple[PairLogps, PairLogps, Tensor] | None = None
 
-    def look(self, policy: PairLogps, reference: PairLogps, upper: Tensor, lower: Tensor) -> None:
-        """One microbatch's pass over both responses."""
+    def look(
+        self,
+        policy: PairLogps,
+        reference: PairLogps,
+        apart: PairLogps,
+        upper: Tensor,
+        lower: Tensor,
+    ) -> None:
+        """One microbatch's pass over both responses; ``apart``: the lower level's own texts,
+        or ``policy``."""
         if self.moments:
             margin = (policy.mean_gap - reference.mean_gap).detach().double()
             self.totals.add({"margin": margin, "margin_squared": margin.square()})
@@ -295,26 +303,25 @@ class Observation:
             return
         self.totals.add(pair_numbers(policy, reference, beta=self.beta))
         self.totals.add({"loss/upper": upper, "loss/lower": lower})
-        self._last = policy, upper
+        self._last = policy, apart, upper
 
     def close(self, objective: Tensor) -> None:
         """``objective``: the sum that the microbatch's backward will start from."""
         if self._last is None:
             return
-        policy, upper = self._last
+        policy, apart, upper = self._last
         self._last = None
         self.totals.add({"loss": (objective, torch.tensor(upper.numel()))})
-        chosen = ~policy.side
 
-        def pull(value: Tensor) -> Tensor:
+        def pull(value: Tensor, on: PairLogps) -> Tensor:
             """d value / d log pi(y_w), spread over the answer's tokens."""
-            slope = torch.autograd.grad(
-                value, policy.logps, retain_graph=True, materialize_grads=True
-            )
-            return slope[0][chosen]
+            slope = torch.autograd.grad(value, on.logps, retain_graph=True, materialize_grads=True)
+            return slope[0][~on.side]
 
-        plain = pull(upper.sum())
-        added = (pull(objective) - plain).abs().sum()
+        plain = pull(upper.sum(), policy)
+        added = (pull(objective, policy) - plain).abs().sum()
+        if apart is not policy:
+            added = added + pull(objective, apart).abs().sum()
         self.totals.add({"solver/slope_ratio": (added, plain.abs().sum())})
 
     def spread(self, means: dict[str, float], count: int) -> float:

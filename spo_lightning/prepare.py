@@ -21,7 +21,7 @@ from spo_lightning.data.rows import Task
 from spo_lightning.errors import UserError
 from spo_lightning.evals import Pairs, greedy_answers, score
 from spo_lightning.knobs import warm_start_steps
-from spo_lightning.models import Scorer, check_head, supports_sharing
+from spo_lightning.models import RECOMPUTED, Scorer, check_head, supports_sharing
 from spo_lightning.policies import Policy
 from spo_lightning.progress import Stages
 from spo_lightning.rundir import write_text
@@ -97,7 +97,7 @@ def prepare(
     pairs = [pair for some in sides.values() for pair in some.pairs]
     scorer = scorer_of(policy, pairs, share=cfg.model.share_prompt)
     if cfg.hardware.activation_checkpointing:
-        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.lm.gradient_checkpointing_enable(RECOMPUTED)
     pad = policy.tokenizer.pad_token_id
     sets = {name: Pairs(some.pairs, None, pad) for name, some in sides.items()}
     sets["train"] = without_high_ches(cfg, policy, scorer, sets["train"], precision, stages)

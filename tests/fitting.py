@@ -127,6 +127,7 @@ def fitted(
     schedule=lambda step: 1.0,
     callbacks=(),
     watch=None,
+    lower=None,
 ):
     """Drive ``Preference`` through Lightning's Trainer as ``fit.py`` does."""
     loss, solver, beta = chosen
@@ -155,7 +156,7 @@ def fitted(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = OuterSteps(given, module, micro=micro, seed=0)
+    data = OuterSteps(given, module, micro=micro, seed=0, lower=lower)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, DataLoader(data, batch_size=None))

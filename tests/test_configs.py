@@ -108,15 +108,35 @@ def test_every_nested_solver_option_is_reached():
         assert len(missing) == 1, (group.name, missing)  # the default
 
 
+SECOND = ["solver/apply=hypergradient", "solver.apply.order=second"]
+NEEDS = {  # what an option asks for besides itself
+    "dual": ["solver/phi=linear", "solver.margin=0.01"],
+    "barrier": ["solver/phi=linear", "solver.margin=1", "solver.schedule.rate=10"],
+    "preconditioned": ["solver.lower_lr=1e-4"],
+}
+
+
 def test_solvers_train_apart(tmp_path):
     table = {}
     for name, overrides in solvers().items():
-        if name.startswith("penalty") and "phi" not in name:
+        option = name.rpartition("=")[2]
+        if option in NEEDS:
+            overrides = [*overrides, *NEEDS[option]]
+        elif name.startswith("penalty") and "phi" not in name:
             # every violation has a slope of its own, whichever side of the border it is on
             overrides = [*overrides, "solver/phi=softplus", "solver.margin=0.01"]
-        shared = (*SLIPS, *LLAMA, *PLAIN, "loss=dpo")
-        table[name] = trained(tmp_path, *shared, *overrides)
+        if "hvp" not in name:  # another way to the same product
+            table[name] = trained(tmp_path, *SLIPS, *LLAMA, *PLAIN, "loss=dpo", *overrides)
     assert_all_differ(table)
+
+
+@pytest.mark.parametrize("solver", [["solver=implicit"], ["solver=unrolled", *SECOND]])
+def test_products_are_ways_to_the_same_parameters(tmp_path, solver):
+    auto, exact, rough = (
+        trained(tmp_path, *SLIPS, *LLAMA, *PLAIN, "loss=dpo", *solver, f"solver/hvp={hvp}")
+        for hvp in ("auto", "exact", "finite_difference")
+    )
+    assert auto == exact != rough
 
 
 def test_optimizers_train_apart(tmp_path):

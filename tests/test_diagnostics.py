@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,7 +21,7 @@ from spo_lightning.callbacks.evolution import Evolution
 from spo_lightning.callbacks.geometry import Geometry, numbers
 from spo_lightning.callbacks.overoptimisation import OverOptimisation
 from spo_lightning.callbacks.probes import Probes, probe_set
-from spo_lightning.data.batch import collate
+from spo_lightning.data.batch import Microbatches, collate
 from spo_lightning.errors import UserError
 from spo_lightning.evals import Pairs
 from spo_lightning.models import Scorer, reference_logps
@@ -66,6 +67,19 @@ def test_geometry_equals_direct_gradients():
     for name, value in expected.items():
         assert rows[0][f"train/geometry/{name}"] == pytest.approx(float(value), rel=1e-9), name
     assert rows[0]["train/grad_norm"] == pytest.approx(float(u.norm()), rel=1e-9)
+
+
+def test_geometry_takes_the_lower_levels_own_texts():
+    made = policy()
+    diagnostic = Geometry(setting(), every_n_steps=1)
+    fit, _ = watched(diagnostic, made, steps=1)
+    texts = [replace(pair, rejected=()) for pair in random_pairs(8, seed=9)]
+    below = collate(texts, PAD_ID)
+    part = replace(scored(made.lm, random_pairs(8)).batch(range(8)), lower=below)
+    *_, lower = diagnostic._gradients(fit.trainer, fit.module, Microbatches([part]))
+    theta = tuple(fit.module.trainable().values())
+    expected = torch.autograd.grad(-fit.module.scorer(below).mean_chosen.mean(), theta)
+    torch.testing.assert_close(lower, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_geometry_of_hand_worked_gradients():

@@ -30,7 +30,8 @@ ROOMS = (
         "callbacks",
         "sft",
     ),
-    *("knobs", "prepare", "fit", "report", "command", "train", "eval", "inspect", "bench"),
+    *("knobs", "prepare", "fit", "costs"),
+    *("report", "command", "train", "eval", "inspect", "bench"),
 )
 # what the rooms that know least may import besides themselves
 NARROW = {
@@ -43,7 +44,7 @@ NARROW = {
     "tabular": {"models", "losses", "solvers", "rundir", "errors"},
     "report": {"errors"},
 }
-COMMANDS = ("train", "eval", "inspect", "command", "knobs", "report.__main__")
+COMMANDS = ("train", "eval", "inspect", "bench", "command", "knobs", "report.__main__")
 HEAVY = {"torch", "lightning", "transformers", "datasets"}
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines
 

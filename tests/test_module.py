@@ -108,7 +108,7 @@ def test_clipping_scales_the_direction_and_reports_the_norm_before():
 
 
 @pytest.mark.parametrize("where", ["value", "gradient"])
-@pytest.mark.parametrize("solver", ["none", "penalty", "unrolled"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_parameters(solver, where):
     class Breaking(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -155,11 +155,17 @@ def test_the_start_check_knows_the_reference_from_another(family, adapters, dtyp
         run(scored(made.lm, shift=lambda number, r: 0.05 * torch.arange(len(r)) / len(r)))
 
 
-@pytest.mark.parametrize("solver", ["none", "mean", "unrolled"])
-def test_memory_is_flat_over_200_steps(solver):
+def lengths_of_a_run():
+    few = ("none", "mean", "unrolled")
+    yield from ((solver, 200) for solver in few)
+    yield from (pytest.param(solver, 500, marks=pytest.mark.slow) for solver in SOLVERS)
+
+
+@pytest.mark.parametrize(("solver", "steps"), lengths_of_a_run())
+def test_memory_is_flat(solver, steps):
     class Count(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            if module.outer_step in (20, 110, 200):
+            if module.outer_step in (20, (20 + steps) // 2, steps):
                 gc.collect()
                 alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
                 self.counts.append((len(alive), sum(x.numel() for x in alive)))
@@ -175,7 +181,7 @@ def test_memory_is_flat_over_200_steps(solver):
         made,
         chosen,
         same,
-        steps=200,
+        steps=steps,
         batch_size=2,
         micro=1,
         optimizer=partial(torch.optim.Adam, lr=1e-4),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, command, end, start
+from fitting import SOLVERS
 from hydra import compose, initialize_config_dir
 from pairs import CONF
 from safetensors.torch import load_file
@@ -24,14 +25,20 @@ SMALL = (*SMALL, "eval.every_n_steps=1", "eval.max_rows=8", "eval.batch_size=8")
 # what has no part in going on: Lightning's version, its loops' bookkeeping, and the schedule's own
 # settings, among them a max_steps that may grow
 ASIDE = ("loops", "pytorch-lightning_version", "hparams_name", "lr_lambdas")
+# the weight of a ramp still rises where the run is cut
+RAMP = {"ramp": ["solver=penalty", "solver/schedule=ramp", "solver.schedule.steps=9"]}
 OBJECTIVES = {
-    "none": ("loss=dpo",),
-    "penalty": ("loss=spo",),
-    "mean": ("loss=spo", "solver/level=mean"),
+    **{name: ("loss=dpo", *words) for name, words in (SOLVERS | RAMP).items()},
     "running_min": ("loss=spo", "solver/value=running_min", "solver.margin=0.01"),
-    "unrolled": ("loss=dpo", "solver=unrolled"),
     "alpha_dpo": ("loss=alpha_dpo",),
+    "own texts": ("loss=spo", "data.sft=own"),
+    "adapters": ("loss=dpo", *SOLVERS["inner"], "model.lora.rank=2", "model.lora.merge=true"),
 }
+# those with a memory of their own, or a path that no other has
+USUAL = ("none", "mean", "inner", "preconditioned", "dual", "gap", "alpha_dpo", "own texts")
+CUT = [
+    pytest.param(name, marks=[] if name in USUAL else [pytest.mark.slow]) for name in OBJECTIVES
+]
 
 
 def composed(*words: str):
@@ -84,7 +91,7 @@ def assert_same_run(whole: Path, parts: Path):
     assert (whole / "samples.jsonl").read_bytes() == (parts / "samples.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", CUT)
 def test_two_parts_equal_one_whole(tmp_path, cache, name):
     """max_steps may grow under a constant schedule, so the first part simply ends at step 5."""
     words = (*SMALL, *OBJECTIVES[name], cache, "checkpoint.every_n_steps=5")

@@ -22,7 +22,7 @@ class Geometry(Callback):
     """Norms, cosines and two ratios of gradients at theta before the step, over its whole batch.
 
     g_w, g_l: gradients of the mean log pi(y_w) and log pi(y_l); u, v: of F (the mean preference
-    loss) and of G (the mean NLL per token of the chosen answers).
+    loss) and of G (the mean NLL per token of the chosen answers, or of ``data.sft``'s texts).
 
     - overlap = <g_w, g_l> / |g_w|^2: above 1, a step along g_w - g_l lowers log pi(y_w);
     - violation = max(0, -<v, u> / |u|): what G gains per unit of distance, at first order, when
@@ -64,9 +64,10 @@ class Geometry(Callback):
         for part in batch:
             with self.precision():
                 policy, reference = module.scorer(part), reference_logps(part)
+                below = policy if part.lower is None else module.scorer(part.lower)
                 moments = losses.moments_of(module.moments_state)
                 upper = losses.evaluate(module.loss, policy, reference, moments)
-            four = (policy.chosen, policy.rejected, upper, -policy.mean_chosen)
+            four = (policy.chosen, policy.rejected, upper, -below.mean_chosen)
             for total, value in zip(sums, four):
                 mean = value.sum() / module.batch_size
                 # a loss of one side alone has no gradient through the other

@@ -60,6 +60,12 @@ class PairBatch:
         """Tokens that are not padding; a shared prompt counts once."""
         return int(self.lengths.sum())
 
+    @property
+    def read(self) -> int:
+        """Tokens of the texts in it: of prompt + each response, and of the lower level's own."""
+        below = 0 if self.lower is None else self.lower.tokens
+        return 2 * self.tokens - int(self.lengths[:, 1:].sum()) + below
+
     def to(self, device: torch.device | str) -> "PairBatch":
         mine = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {n: v if v is None else v.to(device) for n, v in mine.items()}

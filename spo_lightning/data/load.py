@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from spo_lightning.data.rows import Task, completion_rows, read, without
@@ -41,6 +42,7 @@ def _with_lower(task: Task, node: dict[str, Any]) -> Task:
     named = node.get("sft")
     if named is None:
         return task
+    _check_kind(named, (str, NoneType), "data.sft")
     rows = task.sft
     if named != OWN and "sft" not in _parameters(node):
         raw = read(named, split=node.get("split", "train"), where="data.sft")
@@ -86,6 +88,11 @@ def _check(node: dict[str, Any], where: str) -> None:
     source: Callable[..., Task] = hydra.utils.get_method(node["_target_"])
     known, kinds = inspect.signature(source).parameters, get_type_hints(source)
     given = node.keys() - {"_target_"}
+    if "sft" in known and node.get("sft") == OWN:
+        raise UserError(
+            f"{where}.sft={OWN}: {source.__name__} has no SFT rows of its own: name a file of "
+            "prompt and completion, or null for the chosen responses"
+        )
     for key in sorted(given - known.keys()):
         raise UserError(f"{where}.{key}: {source.__name__} has no such key: remove it")
     for key in sorted(known.keys() - given):

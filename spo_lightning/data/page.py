@@ -18,14 +18,14 @@ def page(encoded_train: Encoded, encoded_held_out: Encoded, tokenizer: Any, task
     source = "".join(f"{name}: {count}\n" for name, count in task.counts.items())
     parts = [
         f"source\n{textwrap.indent(source or 'no counts', '  ')}".rstrip(),
-        _counts({name: side.counts for name, side in sides.items()}, len(task.sft)),
+        _counts({name: side.counts for name, side in sides.items()}, task),
         *_histograms([pair for side in sides.values() for pair in side.pairs]),
         "no pair is left to show" if shown is None else _rendered(shown, tokenizer),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _counts(sides: dict[str, dict[str, int]], sft: int) -> str:
+def _counts(sides: dict[str, dict[str, int]], task: Task) -> str:
     lines = [f"{'pairs':<20}" + "".join(f"{name:>12}" for name in sides)]
     totals = [
         sum(n for key, n in counts.items() if key == "kept" or key.startswith("dropped/"))
@@ -35,7 +35,10 @@ def _counts(sides: dict[str, dict[str, int]], sft: int) -> str:
     for key in COUNTS:
         cells = "".join(f"{counts.get(key, 0):>12,}" for counts in sides.values())
         lines.append(f"  {key:<18}{cells}")
-    return "\n".join([*lines, f"{'SFT rows':<20}{sft:>12,}"])
+    lines.append(f"{'SFT rows':<20}{len(task.sft):>12,}")
+    if task.lower:
+        lines.append(f"{'lower-level rows':<20}{len(task.lower):>12,}")
+    return "\n".join(lines)
 
 
 def _histograms(pairs: Sequence[Pair]) -> list[str]:

@@ -70,8 +70,9 @@ def moved(theta: Tensors, along: Tensors, length: float) -> Tensors:
 
 
 def dot(left: Tensors, right: Tensors) -> Tensor:
-    """The inner product, accumulated in float64 (0-d)."""
-    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(left, right)]).sum()
+    """The inner product, detached and accumulated in float64 (0-d)."""
+    pairs = ((x.detach().double(), y.detach().double()) for x, y in zip(left, right))
+    return torch.stack([(x * y).sum() for x, y in pairs]).sum()
 
 
 class Step(NamedTuple):

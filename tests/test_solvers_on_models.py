@@ -1,0 +1,90 @@
+"""Solvers on Llama, Qwen2 and GPT-2: what the second-order ones need of a real model."""
+
+import contextlib
+
+import pytest
+import torch
+from fitting import SOLVERS, fitted, objective, snapshot
+from lightning import Callback
+from tiny import in_float64, lora, policy
+
+from spo_lightning import models
+from spo_lightning.module import Observation
+from spo_lightning.solvers.products import Automatic, Exact, FiniteDifference
+
+FAMILIES = ("llama-grouped", "qwen2", "gpt2")
+PRODUCTS = {"exact": Exact(), "finite": FiniteDifference(None), "auto": Automatic(None)}
+WAYS = {
+    "plain": {},
+    "adapters": {"adapters": True},
+    "eager": {"attention": "eager"},
+    "checkpointing": {"checkpointing": True},
+    "checkpointing, eager": {"checkpointing": True, "attention": "eager"},
+    "checkpointing, adapters": {"checkpointing": True, "adapters": True},
+    "chunks": {"chunk": 5},
+    "all": {"checkpointing": True, "adapters": True, "chunk": 5},
+}
+
+
+class Look(Callback):
+    """H v of the first batch, along a random v, by every product."""
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        problem = module._problem(batch, Observation(0.1, False, False))
+        generator = torch.Generator().manual_seed(1)
+        along = tuple(
+            torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+            for t in problem.theta
+        )
+        away = tuple(t.detach() + 1e-3 * v for t, v in zip(problem.theta, along))
+        self.found = {
+            name: torch.cat([h.flatten() for h in product(problem, theta, along)])
+            for name, product in PRODUCTS.items()
+            for name, theta in ((name, problem.theta), (f"{name}, away", away))
+        }
+
+
+def made_by(family, dtype="float64", adapters=False, checkpointing=False, attention="sdpa"):
+    made = policy(family, dtype=dtype, attention=attention)
+    made = lora(made) if adapters else made
+    for name, value in made.module.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would hide half of the Hessian
+            torch.nn.init.normal_(value, std=0.1, generator=torch.Generator().manual_seed(1))
+    if checkpointing:
+        made.lm.gradient_checkpointing_enable(models.RECOMPUTED)
+    made.lm.train()
+    return made
+
+
+def looked(family, **how):
+    look = Look()
+    made = made_by(family, **how)
+    fitted(
+        made, objective("loss=dpo", "solver=none"), steps=1, batch_size=4, micro=3,
+        callbacks=[look],
+    )  # fmt: skip
+    return look.found
+
+
+def off(one, two):
+    return ((one - two).norm() / two.norm()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_agree_whatever_the_model_does(family, monkeypatch):
+    in_float64(monkeypatch)
+    plain = {}
+    for name, how in WAYS.items():
+        how = dict(how)
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "CHUNK", how.pop("chunk", models.CHUNK))
+            found = looked(family, **how)
+        adapters = how.get("adapters", False)
+        same = plain.setdefault(adapters, found)
+        for place in ("", ", away"):
+            exact = found[f"exact{place}"]
+            assert exact.norm() > 0
+            assert off(found[f"finite{place}"], exact) < 1e-6, (name, place)
+            assert found[f"auto{place}"].equal(exact), (name, place)
+            assert off(exact, same[f"exact{place}"]) < 1e-10, (name, place)
+        assert off(found["exact"], found["exact, away"]) > 1e-4, name
