@@ -168,7 +168,8 @@ def ratios(
             "time_ratio_min": min(each),
             "time_ratio_max": max(each),
             "memory_mib": taken[name],
-            "memory_ratio": taken[name] / taken[base],
+            # 0 where the system cannot forget an earlier, higher peak
+            "memory_ratio": taken[name] / taken[base] if taken[base] else None,
         }
     return found
 
@@ -185,7 +186,7 @@ def table(numbers: Mapping[str, Any]) -> str:
             f"{row['time_ratio']:.3f}",
             f"{row['time_ratio_min']:.3f} to {row['time_ratio_max']:.3f}",
             f"{row['memory_mib']:.1f}",
-            f"{row['memory_ratio']:.2f}",
+            "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}",
         ]
         for name, row in numbers["solvers"].items()
     ]

@@ -140,6 +140,7 @@ def times(
     quiet()  # Lightning, which was imported since
     names = list(entries)
     found: dict[str, list[float]] = {name: [] for name in names}
+    take(entries[names[0]], start, 1, LambdaCallback())  # what only the first ever loads
     with stages.stage("time", repetitions * len(names)) as advance:
         for number in range(repetitions):
             turn = number % len(names)
@@ -167,8 +168,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return
-        with suppress(OSError):  # else the peak is that since the process began
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        _forget_peak()
         self.before = _highest_resident()
 
     def above(self) -> int:
@@ -177,8 +177,17 @@ class Memory:
         return _highest_resident() - self.before
 
 
+def _forget_peak() -> bool:
+    """Start the peak of this process anew; False where the system does not let us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
 def _highest_resident() -> int:
-    """Bytes of this process in memory, at most so far."""
+    """Bytes of this process in memory, at most since the peak was forgotten."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
@@ -220,7 +229,7 @@ def peaks(
 
 
 def peak(entries: Sequence[Entry], place: Path, steps: int) -> int:
-    """Bytes that the second entry's steps take. The first entry's load what all share: code."""
+    """Bytes that the second entry's steps take, once a step of the first has loaded the code."""
     warnings.simplefilter("ignore")
     quiet()
     with suppress(AttributeError):  # what is freed goes back at once; glibc's, others have none
@@ -229,7 +238,8 @@ def peak(entries: Sequence[Entry], place: Path, steps: int) -> int:
     first, second = entries
     if first.cfg.hardware.threads:
         torch.set_num_threads(first.cfg.hardware.threads)
-    take(first, start, 1, LambdaCallback())
+    if torch.cuda.is_available() or _forget_peak():  # else its peak would hide the other's
+        take(first, start, 1, LambdaCallback())
     memory = Memory()
     take(second, start, steps, LambdaCallback(on_train_start=lambda *_: memory.start()))
     return memory.above()

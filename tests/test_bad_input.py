@@ -47,6 +47,9 @@ FILES = {
     "role": [{**CHAT, "prompt": [{"role": "wizard", "content": "Hi"}]}],
     "kto": [{"prompt": "2+2=", "completion": "4", "label": True}] * 3,
     "scalar": b"3\n",
+    "texts": [{"prompt": "2+2=", "completion": "4"}, {"prompt": "2+2=", "answer": "4"}],
+    "typed_texts": [{"prompt": "2+2=", "completion": "4"}, {"prompt": "2+2=", "completion": 4}],
+    "long_texts": [{"prompt": "2+2=" * 10, "completion": "4"}] * 3,
 }
 
 
@@ -71,6 +74,29 @@ DATA = [
         rows("good", "data.eval_path=good.jsonl"),
         "data.eval_fraction has no effect: data.eval_path is set",
     ),
+    Case(
+        "own texts of pairs",
+        rows("good", "data.sft=own"),
+        "data.sft=own: pairs has no SFT rows of its own: name a file",
+    ),
+    Case("missing texts", ("data=slips", "data.sft=absent.jsonl"), "absent.jsonl: no such file"),
+    Case(
+        "texts without completion",
+        ("data=slips", "data.sft=texts.jsonl"),
+        "texts.jsonl, row 2: no field 'completion'",
+    ),
+    Case(
+        "texts of a wrong type",
+        rows("good", "data.sft=typed_texts.jsonl"),
+        "typed_texts.jsonl, row 2: 'completion' is a number",
+        slow=True,
+    ),
+    Case(
+        "no own texts",
+        ("data=slips", "data.sft=own", "data.sft_rows=0"),
+        "data.sft=own: no SFT row is left",
+    ),
+    Case("wrong kind of texts", ("data=slips", "data.sft=5"), "data.sft=5: give str or null"),
     Case("wrong kind of a data key", ("data=slips", "data.prompts=many"), "data.prompts=many"),
 ]
 # seen once rows are tokens, so after the heavy imports
@@ -90,6 +116,12 @@ TOKENS = [
         slow=True,
     ),
     Case("no chat template", rows("chat"), "no chat template"),
+    Case(
+        "long texts",
+        rows("good", "data.sft=long_texts.jsonl", "max_length=20"),
+        "data.sft=long_texts.jsonl: no row has a prompt and a completion that fit max_length",
+        slow=True,
+    ),
 ]
 KNOBS = [
     Case("unknown key", ("loss.betaa=1",), "loss.betaa"),
@@ -108,6 +140,27 @@ KNOBS = [
     ),
     Case("idle epochs", ("epochs=2",), "epochs has no effect: max_steps is set"),
     Case("idle warm start", ("sft.max_steps=0", "sft.lr=1e-3"), "sft.lr has no effect"),
+    Case(
+        "idle texts",
+        ("data=slips", "data.sft=own", "loss=dpo", "solver=none"),
+        "data.sft has no effect: no lower level reads it",
+    ),
+    Case(
+        "weight of a barrier",
+        ("solver/phi=linear", "solver/schedule=barrier", "solver.weight=2"),
+        "solver.weight has no effect: solver/schedule=barrier finds it",
+    ),
+    Case(
+        "idle products",
+        ("loss=dpo", "solver=unrolled", "solver/apply=hypergradient", "solver/hvp=exact"),
+        "solver.hvp has no effect: only solver/apply=hypergradient with solver.apply.order=second",
+    ),
+    Case(
+        "products without a pull back",
+        ("loss=dpo", "solver=unrolled", "solver.hvp.size=0.01"),
+        "solver.hvp.size has no effect",
+        slow=True,
+    ),
     Case("not a number", ("max_steps=abc",), "max_steps=abc: it must be a whole number"),
     Case("not whole", ("batch_size=1.5",), "batch_size=1.5: it must be a whole number"),
     Case("infinite", ("max_steps=inf",), "max_steps=inf: it must be finite"),
@@ -142,6 +195,29 @@ BUILT = [
     ),
     Case(
         "inert value", ("solver/phi=linear", "solver/value=running_min"), "running_min", slow=True
+    ),
+    Case(
+        "dual with a hinge",
+        ("solver/schedule=dual",),
+        "a weight that follows the violation (solver/schedule=dual, barrier) prices it by itself",
+    ),
+    Case(
+        "inner value of a linear price",
+        ("solver/phi=linear", "solver/value=inner"),
+        "solver/value=inner has no effect with solver/phi=linear",
+        slow=True,
+    ),
+    Case(
+        "unknown order",
+        ("loss=dpo", "solver=unrolled", "solver/apply=hypergradient", "solver.apply.order=third"),
+        "solver.apply.order must be first or second, not third",
+        slow=True,
+    ),
+    Case(
+        "negative gamma",
+        ("loss=dpo", "solver=implicit", "solver.gamma=-1"),
+        "solver.gamma must be above 0, not -1",
+        slow=True,
     ),
     Case("negative weight", ("solver.weight=-1",), "solver.weight", slow=True),
     Case("unknown dtype", ("model.dtype=float8",), "model.dtype=float8"),
@@ -212,7 +288,7 @@ def run_case(home: Path, case: Case):
     given = [*_base(case), *case.words, *where]
     if case in TOKENS:  # the case names its data itself
         given = [word for word in given if word not in ("data=slips",)]
-    return command(home, *given, timeout=60), place
+    return command(home, *given), place
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +340,16 @@ def test_dropped_pairs_are_counted(home, cache):
     done = command(home, *small, *words, "max_steps=0", "data.eval_fraction=0.2")
     assert (done.code, done.err) == (0, "")
     assert "dropped/empty 1" in done.out
+
+
+def test_a_series_that_diverges(home, cache):
+    words = ["loss=dpo", "solver=implicit", "solver/solve=neumann", "solver.gamma=1000"]
+    done = command(home, *SMALL, cache, *words, "max_steps=2", "hydra.run.dir=runs/diverges")
+    assert done.code == 1
+    (line,) = done.err.splitlines()
+    assert "Neumann series: gamma |H| is at least" in line and "or use solver/solve=cg" in line
+    status = json.loads((home / "runs/diverges/status.json").read_text())
+    assert (status["state"], status["error"]) == ("failed", line.removeprefix("error: "))
 
 
 def test_a_sweep_finishes_the_other_jobs(home, cache):

@@ -1,10 +1,8 @@
 """Solvers on Llama, Qwen2 and GPT-2: what the second-order ones need of a real model."""
 
-import contextlib
-
 import pytest
 import torch
-from fitting import SOLVERS, fitted, objective, snapshot
+from fitting import fitted, objective
 from lightning import Callback
 from tiny import in_float64, lora, policy
 

@@ -287,6 +287,59 @@ def test_a_mixture_keeps_its_proportions_and_sides(source):
     assert disjoint(uneven)
 
 
+def rows_of(count, **extra):
+    return [{"prompt": f"q{n}", "completion": f"c{n}", **extra} for n in range(count)]
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "slips"])
+def test_the_lower_level_has_the_chosen_its_own_rows_or_a_file(source, tmp_path, name):
+    task = source(*small(name))
+    assert task.lower == []
+    own = source(*small(name, "data.sft=own"))
+    assert own.lower == own.sft == task.sft != [] and own.train == task.train
+    held = [{"prompt": row["prompt"], "completion": "c"} for row in task.held_out[:3]]
+    path = write(tmp_path / "s.jsonl", rows_of(2) + held + rows_of(2))
+    read = source(*small(name, f"data.sft={path}"))
+    assert read.lower == rows_of(2) + rows_of(2)
+    assert (read.train, read.held_out, read.sft) == (task.train, task.held_out, task.sft)
+    write(path, held)
+    told = refusal(source, *small(name, f"data.sft={path}"))
+    assert told.startswith(f"data.sft={path}: no SFT row is left")
+
+
+def test_the_lower_level_of_pairs_is_their_sft_file(source, tmp_path):
+    path = write(tmp_path / "a.jsonl", asked(40))
+    assert source("data=pairs", f"data.path={path}").lower == []
+    sft = write(tmp_path / "s.jsonl", rows_of(60))
+    task = source("data=pairs", f"data.path={path}", f"data.sft={sft}")
+    assert task.lower == task.sft and disjoint(task)
+    assert len(task.lower) == 60 - len(task.held_out)
+    write(sft, rows_of(2) + [{"prompt": "q", "completion": 3}])
+    told = refusal(source, "data=pairs", f"data.path={path}", f"data.sft={sft}")
+    assert f"{sft}, row 3: 'completion' is a number" in told
+
+
+def test_the_lower_level_of_a_mixture(source, tmp_path):
+    task = source("data=mixture")
+    assert task.lower == []
+    own = source("data=mixture", "data.sft=own")
+    assert own.lower == own.sft == task.sft
+    assert {row["source"] for row in own.lower} == {"short", "long"}
+    held = [{"prompt": task.held_out[-1]["prompt"], "completion": "c"}]
+    path = write(tmp_path / "s.jsonl", rows_of(4) + held)
+    assert source("data=mixture", f"data.sft={path}").lower == rows_of(4)
+    pairs = write(tmp_path / "a.jsonl", asked(60))
+    mine = (
+        "data=mixture", "+data@data.sources.mine=pairs", f"data.sources.mine.path={pairs}",
+        "+data.weights.mine=1", "data.sft=own",
+    )  # fmt: skip
+    assert source(*mine).lower == task.sft
+    both = source(*mine, f"data.sources.mine.sft={path}").lower
+    assert [row for row in both if row["source"] == "mine"] == [
+        {**row, "source": "mine"} for row in rows_of(4) if not held_out(row["prompt"], 0.1)
+    ]
+
+
 def test_a_mixture_of_different_answers_has_no_answer(source, tmp_path):
     path = write(tmp_path / "a.jsonl", asked(60, answer="x"))
     task = source(
@@ -319,6 +372,16 @@ def test_a_mixture_of_different_answers_has_no_answer(source, tmp_path):
         (["data.seed=true"], "data.seed=True: give int"),
         (["+data.samplse=3"], "data.samplse: arithmetic has no such key"),
         (["~data.samples"], "data.samples is missing"),
+        (["data.sft=5"], "data.sft=5: give str or null"),
+        (["data=slips", "data.sft=true"], "data.sft=True: give str or null"),
+        (["data=mixture", "data.sft=[a]"], "data.sft=['a']: give str or null"),
+        (["data=slips", "data.sft=none.jsonl"], "none.jsonl: no such file"),
+        (["data=slips", "data.sft=own", "data.sft_rows=0"], "data.sft=own: no SFT row is left"),
+        (["data=pairs", "data.path=x.jsonl", "data.sft=own"], "pairs has no SFT rows of its own"),
+        (
+            ["data=mixture", "+data@data.sources.mine=pairs", "data.sources.mine.sft=own"],
+            "data.sources.mine.sft=own: pairs has no SFT rows",
+        ),
         (["data=mixture", "~data.weights.long"], "name the same"),
         (["data=mixture", "data.weights.long=0"], "data.weights.long=0"),
         (["data=mixture", "data.max_rows=1"], "data.sources.short gives no rows"),
@@ -383,5 +446,8 @@ def test_the_page_shows_counts_lengths_and_one_pair(source):
         assert f"<s>{shown['prompt']}⟦{shown[name]}</s>⟧" in text
         lengths = [len(getattr(pair, name)) for pair in train.pairs + held.pairs]
         assert f"tokens of {name}: {min(lengths)} to {max(lengths)}, median" in text
+    assert "lower-level" not in text
+    task = source(*small("slips", "data.sft=own"))
+    assert re.search(r"lower-level rows +40\n", page(train, held, tokenizer, task))
     empty = Encoded([], train.counts)
     assert "no pair is left to show" in page(empty, empty, tokenizer, task)

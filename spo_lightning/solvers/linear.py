@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from spo_lightning.errors import Diverged
 from spo_lightning.solvers import Tensors, dot, moved
 
@@ -33,6 +31,11 @@ def _norm(vector: Tensors) -> float:
     return math.sqrt(float(dot(vector, vector)))
 
 
+def _zeros(right: Tensors) -> Tensors:
+    """Where to start; not finite where ``right`` is not, so that no iteration hides it."""
+    return tuple(0 * r for r in right)
+
+
 def _check(iterations: int, tolerance: float) -> None:
     if iterations < 1:
         raise ValueError(f"solver.solve.iterations must be at least 1, not {iterations}")
@@ -52,7 +55,7 @@ class ConjugateGradient:
 
     def __call__(self, product: Product, gamma: float, right: Tensors) -> Solved:
         start = _norm(right)
-        found = tuple(torch.zeros_like(r) for r in right)
+        found = _zeros(right)
         residual = along = right
         squared, count = start**2, 0
         while count < self.iterations and math.sqrt(squared) > self.tolerance * start:
@@ -118,7 +121,7 @@ class Richardson:
 
     def __call__(self, product: Product, gamma: float, right: Tensors) -> Solved:
         start = size = _norm(right)
-        found = tuple(torch.zeros_like(r) for r in right)
+        found = _zeros(right)
         residual, count = right, 0
         while count < self.iterations and size > self.tolerance * start:
             found = moved(found, residual, self.step)
