@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from conftest import SMALL
 from fitting import fitted, objective
 from lightning import Callback
+from safetensors.torch import load_file
 from tiny import in_float64, lora, policy
 
 from spo_lightning import models
 from spo_lightning.module import Observation
 from spo_lightning.solvers.products import Automatic, Exact, FiniteDifference
+from spo_lightning.train import train
 
 FAMILIES = ("llama-grouped", "qwen2", "gpt2")
 PRODUCTS = {"exact": Exact(), "finite": FiniteDifference(None), "auto": Automatic(None)}
@@ -86,3 +89,39 @@ def test_products_agree_whatever_the_model_does(family, monkeypatch):
             assert found[f"auto{place}"].equal(exact), (name, place)
             assert off(exact, same[f"exact{place}"]) < 1e-10, (name, place)
         assert off(found["exact"], found["exact, away"]) > 1e-4, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finite_differences_in_float32(family):
+    found = looked(family, dtype="float32")
+    assert off(found["finite"], found["exact"]) < 2e-2
+    assert off(found["finite, away"], found["exact, away"]) < 2e-2
+
+
+@pytest.mark.parametrize("solver", ["second", "implicit", "inner", "barrier"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_and_chunks_train_the_same(family, solver, monkeypatch):
+    def trained(chunk, **how):
+        made = made_by(family, **how)
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "CHUNK", chunk)
+            chosen = objective("loss=dpo", *SOLVERS[solver])
+            fit = fitted(made, chosen, steps=2, batch_size=4, micro=3)
+        return snapshot(fit.module)
+
+    in_float64(monkeypatch)
+    plain, other = trained(models.CHUNK), trained(5, checkpointing=True)
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-10)
+
+
+def test_a_run_with_recomputed_activations(tmp_path, cache):
+    def weights(place, *words):
+        second = ("loss=dpo", *SOLVERS["second"], "max_steps=2", "eval.every_n_steps=0")
+        cfg = config(*SMALL, *second, "checkpoint.monitor=null", cache, *words)
+        train(cfg, tmp_path / place)
+        return load_file(tmp_path / place / "model/model.safetensors")
+
+    plain = weights("plain")
+    for name, value in weights("less", "hardware.activation_checkpointing=true").items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-6)
