@@ -107,9 +107,15 @@ def test_clipping_scales_the_direction_and_reports_the_norm_before():
         torch.testing.assert_close(change, scale * free, rtol=1e-9, atol=1e-12)
 
 
+def solvers_that_see_the_upper_level():
+    usual = ("none", "penalty", "inner", "unrolled", "implicit", "coin")
+    for name in SOLVERS:
+        if name != "gap":  # here it takes every step but the first on the lower level
+            yield pytest.param(name, marks=[] if name in usual else [pytest.mark.slow])
+
+
 @pytest.mark.parametrize("where", ["value", "gradient"])
-# gap: here it takes every step but the first on the lower level, which is finite
-@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "gap"])
+@pytest.mark.parametrize("solver", solvers_that_see_the_upper_level())
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_parameters(solver, where):
     class Breaking(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
