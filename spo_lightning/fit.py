@@ -45,16 +45,15 @@ class OuterSteps(IterableDataset):
 
     def __iter__(self) -> Iterator[Microbatches]:
         trainer, size = self.module.trainer, self.module.batch_size
-        start, beside = self.module.outer_step, None
-        if self.lower is not None:
-            beside = draws(len(self.lower), size, self.seed + 1, start)
+        start, lower = self.module.outer_step, self.lower
+        beside = None if lower is None else draws(len(lower), size, self.seed + 1, start)
         for rows in draws(len(self.pairs), size, self.seed, start):
             mine = rows[trainer.global_rank :: trainer.world_size]
             starts = range(0, len(mine), self.micro)
             parts = [self.pairs.batch(mine[s : s + self.micro]) for s in starts]
-            if beside is not None:
+            if lower is not None and beside is not None:
                 drawn = next(beside)[trainer.global_rank :: trainer.world_size]
-                texts = [self.lower.batch(drawn[s : s + self.micro]) for s in starts]
+                texts = [lower.batch(drawn[s : s + self.micro]) for s in starts]
                 parts = [replace(part, lower=text) for part, text in zip(parts, texts)]
             yield Microbatches(parts)
 
