@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from spo_lightning.errors import Diverged
 from spo_lightning.evals import Pairs
-from spo_lightning.fit import OuterSteps, _module
+from spo_lightning.fit import OuterSteps, module_of
 from spo_lightning.models import Scorer
 from spo_lightning.prepare import quiet
 from spo_lightning.progress import Stages
@@ -58,7 +58,7 @@ def take(entry: Entry, start: Start, steps: int, watch: Any) -> None:
     cfg = entry.cfg
     parameters = [p for p in start.scorer.parameters() if p.requires_grad]
     kept = [p.detach().cpu().clone() for p in parameters]
-    module = _module(cfg, start, entry.loss, entry.solver, steps)  # type: ignore[arg-type]
+    module = module_of(cfg, start, entry.loss, entry.solver, steps)  # type: ignore[arg-type]
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
         devices=1,

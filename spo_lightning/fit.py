@@ -71,7 +71,7 @@ def fit(
 ) -> int:
     """Preference training; the policy of ``given`` is trained in place. The outer steps taken."""
     quiet()  # Lightning, which is imported only here
-    module = _module(cfg, given, loss, solver, steps)
+    module = module_of(cfg, given, loss, solver, steps)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
         devices=cfg.hardware.devices,
@@ -109,7 +109,7 @@ def fit(
     return saved["spo_lightning"]["outer_step"]
 
 
-def _module(cfg: DictConfig, given: Prepared, loss: Any, solver: Any, steps: int) -> Preference:
+def module_of(cfg: DictConfig, given: Prepared, loss: Any, solver: Any, steps: int) -> Preference:
     optimizer: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
     shape, warmup = optimizer.pop("schedule"), optimizer.pop("warmup")
     return Preference(
