@@ -35,6 +35,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.max_new_tokens": (lambda v: v >= 1, "at least 1"),
     "eval.max_rows": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "checkpoint.every_n_steps": (lambda v: v >= 0, "at least 0"),
+    "checkpoint.monitor": (lambda v: v is None or isinstance(v, str), "a number's name, or null"),
     "checkpoint.mode": (lambda v: v in ("min", "max"), "min or max"),
     "optimizer.lr": (lambda v: v >= 0, "at least 0"),
     "optimizer.warmup": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -247,6 +248,8 @@ def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
 def _check_kind(key: str, value: Any, default: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={value}: it must be finite")
+    if value is None and key in RANGES and _holds(RANGES[key][0], None):
+        return
     for kind, accepts, words in KINDS:
         if isinstance(default, kind):
             if value is not None and not accepts(value):

@@ -301,3 +301,10 @@ def exempt(path, name):
     # an option of experiment/ sets keys that are explained where they are declared; an empty
     # `config` of a preset says that there is nothing to build; model_type names the family
     return path.parent.name == "experiment" or name in ("config", "model_type")
+
+
+@pytest.mark.parametrize(
+    "word", ["checkpoint.monitor=null", "clip_norm=null", "eval.max_rows=null"]
+)
+def test_null_is_taken_where_the_yaml_offers_it(word):
+    knobs.check(config(word), knobs.Given([word.partition("=")[0]], {"loss": "spo"}, config()))

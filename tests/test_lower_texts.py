@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from tiny import in_float64, lora, policy, random_pairs, slow_logps
 from torch.nn.functional import softplus
 
+from spo_lightning import knobs
 from spo_lightning.data.batch import draws
 from spo_lightning.data.load import load
+from spo_lightning.errors import UserError
 from spo_lightning.evals import Pairs
 from spo_lightning.fit import OuterSteps
 from spo_lightning.train import train
@@ -249,3 +251,28 @@ def test_the_command_draws_them_and_inspect_counts_them(tmp_path, cache):
     done = command(tmp_path, *looked, "data.sft=own", module=("-m", "spo_lightning.inspect"))
     assert (done.code, done.err) == (0, "")
     assert "lower-level rows              32" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        (["data=slips", "data.sft=own", "loss=spo"], False),
+        (["data=slips", "data.sft=own", "loss=dpo"], True),
+        (["data=slips", "data.sft=own", "loss=spo", "max_steps=0"], True),
+        (["data=slips", "data.sft=null", "loss=dpo"], False),
+        (["data=slips", "data.sft_rows=5", "loss=dpo"], False),
+        # the file is what the warm start reads
+        (["data=pairs", "data.sft=a.jsonl", "loss=dpo", "sft.max_steps=5"], False),
+        (["data=pairs", "data.sft=a.jsonl", "loss=dpo"], True),
+        (["data=pairs", "data.sft=a.jsonl", "loss=dpo", "model.pretrained=x"], True),
+    ],
+)
+def test_texts_that_nothing_reads_are_refused(words, idle):
+    groups = [word for word in words if word.split("=")[0] in ("data", "loss")]
+    touched = [word.split("=")[0] for word in words]
+    line = knobs.Given(touched, {"data": "", "loss": ""}, config(*groups))
+    if not idle:
+        knobs.check(config(*words), line)
+        return
+    with pytest.raises(UserError, match="data.sft has no effect: no lower level reads it"):
+        knobs.check(config(*words), line)
