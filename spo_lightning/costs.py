@@ -58,7 +58,7 @@ def take(entry: Entry, start: Start, steps: int, watch: Any) -> None:
     cfg = entry.cfg
     parameters = [p for p in start.scorer.parameters() if p.requires_grad]
     kept = [p.detach().cpu().clone() for p in parameters]
-    module = module_of(cfg, start, entry.loss, entry.solver, steps)  # type: ignore[arg-type]
+    module = module_of(cfg, start.scorer, entry.loss, entry.solver, steps)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
         devices=1,

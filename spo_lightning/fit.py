@@ -19,6 +19,7 @@ from spo_lightning.callbacks.start import StartCheck
 from spo_lightning.data.batch import Microbatches, draws
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.evals import Pairs
+from spo_lightning.models import Scorer
 from spo_lightning.module import Preference
 from spo_lightning.prepare import Prepared, quiet
 from spo_lightning.progress import Stages
@@ -71,7 +72,7 @@ def fit(
 ) -> int:
     """Preference training; the policy of ``given`` is trained in place. The outer steps taken."""
     quiet()  # Lightning, which is imported only here
-    module = module_of(cfg, given, loss, solver, steps)
+    module = module_of(cfg, given.scorer, loss, solver, steps)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
         devices=cfg.hardware.devices,
@@ -109,11 +110,12 @@ def fit(
     return saved["spo_lightning"]["outer_step"]
 
 
-def module_of(cfg: DictConfig, given: Prepared, loss: Any, solver: Any, steps: int) -> Preference:
+def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: int) -> Preference:
+    """The module that one run trains; also what the bench times."""
     optimizer: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
     shape, warmup = optimizer.pop("schedule"), optimizer.pop("warmup")
     return Preference(
-        given.scorer,
+        scorer,
         loss,
         solver,
         hydra.utils.instantiate(optimizer),

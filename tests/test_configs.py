@@ -256,11 +256,13 @@ def test_data_trains(tmp_path, name):
     trained(tmp_path, f"data={name}", *own_rows(source, name), *LLAMA, *PLAIN)
 
 
-@pytest.mark.parametrize("name", options("experiment"))
+# those with a study train no language model: test_tabular.py and test_quadratic.py run them
+TRAINING = [n for n in options("experiment") if config(f"experiment={n}").study is None]
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_experiments_compose_and_train(tmp_path, name):
     composed = config(f"experiment={name}")
-    if composed.study is not None:
-        pytest.skip("trains no language model: see test_tabular.py")
     assert composed.max_steps != 0
     sizes = [] if composed.model.config.get("model_type") == "gpt2" else LLAMA
     rows = ["data.sft_rows=0", "data.prompts=16", "data.eval_prompts=4"]

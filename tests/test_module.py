@@ -32,7 +32,7 @@ USUAL = ("none", "penalty", "softplus", "linear", "mean", "ramp", "unrolled")
 )
 def test_accumulation_changes_nothing(solver, loss):
     found = []
-    for micro in (8, 1, 3):
+    for micro in (8, 1, 4, 3):
         made = policy("gpt2")
         chosen = objective(f"loss={loss}", *SOLVERS[solver])
         # at policy = reference rounding would decide on which side of a hinge a pair is

@@ -26,6 +26,10 @@ def main() -> None:
             print(f"error: no such directory: {directory}", file=sys.stderr)
             sys.exit(2)
     runs = finished(args.dirs)
+    if not runs:
+        where = ", ".join(map(str, args.dirs))
+        print(f"error: no finished run in {where}: metrics.json with final numbers", file=sys.stderr)
+        sys.exit(2)
     if len(runs) == 1:
         print(run_table(runs[0][1]))
         return

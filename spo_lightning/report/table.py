@@ -97,8 +97,6 @@ def settings(runs: Sequence[Run]) -> dict[str, dict[int, dict[str, Any]]]:
 def sweep_table(directories: Sequence[Path], names: Sequence[str]) -> str:
     """Markdown: per setting the mean and 95% interval over seeds, then differences by seed."""
     runs = finished(directories)
-    if not runs:
-        return "no finished run\n"
     found = settings(runs)
     rows = {label: [run["final"] for run in seeds.values()] for label, seeds in found.items()}
     for data in sorted({_data(run) for seeds in found.values() for run in seeds.values()}):

@@ -3,6 +3,7 @@
 ``combine`` gives the direction grad F + weight * grad of the price and the weight it took.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,14 +28,15 @@ Pricing = Callable[[Problem], Priced]
 Judge = Callable[[dict[str, Tensor]], Tensor]  # watched means -> the violation that counts
 
 
-class Known:
+class Known(ABC):
     """A weight known before the step: one forward and one backward."""
 
     reads_violation = False
     reads_weight = True
 
+    @abstractmethod
     def weight(self, base: float, state: State) -> float:
-        raise NotImplementedError
+        """Of this step; ``base``: solver.weight."""
 
     def update(self, weight: float, violation: Tensor) -> State:
         return {}
