@@ -28,7 +28,7 @@ def main() -> None:
     runs = finished(args.dirs)
     if not runs:
         where = ", ".join(map(str, args.dirs))
-        print(f"error: no finished run in {where}: metrics.json with final numbers", file=sys.stderr)
+        print(f"error: no finished run (metrics.json) in {where}", file=sys.stderr)
         sys.exit(2)
     if len(runs) == 1:
         print(run_table(runs[0][1]))
