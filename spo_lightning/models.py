@@ -24,6 +24,7 @@ from spo_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 CHUNK = 2048  # scored tokens whose logits are alive at once in the head
+KEPT = 8  # activations that a layer keeps for its backward, in units of a token's width
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,17 @@ class Scorer(nn.Module):
         """A context whose forwards can be differentiated twice, None where there is none."""
         attention = self.model.config._attn_implementation
         return {"eager": nullcontext, "sdpa": MathKernel}.get(attention)
+
+    def smaller(self, batch: PairBatch) -> list[PairBatch]:
+        """The batch in parts of which a forward inside ``twice`` fits where the whole one did.
+
+        The kernels that can be differentiated twice keep attention matrices, heads * T^2 numbers
+        per row and layer beside the T * width of everything else that a forward keeps.
+        """
+        config = self.model.config
+        width = config.hidden_size / config.num_attention_heads
+        longest = int(batch.lengths[:, :2].sum(1).max())
+        return batch.split(max(1, int(len(batch) * KEPT * width / longest)))
 
     def _score(self, batch: PairBatch) -> Tensor:
         hidden = self._hidden(batch)[batch.pair, batch.predictor]  # [S, width]

@@ -96,6 +96,13 @@ class Preference(LightningModule):
             with self._moved_to(theta):
                 return self._gradient(closure, batch, seen)
 
+        def twice(closure: Callable[[Problem], Terms], theta: Tensors) -> Slope:
+            smaller = Microbatches([few for part in batch for few in self.scorer.smaller(part)])
+            with kernel(), self._moved_to(theta):  # type: ignore[misc]
+                return self._gradient(closure, smaller, seen)
+
+        kernel = self.scorer.twice()
+
         def everywhere(name: str) -> Callable[[Tensors], Any]:
             def evaluated(theta: Tensors) -> Any:
                 found = [getattr(self._part(part, None), name)(theta) for part in batch]
@@ -114,7 +121,7 @@ class Preference(LightningModule):
             value=torch.cat([part.value for part in parts if part.value is not None]),
             size=torch.cat([part.size for part in parts]),
             gradient=gradient,
-            twice=self.scorer.twice(),
+            twice=None if kernel is None else twice,
         )
 
     def _part(self, part: PairBatch, seen: "Observation | None") -> Problem:
@@ -150,7 +157,6 @@ class Preference(LightningModule):
             value=-start.mean_chosen,
             size=start.chosen_length,
             gradient=self._no_nesting,
-            twice=self.scorer.twice(),
         )
 
     def _no_nesting(self, closure: Callable, theta: Tensors) -> Slope:

@@ -72,7 +72,7 @@ def build(theta, upper, lower, *, value=None, size=None, split=None):
             return lower(torch.cat(t))[rows[1]]
 
         known = None if value is None else value[rows[1]]
-        return Problem(at, f, g, lambda t: (f(t), g(t)), known, size[rows[1]], gradient)
+        return Problem(at, f, g, lambda t: (f(t), g(t)), known, size[rows[1]], gradient, gradient)
 
     def gradient(closure, at):
         slopes, watched = [], []

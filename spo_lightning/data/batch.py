@@ -91,6 +91,29 @@ class PairBatch:
             reference=None if self.reference is None else self.reference[kept],
         )
 
+    def split(self, rows: int) -> "list[PairBatch]":
+        """Consecutive parts of at most ``rows`` rows."""
+        if rows >= len(self):
+            return [self]
+        return [self._slice(start, start + rows) for start in range(0, len(self), rows)]
+
+    def _slice(self, start: int, stop: int) -> "PairBatch":
+        width = int(self.lengths[start:stop].sum(1).max())
+        kept = (self.pair >= start) & (self.pair < stop)
+        return PairBatch(
+            input_ids=self.input_ids[start:stop, :width],
+            position_ids=self.position_ids[start:stop, :width],
+            segment=self.segment[start:stop, :width],
+            pair=self.pair[kept] - start,
+            rejected=self.rejected[kept],
+            column=self.column[kept],
+            predictor=self.predictor[kept],
+            lengths=self.lengths[start:stop],
+            rows=self.rows[start:stop],
+            reference=None if self.reference is None else self.reference[kept],
+            lower=None if self.lower is None else self.lower._slice(start, stop),
+        )
+
 
 class Microbatches:
     """One rank's share of an outer step.

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from spo_lightning.report import steps
 from spo_lightning.report.table import finished, run_table, sweep_table
 
 NAMES = (
@@ -30,6 +31,14 @@ def main() -> None:
         where = ", ".join(map(str, args.dirs))
         print(f"error: no finished run (metrics.json) in {where}", file=sys.stderr)
         sys.exit(2)
+    watched = {
+        f"loss={numbers['choices']['loss']} solver={numbers['choices']['solver']}\n{run.name}": run
+        for run, numbers, _ in runs
+        if (run / "evolution.csv").is_file()
+    }
+    if watched:
+        for path in steps.report(watched, args.dirs[0]):
+            print(f"written to {path}", file=sys.stderr)
     if len(runs) == 1:
         print(run_table(runs[0][1]))
         return

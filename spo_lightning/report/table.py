@@ -42,8 +42,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, t * math.sqrt(variance / len(values))
 
 
-def finished(directories: Sequence[Path]) -> list[tuple[Path, dict[str, Any], dict[str, Any]]]:
-    """(directory, metrics, config) of every finished run at or below the directories."""
+Run = tuple[Path, dict[str, Any], dict[str, Any]]  # directory, metrics, config
+
+
+def finished(directories: Sequence[Path]) -> list[Run]:
+    """Every finished run at or below the directories."""
     import yaml
 
     found = []
@@ -66,7 +69,6 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-Run = tuple[Path, dict[str, Any], dict[str, Any]]
 SEEDS = ("seed", "sft.seed")  # keys that make repetitions of one setting
 GROUPS = ("data", "model", "loss", "solver")
 

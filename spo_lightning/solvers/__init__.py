@@ -6,7 +6,6 @@ To add one: a file here with a frozen dataclass that has ``init`` and ``step``, 
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -48,8 +47,8 @@ class Problem:
     # gradient(closure, theta): closure(microbatch as a Problem) -> Terms, differentiated at theta
     # over all microbatches of the step and reduced over ranks. At most one graph is alive at once.
     gradient: Callable[[Callable[["Problem"], Terms], Tensors], Slope]
-    # inside this context a forward can be differentiated twice; None where the model cannot
-    twice: Callable[[], AbstractContextManager] | None = nullcontext
+    # the same for a closure that holds a gradient itself; None where the model cannot
+    twice: Callable[[Callable[["Problem"], Terms], Tensors], Slope] | None = None
 
 
 def upper_terms(part: Problem) -> Terms:

@@ -21,9 +21,7 @@ class Exact:
 
     def __call__(self, problem: Problem, theta: Tensors, vector: Tensors) -> Tensors:
         def along(part: Problem) -> Terms:
-            assert part.twice is not None
-            with part.twice():
-                lower = part.lower(part.theta)
+            lower = part.lower(part.theta)
             slope = torch.autograd.grad(
                 lower.sum(), part.theta, create_graph=True, materialize_grads=True
             )
@@ -35,7 +33,7 @@ class Exact:
                 "solver/hvp=exact needs attention that can be differentiated twice: set "
                 "model.attention=sdpa or eager, or use solver/hvp=finite_difference"
             )
-        return problem.gradient(along, theta).direction
+        return problem.twice(along, theta).direction
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def problem(
         value=-reference.mean_chosen,
         size=reference.chosen_length,
         gradient=gradient,
+        twice=gradient,
     )
     return whole
 

@@ -96,6 +96,7 @@ class Study:
             value=torch.zeros(1, dtype=torch.float64),
             size=torch.ones(1, dtype=torch.float64),
             gradient=gradient,
+            twice=gradient,
         )
         return whole
 
