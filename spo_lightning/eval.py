@@ -59,11 +59,12 @@ def measure(cfg: Any, task: Any, stages: Any) -> dict[str, float]:
     judge = rivals = None
     if cfg.reference is not None:
         judge = prepare.opened_checkpoint(cfg.reference, cfg, device)
-        prepare.check_same_tokens(policy, judge, cfg.reference)
+        prepare.check_same_tokens(policy.tokenizer, judge.tokenizer, cfg.reference)
         if task.judge is not None:
             rivals = evals.samples(judge, task.held_out, task, how, evals.RIVALS, stages)
     pairs = held_pairs(cfg, task, judge, policy.tokenizer, stages)
-    scorer = prepare.scorer_of(policy, pairs.pairs, share=True)
+    logits = cfg.hardware.logits_mib * prepare.FLOATS
+    scorer = prepare.scorer_of(policy, pairs.pairs, share=True, logits=logits)
     shared: Any = {"precision": precision, "stages": stages}
     if judge is not None:
         theirs = Scorer(judge.lm, scorer.shared)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from spo_lightning.callbacks.evaluation import Evaluation
 from spo_lightning.callbacks.recorder import Recorder
 from spo_lightning.callbacks.setting import Setting
 from spo_lightning.callbacks.start import StartCheck
-from spo_lightning.data.batch import Microbatches, draws
+from spo_lightning.data.batch import Microbatches, by_pairs, by_tokens, draws
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.evals import Pairs
 from spo_lightning.models import Scorer
@@ -29,6 +30,7 @@ from spo_lightning.rundir import RunDir, without_secrets
 class OuterSteps(IterableDataset):
     """One item per outer step: this rank's microbatches. Starts where the module stands.
 
+    Microbatches have ``micro`` pairs, or are dealt so that none has more than ``tokens`` tokens.
     ``lower``: texts drawn beside the pairs, as many as pairs, for a lower level of its own.
     """
 
@@ -39,10 +41,11 @@ class OuterSteps(IterableDataset):
         *,
         micro: int,
         seed: int,
+        tokens: int | None = None,
         lower: Pairs | None = None,
     ):
-        self.pairs, self.module, self.micro, self.seed = pairs, module, micro, seed
-        self.lower = lower
+        self.pairs, self.module, self.seed, self.lower = pairs, module, seed, lower
+        self.split = partial(by_tokens, limit=tokens) if tokens else partial(by_pairs, limit=micro)
 
     def __iter__(self) -> Iterator[Microbatches]:
         trainer, size = self.module.trainer, self.module.batch_size
@@ -50,12 +53,18 @@ class OuterSteps(IterableDataset):
         beside = None if lower is None else draws(len(lower), size, self.seed + 1, start)
         for rows in draws(len(self.pairs), size, self.seed, start):
             mine = rows[trainer.global_rank :: trainer.world_size]
-            starts = range(0, len(mine), self.micro)
-            parts = [self.pairs.batch(mine[s : s + self.micro]) for s in starts]
+            sizes = [len(self.pairs.pairs[row]) for row in mine]
+            drawn: list[int] = []
             if lower is not None and beside is not None:
                 drawn = next(beside)[trainer.global_rank :: trainer.world_size]
-                texts = [lower.batch(drawn[s : s + self.micro]) for s in starts]
-                parts = [replace(part, lower=text) for part, text in zip(parts, texts)]
+                sizes = [size + len(lower.pairs[row]) for size, row in zip(sizes, drawn)]
+            parts = []
+            for places in self.split(sizes):
+                part = self.pairs.batch([mine[place] for place in places])
+                if lower is not None:
+                    texts = lower.batch([drawn[place] for place in places])
+                    part = replace(part, lower=texts)
+                parts.append(part)
             yield Microbatches(parts)
 
 
@@ -91,7 +100,12 @@ def fit(
         log_every_n_steps=1,
     )
     data = OuterSteps(
-        given.train, module, micro=cfg.micro_batch_size, seed=cfg.seed, lower=given.lower
+        given.train,
+        module,
+        micro=cfg.micro_batch_size,
+        tokens=cfg.data.tokens_per_batch,
+        seed=cfg.seed,
+        lower=given.lower,
     )
     loader = DataLoader(data, batch_size=None)
     try:

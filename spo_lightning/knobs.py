@@ -45,8 +45,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
     "data.eval_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "data.tokens_per_batch": (lambda v: v is None or v >= 2, "at least 2, or null"),
+    "hardware.logits_mib": (lambda v: v >= 1, "at least 1"),
     "data.on_mismatch": (lambda v: v in ("split", "drop", "error"), "split, drop or error"),
     "data.drop_high_ches": (lambda v: v is None or 0 <= v < 1, "at least 0 and below 1, or null"),
+    "cache.max_gb": (lambda v: v > 0, "above 0"),
     "steps": (lambda v: v >= 1, "at least 1"),
     "warmup": (lambda v: v >= 1, "at least 1"),
     "repetitions": (lambda v: v >= 1, "at least 1"),
@@ -89,6 +92,11 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         "model.pretrained is null",
     ),
     ("sft.", lambda c: warm_start_steps(c) == 0, "there is no warm start (sft.max_steps is 0)"),
+    (
+        "micro_batch_size",
+        lambda c: c.data.get("tokens_per_batch") is not None,
+        "data.tokens_per_batch is set",
+    ),
     ("epochs", lambda c: c.max_steps >= 0, "max_steps is set; make it -1"),
     (
         "solver.weight",
@@ -100,6 +108,7 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         lambda c: c.solver.get("apply") is not None and c.solver.apply.get("order") != "second",
         "only solver/apply=hypergradient with solver.apply.order=second takes Hessian products",
     ),
+    ("cache.", lambda c: not c.cache.get("enabled", True), "cache.enabled is false"),
     ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
     ("optimizer.", lambda c: c.get("max_steps") == 0, "max_steps is 0: nothing is trained"),
     (
@@ -127,7 +136,7 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     ),
 ]
 READ_ALWAYS = (
-    *("model.lora.rank", "sft.max_steps"),
+    *("model.lora.rank", "sft.max_steps", "cache.enabled"),
     *(f"diagnostics.{d}.every_n_steps" for d in DIAGNOSTICS),
 )
 STUDY_READS = ("experiment", "seed", "study")  # all that a run without a language model reads

@@ -1,16 +1,16 @@
 """PairBatch in, PairLogps out: the only code that touches logits.
 
-The prompt of a pair is encoded once. Its two responses follow it in the same row, a 4-D attention
-mask keeps them apart, and the rejected one's positions restart after the prompt. A model that
-cannot take such a row runs two separate forwards instead (``Scorer.shared``), and says so.
+The prompt of a pair is encoded once. With the package's own attention (``attention.py``) a batch
+is one row without padding, see ``data/packing.py``. With transformers' sdpa or eager it is a row
+per pair, ``[prompt | chosen | rejected]``, under a 4-D mask that keeps the responses apart. A
+model that cannot share a prompt runs its responses apart instead (``Scorer.shared``), and says so.
 """
 
-import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from spo_lightning import attention
 from spo_lightning.data.batch import CHOSEN, PAD, REJECTED, Pair, PairBatch, collate
-from spo_lightning.errors import UserError
+from spo_lightning.head import token_logps
 
-log = logging.getLogger(__name__)
-
-CHUNK = 2048  # scored tokens whose logits are alive at once in the head
+LOGITS = 2**28  # logits that are alive at once; more are taken in parts, and recomputed
 KEPT = 8  # activations that a layer keeps for its backward, in units of a token's width
 
 
@@ -117,29 +116,33 @@ def sides(batch: PairBatch) -> tuple[PairBatch, PairBatch]:
     return batch.chosen_only(), collate(flipped, 0).to(batch.input_ids.device)
 
 
-def token_logps(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    """[S] log-probability of each target under the head, log-softmax in float32 at least."""
-    logits = head(hidden)
-    picked = logits.gather(1, targets[:, None]).squeeze(1)
-    return picked - logits.logsumexp(1)
-
-
 class Scorer(nn.Module):
     """Scores pairs with a causal language model.
 
     ``model`` is a transformers causal LM (adapters, if any, injected in place). ``shared`` says
-    whether its architecture takes the shared-prompt row, see ``supports_sharing``.
+    whether its architecture takes a prompt once for several responses, see ``sharing.py``.
+    ``logits``: how many are alive at once.
     """
 
-    def __init__(self, model: Any, shared: bool):
+    def __init__(self, model: Any, shared: bool, logits: int = LOGITS):
         super().__init__()
-        self.model, self.shared = model, shared
+        self.model, self.shared, self.logits = model, shared, logits
+
+    @property
+    def packs(self) -> bool:
+        """Whether a batch is one row without padding."""
+        return self.model.config._attn_implementation == attention.IMPLEMENTATION
 
     def forward(self, batch: PairBatch) -> PairLogps:
         """Log-probabilities of every completion token. Differentiable."""
-        if self.shared or not bool(batch.rejected.any()):
-            return PairLogps(self._score(batch), batch.pair, batch.rejected, len(batch))
-        chosen, rejected = (self._score(side) for side in sides(batch))
+        if self.packs or self.shared or not bool(batch.rejected.any()):
+            logps = self._score(batch, self._predictors(batch))
+            return PairLogps(logps, batch.pair, batch.rejected, len(batch))
+        return self.apart(batch)
+
+    def apart(self, batch: PairBatch) -> PairLogps:
+        """The same from two forwards as transformers has them, nothing shared, nothing packed."""
+        chosen, rejected = (self._score(side, self._in_rows(side)) for side in sides(batch))
         logps = chosen.new_zeros(batch.pair.shape)
         logps = logps.masked_scatter(~batch.rejected, chosen)
         logps = logps.masked_scatter(batch.rejected, rejected)
@@ -147,8 +150,8 @@ class Scorer(nn.Module):
 
     def twice(self) -> Callable[[], AbstractContextManager] | None:
         """A context whose forwards can be differentiated twice, None where there is none."""
-        attention = self.model.config._attn_implementation
-        return {"eager": nullcontext, "sdpa": MathKernel}.get(attention)
+        known = ("eager", "sdpa", attention.IMPLEMENTATION)
+        return MathKernel if self.model.config._attn_implementation in known else None
 
     def smaller(self, batch: PairBatch) -> list[PairBatch]:
         """The batch in parts of which a forward inside ``twice`` fits where the whole one did.
@@ -161,14 +164,20 @@ class Scorer(nn.Module):
         longest = int(batch.lengths[:, :2].sum(1).max())
         return batch.split(max(1, int(len(batch) * KEPT * width / longest)))
 
-    def _score(self, batch: PairBatch) -> Tensor:
-        hidden = self._hidden(batch)[batch.pair, batch.predictor]  # [S, width]
-        score = partial(token_logps, self._logits)
-        targets = batch.targets
-        if len(targets) <= CHUNK:
+    def _score(self, batch: PairBatch, hidden: Tensor) -> Tensor:
+        targets, rows, fused = batch.targets, self._rows(), attention.fused()
+
+        def score(hidden: Tensor, targets: Tensor) -> Tensor:
+            return token_logps(self._logits(hidden), targets, fused=fused)
+
+        if len(targets) <= rows:
             return score(hidden, targets)
-        parts = zip(hidden.split(CHUNK), targets.split(CHUNK))
+        parts = zip(hidden.split(rows), targets.split(rows))
         return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in parts])
+
+    def _rows(self) -> int:
+        """Scored tokens whose logits are alive at once."""
+        return max(1, self.logits // self.model.config.vocab_size)
 
     @torch.no_grad()
     def top(self, batch: PairBatch, k: int) -> tuple[Tensor, Tensor]:
@@ -176,9 +185,8 @@ class Scorer(nn.Module):
 
         H_k = -sum p log2 p and M_k = sum p over the k largest p. Shi et al. 2410.11677, section 5.
         """
-        hidden = self._hidden(batch)[batch.pair, batch.predictor]
         parts = []
-        for chunk in hidden.split(CHUNK):
+        for chunk in self._predictors(batch).split(self._rows()):
             p = self._logits(chunk).softmax(-1)
             p = p.topk(min(k, p.shape[-1]), dim=-1).values
             parts.append(torch.stack([-torch.xlogy(p, p).sum(-1) / math.log(2), p.sum(-1)]))
@@ -188,11 +196,11 @@ class Scorer(nn.Module):
     @torch.no_grad()
     def hidden_sums(self, batch: PairBatch) -> Tensor:
         """[B, 2, width] in float64: per side, the last hidden states that predict its tokens."""
-        if self.shared or not bool(batch.rejected.any()):
+        if self.packs or self.shared or not bool(batch.rejected.any()):
             parts = [(batch, 2 * batch.pair + batch.rejected.long())]
         else:
             parts = [(part, 2 * part.pair + side) for side, part in enumerate(sides(batch))]
-        states = torch.cat([self._hidden(p)[p.pair, p.predictor] for p, _ in parts]).double()
+        states = torch.cat([self._predictors(part) for part, _ in parts]).double()
         sums = states.new_zeros(2 * len(batch), states.shape[1])
         slots = torch.cat([slot for _, slot in parts])
         return sums.index_add(0, slots, states).view(len(batch), 2, -1)
@@ -204,8 +212,22 @@ class Scorer(nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def _hidden(self, batch: PairBatch) -> Tensor:
-        """[B, T, width] last hidden states."""
+    def _predictors(self, batch: PairBatch) -> Tensor:
+        """[S, width] last hidden states that predict the scored tokens."""
+        if not self.packs:
+            return self._in_rows(batch)
+        packed = batch.packed if self.shared else batch.packed_apart
+        states = self.model.base_model(
+            input_ids=packed.input_ids,
+            attention_mask=attention.NO_MASK.to(packed.input_ids.device),
+            position_ids=packed.position_ids,
+            use_cache=False,
+            tree=packed.tree,
+        ).last_hidden_state
+        return states[0].index_select(0, packed.predictor)
+
+    def _in_rows(self, batch: PairBatch) -> Tensor:
+        """The same, from one padded row per pair."""
         mask: Tensor = batch.segment != PAD
         if self.shared and bool(batch.rejected.any()):
             mask = tree_mask(batch.segment)
@@ -214,12 +236,13 @@ class Scorer(nn.Module):
                 dtype = self.model.dtype
                 blocked = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
                 mask = blocked.masked_fill(~mask, torch.finfo(dtype).min)
-        return self.model.base_model(
+        states = self.model.base_model(
             input_ids=batch.input_ids,
             attention_mask=mask,
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
+        return states[batch.pair, batch.predictor]
 
 
 class MathKernel(AbstractContextManager):
@@ -235,79 +258,8 @@ class MathKernel(AbstractContextManager):
 
 def _kernels() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Around a layer's forward, and around its recomputation: with the kernel the forward had."""
-    cuda = torch.backends.cuda  # these flags hold on every device
-    fast = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()
-    return nullcontext(), nullcontext() if fast else MathKernel()
+    return nullcontext(), nullcontext() if attention.fused() else MathKernel()
 
 
 # how activations are checkpointed
 RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "context_fn": _kernels}
-
-
-def sharing_refusal(config: Any, longest: int) -> str | None:
-    """Why the architecture cannot take a shared-prompt row of ``longest`` tokens, or None.
-
-    Decided from the config: a sliding window passes on short rows and is wrong on long ones.
-    """
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"attention implementation {config._attn_implementation} takes no 4-D mask"
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layers - {"full_attention", "sliding_attention"}:
-        return f"layers of type {', '.join(sorted(layers - {'full_attention'}))}"
-    window = getattr(config, "sliding_window", None)
-    windowed = getattr(config, "use_sliding_window", True) and (
-        "sliding_attention" in layers or not getattr(config, "layer_types", None)
-    )
-    if window and windowed and window < longest:
-        return f"a sliding window of {window} tokens is shorter than the longest row ({longest})"
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
-    return None
-
-
-@torch.no_grad()
-def check_head(model: Any) -> None:
-    """Refuse an architecture whose logits are not its head on its last hidden states."""
-    ids = torch.arange(16) % model.config.vocab_size
-    batch = collate([Pair(tuple(ids[:8].tolist()), tuple(ids[8:].tolist()), ())], 0)
-    batch = batch.to(model.device)
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits[0, 7:15]
-    own = logits.double().log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
-    worst = (Scorer(model, shared=False)(batch).logps - own).abs().max().item()
-    if not worst <= (1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1):
-        raise UserError(
-            f"{type(model).__name__} does more between its hidden states and its logits than its "
-            f"output embedding (log-probabilities differ by {worst:.2g} nats): not supported"
-        )
-
-
-@torch.no_grad()
-def supports_sharing(model: Any, longest: int) -> bool:
-    """Decide once, before training, whether rows may share their prompt; say so when not.
-
-    Config first, then a synthetic probe as long as the longest row: shared and separate forwards
-    must agree per token to 1e-3 in float32 (5e-2 in half precision).
-    """
-    refusal = sharing_refusal(model.config, longest) or _probe(model, longest)
-    if refusal:
-        log.info("The prompt is not shared between responses: %s. Separate forwards.", refusal)
-    return refusal is None
-
-
-def _probe(model: Any, longest: int) -> str | None:
-    limit = getattr(model.config, "max_position_embeddings", None) or longest
-    third = max(2, min(longest, limit) // 3)
-    seeded = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (3 * third,), generator=seeded).tolist()
-    pair = Pair(tuple(ids[:third]), tuple(ids[third : 2 * third]), tuple(ids[2 * third :]))
-    batch = collate([pair], 0).to(model.device)
-    try:
-        shared = Scorer(model, shared=True)(batch).logps
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        return f"its forward refuses the row ({str(error).splitlines()[0]})"
-    separate = Scorer(model, shared=False)(batch).logps
-    worst = (shared - separate).abs().max().item()
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
-    if not worst <= tolerance:
-        return f"a probe differs by {worst:.1g} nats per token from separate forwards"
-    return None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spo_lightning.attention import IMPLEMENTATION
 from spo_lightning.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -90,15 +91,18 @@ def load(
     """Build or load a policy of which every weight trains."""
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype} is not one of {', '.join(DTYPES)}")
-    if attention not in ("sdpa", "eager"):
-        raise UserError(f"model.attention={attention} is not sdpa or eager")
-    settings = {"dtype": DTYPES[dtype], "attn_implementation": attention}
+    if attention not in ("auto", "sdpa", "eager"):
+        raise UserError(f"model.attention={attention} is not auto, sdpa or eager")
+    own = attention == "auto"
+    settings = {"dtype": DTYPES[dtype], "attn_implementation": "sdpa" if own else attention}
     torch.manual_seed(seed)  # initial weights
     if pretrained is None:
         lm, tokenizer = _build(dict(config), settings)
     else:
         lm, tokenizer = _open(pretrained, revision, trust_remote_code, dict(config), settings)
     _no_dropout(lm)
+    if own:
+        lm.set_attn_implementation(IMPLEMENTATION)
     return Policy(lm, lm, tokenizer, adapted=False, built=pretrained is None)
 
 

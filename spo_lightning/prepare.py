@@ -7,29 +7,33 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from spo_lightning import ches, policies, sft
+from spo_lightning import ches, policies, reference, sft
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import Encoded, encode_pairs, encode_texts
 from spo_lightning.data.rows import Task
 from spo_lightning.errors import UserError
-from spo_lightning.evals import Pairs, greedy_answers, score
+from spo_lightning.evals import Pairs, greedy_answers
 from spo_lightning.knobs import warm_start_steps
-from spo_lightning.models import RECOMPUTED, Scorer, check_head, supports_sharing
+from spo_lightning.models import RECOMPUTED, Scorer
 from spo_lightning.policies import Policy
 from spo_lightning.progress import Stages
 from spo_lightning.rundir import write_text
 from spo_lightning.sample import Decoding, judged_pairs
+from spo_lightning.shards import Shards
+from spo_lightning.sharing import check_head, scorer_for
 
 log = logging.getLogger(__name__)
 
+FLOATS = 2**18  # in a MiB
 CURVE_ROWS = 500  # held-out prompts on which the warm start is watched
+MAX_GB = 5.0  # cache.max_gb of a configuration that has none
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def prepare(
     policy = policies.adapt(policy, **cfg.model.lora, seed=cfg.seed)
     policy.module.to(device)
     pairs = [pair for some in sides.values() for pair in some.pairs]
-    scorer = scorer_of(policy, pairs, share=cfg.model.share_prompt)
+    logits = cfg.hardware.logits_mib * FLOATS
+    scorer = scorer_of(policy, pairs, share=cfg.model.share_prompt, logits=logits)
     if cfg.hardware.activation_checkpointing:
         policy.lm.gradient_checkpointing_enable(RECOMPUTED)
     pad = policy.tokenizer.pad_token_id
@@ -141,8 +146,9 @@ def base_policy(cfg: DictConfig, task: Task, device: torch.device, stages: Stage
     return policy
 
 
-def _cache(cfg: DictConfig) -> Path:
-    return Path(cfg.cache.dir)
+def _cache(cfg: DictConfig) -> Path | None:
+    """Where runs share what they trained, sampled and scored; None: nowhere."""
+    return Path(cfg.cache.dir) if cfg.cache.get("enabled", True) else None
 
 
 def _quality(cfg: DictConfig, task: Task, policy: Policy) -> Callable[[], float] | None:
@@ -191,16 +197,18 @@ def sampled(
     how = decoding(cfg, task.temperature, cfg.seed)
     asked = [list(rows), task.samples, str(how), sft.key(policy, (), {})]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    home = _cache(cfg) / "sampled_pairs" / f"{digest[:16]}.json"
-    if home.exists():
+    cached = _cache(cfg)
+    home = None if cached is None else cached / "sampled_pairs" / f"{digest[:16]}.json"
+    if home is not None and home.exists():
         log.info("Sampled pairs: taken from %s", home)
         found = json.loads(home.read_text(encoding="utf-8"))
         return found["pairs"], found["of"], found["ties"]
     numbered = [{**row, "place": place} for place, row in enumerate(rows)]
     pairs, ties = judged_pairs(policy, numbered, task.judge, how, stages, samples=task.samples)
     of = [row.pop("place") for row in pairs]
-    home.parent.mkdir(parents=True, exist_ok=True)
-    write_text(home, json.dumps({"pairs": pairs, "of": of, "ties": ties}))
+    if home is not None:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        write_text(home, json.dumps({"pairs": pairs, "of": of, "ties": ties}))
     return pairs, of, ties
 
 
@@ -216,12 +224,12 @@ def encoded(cfg: DictConfig, tokenizer: Any, rows: Sequence[dict], name: str) ->
     )
 
 
-def scorer_of(policy: Policy, pairs: Sequence[Pair], *, share: bool) -> Scorer:
-    """Decide whether rows share their prompt."""
+def scorer_of(policy: Policy, pairs: Sequence[Pair], *, share: bool, logits: int) -> Scorer:
+    """Decide how batches are read. ``logits``: how many are alive at once."""
     check_head(policy.lm)
     longest = max((len(pair) for pair in pairs), default=0)
     policy.lm.train()  # dropout is off; activation checkpointing asks for it
-    return Scorer(policy.lm, share and bool(pairs) and supports_sharing(policy.lm, longest))
+    return scorer_for(policy.lm, longest, share=share, logits=logits)
 
 
 def lower_texts(cfg: DictConfig, task: Task, policy: Policy) -> Pairs:
@@ -273,24 +281,33 @@ def with_reference(
     precision: Callable[[], AbstractContextManager],
     stages: Stages,
 ) -> dict[str, Pairs]:
-    """Score every pair once under the reference: the policy's start, or another checkpoint."""
-    other, judge = cfg.model.reference, scorer
+    """Every pair under the reference, the policy's start or another checkpoint, scored once.
+
+    A reference whose rows are all in the cache is not even loaded where its files name it.
+    """
+    other, home = cfg.model.reference, _cache(cfg)
+    device, shelf = policy.lm.device, None
+
+    @cache
+    def opened() -> Policy:
+        return policy if other is None else opened_checkpoint(other, cfg.model, device)
+
     if other is not None:
-        opened = opened_checkpoint(other, cfg.model, policy.lm.device)
-        check_same_tokens(policy, opened, other)
-        judge = Scorer(opened.lm, scorer.shared)
-    scored = {}
+        trusted = cfg.model.trust_remote_code
+        check_same_tokens(policy.tokenizer, policies.tokenizer_of(other, None, trusted), other)
+    if home is not None:
+        name = other and reference.files_name(other, cfg.model, device, precision)
+        name = name or reference.weights_name(opened(), precision)
+        shelf = Shards(home / "reference", name, cfg.cache.get("max_gb", MAX_GB) * 1e9)
     with policy.start():
-        for name, pairs in sets.items():
-            scored[name] = score(
-                judge,
-                pairs,
-                batch_size=cfg.eval.batch_size,
-                precision=precision,
-                stages=stages,
-                title=f"reference ({name})",
-            )
-    return scored
+        return reference.with_reference(
+            sets,
+            shelf,
+            lambda: scorer if other is None else Scorer(opened().lm, scorer.shared),
+            batch_size=cfg.eval.batch_size,
+            precision=precision,
+            stages=stages,
+        )
 
 
 def opened_checkpoint(where: str, settings: DictConfig, device: torch.device) -> Policy:
@@ -308,9 +325,9 @@ def opened_checkpoint(where: str, settings: DictConfig, device: torch.device) ->
     return opened
 
 
-def check_same_tokens(policy: Policy, reference: Policy, where: str) -> None:
-    """Log-probabilities of two models compare only over the same token ids."""
-    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+def check_same_tokens(mine: Any, theirs: Any, where: str) -> None:
+    """Log-probabilities of two models compare only over the same token ids, so same tokenizer."""
+    if mine.get_vocab() != theirs.get_vocab():
         raise UserError(f"the reference {where} has another tokenizer than the policy")
 
 

@@ -45,16 +45,20 @@ def warm_start(
     texts: Sequence[Pair],
     quality: Callable[[], float] | None,
     settings: dict[str, Any],
-    cache: Path,
+    cache: Path | None,
     stages: Stages,
-) -> Path:
-    """Train the policy on ``texts`` in place, or load what an earlier run trained; its directory.
+) -> None:
+    """Train the policy on ``texts`` in place, or load what an earlier run trained.
 
     ``settings``: max_steps, batch_size, lr, betas, seed. ``quality``: held-out exact match.
+    ``cache``: None trains anew and keeps nothing.
     """
     from filelock import FileLock
     from safetensors.torch import load_model
 
+    if cache is None:
+        _say(_train(policy, texts, quality, settings, stages))
+        return
     home = cache / "warm_starts" / key(policy, texts, settings)
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(home) + ".lock"):
@@ -64,10 +68,12 @@ def warm_start(
         else:
             load_model(policy.lm, home / "model.safetensors", device=str(policy.lm.device))
             log.info("Warm start: taken from %s", home)
-    curve = json.loads((home / "curve.json").read_text())
+    _say(json.loads((home / "curve.json").read_text()))
+
+
+def _say(curve: Sequence[Sequence[float]]) -> None:
     if curve:
         log.info("Warm start, held-out exact match by step: %s", _shown(curve))
-    return home
 
 
 def _train(

@@ -122,6 +122,7 @@ def fitted(
     steps=3,
     batch_size=8,
     micro=8,
+    tokens=None,
     optimizer=SGD,
     clip_norm=None,
     schedule=lambda step: 1.0,
@@ -156,7 +157,7 @@ def fitted(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = OuterSteps(given, module, micro=micro, seed=0, lower=lower)
+    data = OuterSteps(given, module, micro=micro, tokens=tokens, seed=0, lower=lower)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, DataLoader(data, batch_size=None))

@@ -8,7 +8,6 @@ from fitting import PAD_ID, scored
 from tiny import in_float64, lora, policy, random_pairs
 from watching import setting, table, watched
 
-from spo_lightning import models
 from spo_lightning.callbacks.evolution import Evolution, directional
 from spo_lightning.data.batch import collate
 from spo_lightning.models import Scorer, reference_logps
@@ -18,7 +17,7 @@ from spo_lightning.models import Scorer, reference_logps
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_directional_derivative_equals_finite_differences(monkeypatch, name, shared):
     in_float64(monkeypatch)
-    attention = "eager" if name == "gemma2" else "sdpa"
+    attention = "eager" if name == "gemma2" else "auto"
     check_directional(policy(name, attention=attention).lm, shared)
 
 
@@ -57,7 +56,7 @@ def test_the_directional_derivative_through_checkpoints(monkeypatch):
     lm = policy().lm
     lm.train()
     lm.gradient_checkpointing_enable({"use_reentrant": False})
-    monkeypatch.setattr(models, "CHUNK", 7)
+    monkeypatch.setattr(Scorer, "_rows", lambda self: 7)
     check_directional(lm)
 
 

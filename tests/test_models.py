@@ -11,7 +11,9 @@ from tiny import gradients, in_float64, lora, policy, random_pairs, slow_logps
 from spo_lightning import models
 from spo_lightning.data.batch import CHOSEN, Pair, PairBatch, collate
 from spo_lightning.errors import UserError
-from spo_lightning.models import Scorer, check_head, sides, supports_sharing
+from spo_lightning.head import token_logps
+from spo_lightning.models import Scorer, sides
+from spo_lightning.sharing import check_head, supports_sharing
 
 PAD_ID = 257
 FAMILIES = ("llama", "llama-grouped", "qwen2", "gpt2")
@@ -46,7 +48,7 @@ def assert_right(found, lm, pairs):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_rows_and_separate_rows_equal_the_slow_loop(family, attention, dtype):
     lm = policy(family, dtype=dtype, attention=attention).lm
@@ -58,9 +60,10 @@ def test_shared_rows_and_separate_rows_equal_the_slow_loop(family, attention, dt
         assert_right(found, lm, pairs)
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_those_of_the_slow_loop(family):
-    lm = policy(family).lm
+def test_gradients_equal_those_of_the_slow_loop(family, attention):
+    lm = policy(family, attention=attention).lm
     pairs = random_pairs(3)
     weights = torch.linspace(-1, 1, sum(len(p.chosen + p.rejected) for p in pairs)).double()
     torch.cat([slow_logps(lm, pair) for pair in pairs]).mul(weights).sum().backward()
@@ -105,9 +108,10 @@ def test_swapping_the_pair_flips_the_gap(shared):
 
 
 @pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_and_order_of_the_batch_do_not_matter(family, shared):
-    scorer = Scorer(policy(family).lm, shared)
+def test_padding_and_order_of_the_batch_do_not_matter(family, attention, shared):
+    scorer = Scorer(policy(family, attention=attention).lm, shared)
     pairs = random_pairs(6, longest=20)
     with torch.no_grad():
         whole = scorer(collate(pairs, PAD_ID)).sums
@@ -136,7 +140,7 @@ def test_the_head_in_chunks_gives_the_same_values_and_gradients(monkeypatch, chu
     whole.square().sum().backward()
     expected = gradients(lm)
     lm.zero_grad()
-    monkeypatch.setattr(models, "CHUNK", chunk)
+    monkeypatch.setattr(Scorer, "_rows", lambda self: chunk)
     parts = Scorer(lm, True)(batch).logps
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
     parts.square().sum().backward()
@@ -147,9 +151,10 @@ def test_the_head_in_chunks_gives_the_same_values_and_gradients(monkeypatch, chu
     assert len(entropy) == len(mass) == len(whole)
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_pairs_without_a_rejected_side(shared):
-    lm = policy().lm
+def test_pairs_without_a_rejected_side(shared, attention):
+    lm = policy(attention=attention).lm
     full = random_pairs(4)
     mixed = [Pair(p.prompt, p.chosen, p.rejected if n % 2 else ()) for n, p in enumerate(full)]
     bare = [Pair(p.prompt, p.chosen, ()) for p in full]
@@ -162,9 +167,10 @@ def test_pairs_without_a_rejected_side(shared):
         assert torch.isfinite(found.mean_gap).all()
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_chosen_only_is_the_chosen_side_of_the_full_row(shared):
-    scorer = Scorer(policy("llama-grouped").lm, shared)
+def test_chosen_only_is_the_chosen_side_of_the_full_row(shared, attention):
+    scorer = Scorer(policy("llama-grouped", attention=attention).lm, shared)
     batch = collate(random_pairs(6), PAD_ID)
     full, half = scorer(batch), scorer(batch.chosen_only())
     torch.testing.assert_close(half.chosen, full.chosen, rtol=0, atol=1e-10)
@@ -186,7 +192,7 @@ def test_a_window_shorter_than_the_row_runs_separate_forwards(family, attention,
     pairs = random_pairs(5, longest=12)
     window = 8
     lm = policy(family, attention=attention, sliding_window=window, **changes).lm
-    with caplog.at_level(logging.INFO, "spo_lightning.models"):
+    with caplog.at_level(logging.INFO, "spo_lightning.sharing"):
         assert not supports_sharing(lm, longest(pairs))
     assert f"window of {window} tokens is shorter than the longest row" in caplog.text
     batch = collate(pairs, PAD_ID)
@@ -225,7 +231,7 @@ def test_eager_attention_would_misread_a_boolean_mask():
             attention_mask=models.tree_mask(batch.segment),
             position_ids=batch.position_ids,
         ).last_hidden_state[batch.pair, batch.predictor]
-        wrong = models.token_logps(lm.lm_head, hidden, batch.targets)
+        wrong = token_logps(lm.lm_head(hidden), batch.targets, fused=False)
     assert (wrong - right.logps).abs().max() > 1e-2  # hence the additive mask in the scorer
 
 
@@ -279,10 +285,11 @@ def test_the_reference_of_lora_is_the_base_and_only_adapters_move():
 
 
 @pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_activation_checkpointing_gives_the_same_gradients(family, adapters):
+def test_activation_checkpointing_gives_the_same_gradients(family, attention, adapters):
     def found(checkpointing):
-        made = policy(family, dtype="float32")
+        made = policy(family, dtype="float32", attention=attention)
         made = lora(made) if adapters else made
         for name, value in made.module.named_parameters():
             if "lora_B" in name:  # zero at the start, which would hide lora_A's gradient

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tiny import in_float64, lora, policy
 
 from spo_lightning import models
+from spo_lightning.models import Scorer
 from spo_lightning.module import Observation
 from spo_lightning.solvers.products import Automatic, Exact, FiniteDifference
 from spo_lightning.train import train
@@ -18,12 +19,13 @@ PRODUCTS = {"exact": Exact(), "finite": FiniteDifference(None), "auto": Automati
 WAYS = {
     "plain": {},
     "adapters": {"adapters": True},
+    "padded": {"attention": "sdpa"},
     "eager": {"attention": "eager"},
     "checkpointing": {"checkpointing": True},
     "checkpointing, eager": {"checkpointing": True, "attention": "eager"},
     "checkpointing, adapters": {"checkpointing": True, "adapters": True},
-    "chunks": {"chunk": 5},
-    "all": {"checkpointing": True, "adapters": True, "chunk": 5},
+    "chunks": {"rows": 5},
+    "all": {"checkpointing": True, "adapters": True, "rows": 5},
 }
 
 
@@ -45,7 +47,7 @@ class Look(Callback):
         }
 
 
-def made_by(family, dtype="float64", adapters=False, checkpointing=False, attention="sdpa"):
+def made_by(family, dtype="float64", adapters=False, checkpointing=False, attention="auto"):
     made = policy(family, dtype=dtype, attention=attention)
     made = lora(made) if adapters else made
     for name, value in made.module.named_parameters():
@@ -78,7 +80,8 @@ def test_products_agree_whatever_the_model_does(family, monkeypatch):
     for name, how in WAYS.items():
         how = dict(how)
         with monkeypatch.context() as patch:
-            patch.setattr(models, "CHUNK", how.pop("chunk", models.CHUNK))
+            if rows := how.pop("rows", None):
+                patch.setattr(Scorer, "_rows", lambda self, rows=rows: rows)
             found = looked(family, **how)
         adapters = how.get("adapters", False)
         same = plain.setdefault(adapters, found)
@@ -116,16 +119,16 @@ TRAINED = {  # gamma: wide weights have curvatures of -100
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputed_activations_and_chunks_train_the_same(family, solver, monkeypatch):
-    def trained(chunk, **how):
+    def trained(rows, **how):
         made = made_by(family, **how)
         with monkeypatch.context() as patch:
-            patch.setattr(models, "CHUNK", chunk)
+            patch.setattr(Scorer, "_rows", lambda self: rows)
             chosen = objective("loss=dpo", *TRAINED[solver])
             fit = fitted(made, chosen, steps=2, batch_size=4, micro=3)
         return snapshot(fit.module)
 
     in_float64(monkeypatch)
-    plain, other = trained(models.CHUNK), trained(5, checkpointing=True)
+    plain, other = trained(1000), trained(5, checkpointing=True)
     for name, value in plain.items():
         torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-10)
 

@@ -57,7 +57,7 @@ def in_float64(monkeypatch):
     )
 
 
-def policy(name="llama", *, dtype="float64", attention="sdpa", seed=0, **changes):
+def policy(name="llama", *, dtype="float64", attention="auto", seed=0, **changes):
     """A policy with the byte tokenizer (258 ids)."""
     return policies.load(
         pretrained=None,

@@ -6,10 +6,13 @@ the whole batch, in the order pair by pair, chosen before rejected.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from spo_lightning.data.packing import Block, Packed, Tree
 
 PAD, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3
 
@@ -44,6 +47,7 @@ class PairBatch:
     predictor: Tensor  # [S]
     lengths: Tensor  # [B, 3] tokens of prompt, chosen, rejected
     rows: Tensor  # [B] Pair.row
+    prompt: Tensor  # [B] equal numbers: equal prompts
     reference: Tensor | None = None  # [S] log-probabilities under the reference
     lower: "PairBatch | None" = None  # the lower level's own rows, without rejected responses
 
@@ -65,6 +69,16 @@ class PairBatch:
         """Tokens of the texts in it: of prompt + each response, and of the lower level's own."""
         below = 0 if self.lower is None else self.lower.tokens
         return 2 * self.tokens - int(self.lengths[:, 1:].sum()) + below
+
+    @cached_property
+    def packed(self) -> Packed:
+        """One row without padding, in which equal prompts stand once."""
+        return pack(self, share=True)
+
+    @cached_property
+    def packed_apart(self) -> Packed:
+        """One row without padding, in which every response has a prompt of its own."""
+        return pack(self, share=False)
 
     def to(self, device: torch.device | str) -> "PairBatch":
         mine = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -110,9 +124,44 @@ class PairBatch:
             predictor=self.predictor[kept],
             lengths=self.lengths[start:stop],
             rows=self.rows[start:stop],
+            prompt=self.prompt[start:stop],
             reference=None if self.reference is None else self.reference[kept],
             lower=None if self.lower is None else self.lower._slice(start, stop),
         )
+
+
+def pack(batch: PairBatch, *, share: bool) -> Packed:
+    """``share``: equal prompts stand once; otherwise every response has its own."""
+    present = batch.lengths[:, 1:].flatten() > 0
+    pair = torch.arange(len(batch), device=present.device).repeat_interleave(2)[present]
+    if share:
+        found, group = batch.prompt.unique(return_inverse=True)
+        rows = torch.arange(len(batch), device=pair.device)
+        first = torch.full_like(found, len(batch)).scatter_reduce(0, group, rows, "amin")
+        owner, prompt_of = first, group[pair]
+    else:
+        owner, prompt_of = pair, torch.arange(len(pair), device=pair.device)
+    scored = batch.lengths[:, 1:].flatten()[present]
+    given = batch.lengths[owner, 0]
+    prompts = Block.of(given, 0)
+    start = int(given.sum())
+    responses = Block.of(scored - 1, start)
+    kept = torch.ones_like(batch.pair, dtype=torch.bool)
+    kept[scored.cumsum(0) - 1] = False  # the last of every response
+    columns = torch.arange(prompts.there.shape[1], device=given.device)
+    inside = columns < given[:, None]
+    before = batch.input_ids[owner, : inside.shape[1]][inside]
+    # scored token -> the place just before it: its prompt's last, or the response's token before
+    place = start + kept.cumsum(0) - kept.long() - 1
+    firsts = torch.cat([scored.new_zeros(1), scored.cumsum(0)[:-1]])
+    place[firsts] = given.cumsum(0)[prompt_of] - 1
+    position = batch.position_ids[batch.pair, batch.column][kept]
+    return Packed(
+        input_ids=torch.cat([before, batch.targets[kept]])[None],
+        position_ids=torch.cat([columns.expand_as(inside)[inside], position])[None],
+        predictor=place,
+        tree=Tree(prompts, responses, prompt_of),
+    )
 
 
 class Microbatches:
@@ -142,6 +191,7 @@ def collate(
     width = max(len(pair) for pair in pairs)
     ids, positions, segments = [], [], []
     index, side, column, predictor = [], [], [], []
+    prompts: dict[tuple[int, ...], int] = {}
     for number, pair in enumerate(pairs):
         p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
         rest = width - len(pair)
@@ -167,8 +217,34 @@ def collate(
         predictor=torch.tensor(predictor),
         lengths=torch.tensor([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]),
         rows=torch.tensor([pair.row for pair in pairs]),
+        prompt=torch.tensor([prompts.setdefault(pair.prompt, len(prompts)) for pair in pairs]),
         reference=None if references is None else torch.cat(list(references)),
     )
+
+
+def by_pairs(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Places of an outer step's rows in microbatches of ``limit`` rows, in order."""
+    return [list(range(s, min(s + limit, len(sizes)))) for s in range(0, len(sizes), limit)]
+
+
+def by_tokens(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Places of an outer step's rows in microbatches of near-equal cost.
+
+    ``sizes``: tokens of each row. As few microbatches as have at most ``limit`` tokens each when
+    the longest rows are dealt first, always to the shortest microbatch; a longer row stands alone.
+    """
+    order = sorted(range(len(sizes)), key=lambda place: -sizes[place])
+    count = max(1, -(-sum(sizes) // limit))
+    while True:
+        parts: list[list[int]] = [[] for _ in range(count)]
+        loads = [0] * count
+        for place in order:
+            least = loads.index(min(loads))
+            parts[least].append(place)
+            loads[least] += sizes[place]
+        if all(load <= limit or len(part) == 1 for load, part in zip(loads, parts)):
+            return [sorted(part) for part in parts if part]
+        count += 1
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

@@ -10,7 +10,7 @@ from spo_lightning.data.rows import Task, completion_rows, read, without
 from spo_lightning.errors import UserError
 
 # read here, by the encoding and by the warm start; a source that names one of them gets it
-ELSEWHERE = ("sft", "strict", "on_mismatch", "drop_high_ches", "sft_steps")
+ELSEWHERE = ("sft", "strict", "on_mismatch", "drop_high_ches", "sft_steps", "tokens_per_batch")
 OWN = "own"  # data.sft: the source's own SFT rows
 
 

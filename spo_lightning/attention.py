@@ -1,0 +1,83 @@
+"""Attention over a packed row: each prompt once, each response over its prompt and itself.
+
+transformers knows it as an attention implementation of its own, ``IMPLEMENTATION``. Two calls of
+sdpa take the row: the prompts, causally, then the responses, whose keys are their prompt's and
+their own. What lies outside is never computed, and padding exists inside attention only.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from spo_lightning.data.packing import Block, Tree
+
+IMPLEMENTATION = "spo_lightning_tree"
+# given beside a tree, so that transformers builds no mask; of a type that no mask has
+NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.int8)
+
+
+def fused() -> bool:
+    """Whether kernels with a first derivative only may be taken."""
+    cuda = torch.backends.cuda  # these flags hold on every device
+    return cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()
+
+
+def forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    tree: Tree | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; [1, heads, N, head_dim] in, [1, N, heads, head_dim] out.
+
+    Without a ``tree`` it is transformers' own sdpa.
+    """
+    if tree is None:
+        if attention_mask is not None and attention_mask.dtype == NO_MASK.dtype:
+            raise TypeError("its layers hand no keyword arguments to their attention")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("softcap") is not None:
+        raise ValueError("sdpa has no soft cap of attention scores")
+    window, scale = kwargs.get("sliding_window"), kwargs.get("scaling")
+    row = [states.transpose(1, 2)[0] for states in (query, key, value)]
+    return _attended(row, tree, window, scale)[None], None
+
+
+def _attended(row: list[Tensor], tree: Tree, window: int | None, scale: float | None) -> Tensor:
+    """[N, heads, head_dim] from query, key and value of that shape; key and value may have fewer
+    heads."""
+    grouped = row[0].shape[1] != row[1].shape[1]
+    causal, seen = None, tree.seen
+    if window is not None and window < tree.longest:  # a wider one reaches everywhere
+        causal, seen = tree.seen_within(window)
+
+    def attend(asks: Block, keys: Tensor, mask: Tensor | None) -> Tensor:
+        query, key, value = (
+            _rectangle(states, places) for states, places in zip(row, (asks.there, keys, keys))
+        )
+        found = scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+        return found.transpose(1, 2).flatten(0, 1).index_select(0, asks.back)
+
+    before = attend(tree.prompts, tree.prompts.there, causal)
+    if not len(tree.responses.back):
+        return before
+    return torch.cat([before, attend(tree.responses, tree.keys, seen)])
+
+
+def _rectangle(row: Tensor, there: Tensor) -> Tensor:
+    """[rows, heads, width, head_dim] of the row [N, heads, head_dim]."""
+    return row.index_select(0, there.flatten()).view(*there.shape, *row.shape[1:]).transpose(1, 2)
+
+
+AttentionInterface.register(IMPLEMENTATION, forward)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -1,0 +1,86 @@
+"""The row without padding that a PairBatch becomes: every prompt once, then every response.
+
+Letters as in ``batch``; U prompts, R responses, N tokens of the row. A response's last token is
+left out: it predicts nothing that is scored, and nothing attends to it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """Stretches of the row as the rows of a rectangle, and back."""
+
+    there: Tensor  # [rows, width] place in the row; the padding points anywhere in it
+    back: Tensor  # [tokens] place in the flattened rectangle
+    length: Tensor  # [rows]
+
+    @classmethod
+    def of(cls, length: Tensor, start: int) -> "Block":
+        """Stretches of these lengths, one after the other from place ``start`` of the row."""
+        columns = torch.arange(max(1, int(length.max())), device=length.device)
+        inside = columns < length[:, None]
+        ends = length.cumsum(0)
+        there = (ends - length)[:, None] + columns
+        return cls(
+            there=start + there.clamp(max=max(0, int(ends[-1]) - 1)),
+            back=inside.flatten().nonzero().squeeze(1),
+            length=length,
+        )
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Who attends to whom in the row: a prompt to itself, a response to its prompt and itself."""
+
+    prompts: Block
+    responses: Block
+    prompt_of: Tensor  # [R] which of the U prompts
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens at most that attend to one another."""
+        return self.prompts.there.shape[1] + self.responses.there.shape[1]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[R, longest] places of what a response may attend to: its prompt's, then its own."""
+        return torch.cat([self.prompts.there[self.prompt_of], self.responses.there], dim=1)
+
+    @cached_property
+    def _back(self) -> Tensor:
+        """[R, width, longest] how many tokens back a key is; below 0 where it is none."""
+        prompt, own = (_steps(block.there) for block in (self.prompts, self.responses))
+        given = self.prompts.length[self.prompt_of][:, None, None]
+        before = (given + own[:, None] - prompt).masked_fill(prompt >= given, -1)
+        return torch.cat([before, (own[:, None] - own).expand(len(given), -1, -1)], dim=2)
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """[R, 1, width, longest] True where a response may attend."""
+        return (self._back >= 0)[:, None]
+
+    def seen_within(self, window: int) -> tuple[Tensor, Tensor]:
+        """The masks of prompts, [width, width], and of responses where only so many tokens up to
+        one's own are seen."""
+        prompt = _steps(self.prompts.there)
+        back = prompt[:, None] - prompt
+        return (back >= 0) & (back < window), self.seen & (self._back < window)[:, None]
+
+
+def _steps(rectangle: Tensor) -> Tensor:
+    return torch.arange(rectangle.shape[1], device=rectangle.device)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The row, and where its scored tokens are predicted."""
+
+    input_ids: Tensor  # [1, N]
+    position_ids: Tensor  # [1, N]
+    predictor: Tensor  # [S] place in the row
+    tree: Tree

@@ -1,0 +1,199 @@
+"""Packed rows: their layout by hand, what attends to what, microbatches by tokens, the head."""
+
+import math
+import random
+
+import pytest
+import torch
+from fitting import fitted, objective, snapshot
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import gradients, in_float64, policy, random_pairs, slow_logps
+
+from spo_lightning import attention
+from spo_lightning.data.batch import Pair, by_pairs, by_tokens, collate
+from spo_lightning.head import token_logps
+from spo_lightning.models import Scorer
+from spo_lightning.sharing import scorer_for
+
+PAD_ID = 257
+SAME = [  # two pairs of one prompt, another between them, an absent and a one-token response
+    Pair((1, 2, 3), (4, 5), (6,)),
+    Pair((7, 8), (9,), ()),
+    Pair((1, 2, 3), (10, 11, 12), (13, 14)),
+]
+
+
+def test_the_row_by_hand():
+    packed = collate(SAME, PAD_ID).packed
+    # prompts once, then responses without their last token
+    assert packed.input_ids.tolist() == [[1, 2, 3, 7, 8, 4, 10, 11, 13]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 3, 3, 4, 3]]
+    #            4  5  6  9  10 11 12 13 14
+    assert packed.predictor.tolist() == [2, 5, 2, 4, 2, 6, 7, 2, 8]
+    tree = packed.tree
+    assert tree.prompt_of.tolist() == [0, 0, 1, 0, 0]
+    assert tree.responses.length.tolist() == [1, 0, 0, 2, 1]
+    # the fourth response, two tokens: its prompt whole, then itself causally
+    assert tree.seen[3, 0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    # the third has a prompt of two: the padding of the prompts is not seen
+    assert tree.seen[2, 0, 0].int().tolist() == [1, 1, 0, 1, 0]
+
+
+def test_apart_every_response_has_its_prompt():
+    packed = collate(SAME, PAD_ID).packed_apart
+    assert packed.tree.prompt_of.tolist() == list(range(5))
+    prompts = [1, 2, 3, 1, 2, 3, 7, 8, 1, 2, 3, 1, 2, 3]
+    assert packed.input_ids.tolist() == [[*prompts, 4, 10, 11, 13]]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-grouped", "qwen2", "gpt2", "mistral"])
+def test_equal_prompts_stand_once_and_change_nothing(monkeypatch, family):
+    in_float64(monkeypatch)
+    lm = policy(family).lm
+    pairs = [Pair(p.prompt, p.chosen, q.chosen) for p in random_pairs(3) for q in random_pairs(4)]
+    random.Random(0).shuffle(pairs)
+    pairs = [p for p in pairs if p.chosen != p.rejected]
+    batch = collate([*pairs, *SAME], PAD_ID)
+    assert batch.packed.input_ids.shape[1] < 0.6 * batch.packed_apart.input_ids.shape[1]
+    weights = torch.linspace(-1, 1, len(batch.targets)).double()
+    torch.cat([slow_logps(lm, pair) for pair in [*pairs, *SAME]]).mul(weights).sum().backward()
+    expected = gradients(lm)
+    for shared in (True, False):
+        lm.zero_grad()
+        (Scorer(lm, shared)(batch).logps * weights).sum().backward()
+        for name, value in gradients(lm).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 100])
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("mistral", {}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),  # full, then windowed
+    ],
+)
+def test_a_window_is_packed_too(monkeypatch, family, changes, window):
+    in_float64(monkeypatch)
+    lm = policy(family, sliding_window=window, **changes).lm
+    pairs = random_pairs(5, longest=12)
+    scorer = scorer_for(lm, 40, share=True)
+    assert scorer.packs and scorer.shared
+    expected = torch.cat([slow_logps(lm, pair) for pair in pairs])
+    found = scorer(collate(pairs, PAD_ID)).logps
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_a_model_that_hides_the_tree_from_its_attention_is_padded(caplog):
+    made = policy("llama", dtype="float32")
+    inner = made.lm.model.layers[0].self_attn
+    forward = inner.forward
+
+    def deaf(*args, tree=None, **kwargs):
+        return forward(*args, **kwargs)
+
+    inner.forward = deaf
+    with caplog.at_level("INFO"):
+        scorer = scorer_for(made.lm, 30, share=True)
+    assert "Batches are padded, not packed" in caplog.text
+    assert not scorer.packs and scorer.shared
+    inner.forward = forward
+    pairs = random_pairs(3)
+    expected = torch.cat([slow_logps(made.lm, pair) for pair in pairs])
+    torch.testing.assert_close(scorer(collate(pairs, PAD_ID)).logps, expected, rtol=0, atol=5e-5)
+
+
+def test_a_model_that_mixes_tokens_otherwise_is_padded(caplog):
+    """Like a convolution or a recurrence: right in rows of their own, wrong in a packed one."""
+    made = policy("llama", dtype="float32")
+    mlp = made.lm.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x + 0.5 * x.roll(1, dims=1).cumsum(1))
+    with caplog.at_level("INFO"):
+        scorer = scorer_for(made.lm, 30, share=True)
+    assert "a probe differs" in caplog.text and "Separate forwards" in caplog.text
+    assert not scorer.packs and not scorer.shared
+
+
+def test_generation_is_that_of_sdpa():
+    made, other = policy("llama-grouped"), policy("llama-grouped", attention="sdpa")
+    assert made.lm.config._attn_implementation == attention.IMPLEMENTATION
+    ids = torch.tensor([[257, 257, 5], [1, 2, 3]])
+    how = {"attention_mask": (ids != 257).long(), "max_new_tokens": 8, "do_sample": False}
+    assert made.lm.generate(ids, **how).equal(other.lm.generate(ids, **how))
+    one = torch.tensor([[3]])
+    assert made.lm.generate(one, max_new_tokens=4).equal(other.lm.generate(one, max_new_tokens=4))
+
+
+# -- microbatches
+
+
+@given(st.lists(st.integers(2, 600), min_size=1, max_size=64), st.integers(2, 4000))
+def test_microbatches_by_tokens(sizes, limit):
+    parts = by_tokens(sizes, limit)
+    assert sorted(place for part in parts for place in part) == list(range(len(sizes)))
+    loads = [sum(sizes[place] for place in part) for part in parts]
+    assert all(load <= limit or len(part) == 1 for load, part in zip(loads, parts))
+    # near-equal: moving the lightest row of the fullest microbatch would not even them out
+    if max(loads) <= limit:
+        fullest = parts[loads.index(max(loads))]
+        assert max(loads) - min(loads) <= max(sizes[place] for place in fullest)
+
+
+def test_microbatches_by_pairs():
+    assert by_pairs([9] * 7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize("solver", ["none", "penalty"])
+def test_tokens_per_batch_trains_as_one_batch_does(monkeypatch, solver):
+    in_float64(monkeypatch)
+    chosen = objective("loss=dpo", f"solver={solver}")
+    found = []
+    for how in ({"micro": 8}, {"micro": 8, "tokens": 60}, {"micro": 8, "tokens": 1}):
+        fit = fitted(policy(), chosen, steps=3, **how)
+        found.append(snapshot(fit.module))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-10)
+
+
+# -- head
+
+
+@pytest.mark.parametrize("vocabulary", [5, 3000])
+def test_the_fused_head_equals_log_softmax(monkeypatch, vocabulary):
+    from spo_lightning import head
+
+    monkeypatch.setattr(head, "BLOCK", 4 * vocabulary)  # several blocks, the last one short
+    seeded = torch.Generator().manual_seed(0)
+    logits = 30 * torch.randn(11, vocabulary, generator=seeded, dtype=torch.float64)
+    logits[0, 0] = 800.0  # its exponential would be infinite
+    logits.requires_grad_()
+    targets = torch.randint(vocabulary, (11,), generator=seeded)
+    weights = torch.randn(11, generator=seeded, dtype=torch.float64)
+    expected = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    (slope,) = torch.autograd.grad((expected * weights).sum(), logits)
+    found = token_logps(logits, targets, fused=True)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-12)
+    for _ in range(2):  # the graph may be walked twice
+        (own,) = torch.autograd.grad((found * weights).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(own, slope, rtol=1e-12, atol=1e-14)
+    plain = token_logps(logits, targets, fused=False)
+    torch.testing.assert_close(plain, expected, rtol=1e-13, atol=1e-12)
+
+
+def test_a_second_derivative_of_the_fused_head_is_refused_not_wrong():
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    found = token_logps(logits, torch.tensor([0, 1, 2]), fused=True)
+    (slope,) = torch.autograd.grad(found.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|differentiated twice"):
+        slope.sum().backward()
+
+
+def test_the_head_takes_parts_where_its_logits_are_too_many():
+    lm = policy("llama", dtype="float32").lm
+    batch = collate(random_pairs(4), PAD_ID)
+    few = Scorer(lm, True, logits=258 * 7)
+    assert few._rows() == 7 and math.ceil(len(batch.targets) / 7) > 2
+    torch.testing.assert_close(few(batch).logps, Scorer(lm, True)(batch).logps)
