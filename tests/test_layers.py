@@ -17,7 +17,8 @@ PACKAGE = Path(spo_lightning.__file__).parent
 # a room may import from the rooms before it, and from itself; `report` reads files only, so it
 # stands before `train`, which prints one of its tables
 ROOMS = (
-    *("errors", "data", "policies", "models", "losses", "solvers", "metrics", "text_metrics"),
+    *("errors", "data", "attention", "head", "policies", "models", "losses", "solvers"),
+    *("sharing", "metrics", "text_metrics"),
     *(
         "progress",
         "rundir",
@@ -30,21 +31,26 @@ ROOMS = (
         "callbacks",
         "sft",
     ),
-    *("knobs", "prepare", "fit", "costs"),
+    *("shards", "reference", "knobs", "prepare", "fit"),
     *("report", "command", "train", "eval", "inspect", "bench"),
 )
 # what the rooms that know least may import besides themselves
 NARROW = {
     "errors": set(),
     "data": {"errors"},
-    "models": {"data", "errors"},
+    "attention": {"data"},
+    "head": set(),
+    "models": {"data", "attention", "head", "errors"},
     "losses": {"models", "errors"},
     "solvers": {"errors"},
     "metrics": {"models", "errors"},
+    "shards": {"progress"},
     "tabular": {"models", "losses", "solvers", "rundir", "errors"},
     "report": {"errors"},
 }
-COMMANDS = ("train", "eval", "inspect", "bench", "command", "knobs", "report.__main__")
+COMMANDS = (
+    *("train", "eval", "inspect", "bench.__main__", "command", "knobs", "report.__main__"),
+)
 HEAVY = {"torch", "lightning", "transformers", "datasets"}
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines
 

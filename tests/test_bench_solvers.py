@@ -1,21 +1,24 @@
-"""What each solver costs: the command end to end, and its arithmetic. Never how long it took."""
+"""what=solvers: the command end to end, and its arithmetic. Never how long it took."""
 
 import json
 
 import pytest
 import torch
+from benches import bench_config
 from conftest import SMALL, command
 from fitting import config, objective, scored
 from lightning.pytorch.callbacks import LambdaCallback
 from tiny import policy
 
-from spo_lightning import bench, costs
+from spo_lightning.bench import costs, memory, solvers
 from spo_lightning.data.batch import Pair
 from spo_lightning.evals import Pairs
 from spo_lightning.models import Scorer
 
 MODULE = ("-m", "spo_lightning.bench")
 TINY = (
+    "what=solvers",
+    "cache.enabled=false",
     *(word for word in SMALL if not word.startswith("sft.")),
     *("steps=1", "warmup=1", "repetitions=2"),
 )
@@ -59,17 +62,9 @@ def test_refused(tmp_path, words, says):
 
 
 def test_every_listed_solver_can_be_built():
-    listed = config_of("bench").solvers
+    listed = bench_config("what=solvers").solvers
     built = {str(objective(*words)[1]) for words in listed.values()}
     assert len(built) == len(listed)
-
-
-def config_of(name):
-    from hydra import compose, initialize_config_dir
-    from pairs import CONF
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name)
 
 
 def test_steps_leave_the_policy_as_it_was():
@@ -103,7 +98,7 @@ def test_the_share_of_the_inner_pass():
 
 
 def test_ratios_are_taken_within_a_round():
-    found = bench.ratios(
+    found = solvers.ratios(
         {"none": [1.0, 2.0, 4.0], "other": [2.0, 3.0, 16.0]}, {"none": 8.0, "other": 12.0}, "none"
     )["other"]
     assert [found[f"time_ratio{end}"] for end in ("_min", "", "_max")] == [1.5, 2.0, 4.0]
@@ -111,8 +106,8 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_memory_at_the_peak():
-    memory = costs.Memory()
-    memory.start()
-    block = bytearray(64 * costs.MIB)
+    watched = memory.Memory()
+    watched.start()
+    block = bytearray(64 * memory.MIB)
     del block
-    assert memory.above() >= 60 * costs.MIB
+    assert watched.above() >= 60 * memory.MIB

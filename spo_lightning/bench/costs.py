@@ -4,17 +4,9 @@ The steps are those of training: ``Preference`` under Lightning's Trainer, on th
 from the same weights whichever solver takes them.
 """
 
-import ctypes
 import gc
-import multiprocessing
-import resource
-import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,16 +17,12 @@ from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
-from spo_lightning.errors import Diverged
+from spo_lightning.bench.memory import MIB, Memory, apart, can_forget, named, settle
 from spo_lightning.evals import Pairs
 from spo_lightning.fit import OuterSteps, module_of
 from spo_lightning.models import Scorer
 from spo_lightning.prepare import quiet
 from spo_lightning.progress import Stages
-
-MIB = 2**20
-M_MMAP_THRESHOLD = -3  # glibc: blocks of so many bytes are mappings of their own
-SMALL = 64 * 1024  # bytes
 
 
 class Start(NamedTuple):
@@ -72,7 +60,12 @@ def take(entry: Entry, start: Start, steps: int, watch: Any) -> None:
         enable_model_summary=False,
     )
     data = OuterSteps(
-        start.train, module, micro=cfg.micro_batch_size, seed=cfg.seed, lower=start.lower
+        start.train,
+        module,
+        micro=cfg.micro_batch_size,
+        tokens=cfg.data.tokens_per_batch,
+        seed=cfg.seed,
+        lower=start.lower,
     )
     trainer.fit(module, DataLoader(data, batch_size=None))
     with torch.no_grad():
@@ -90,15 +83,6 @@ def inner_share(start: Start) -> float:
     again = 0 if start.scorer.shared else 1  # the prompt of a pair is encoded twice
     below = sum(len(text.prompt) + len(text.chosen) for text in texts) / len(texts)
     return below * len(pairs) / sum(len(pair) + again * len(pair.prompt) for pair in pairs)
-
-
-@contextmanager
-def named(name: str) -> Iterator[None]:
-    """Says whose steps diverged."""
-    try:
-        yield
-    except Diverged as error:
-        raise Diverged(f"{name}: {error}") from error
 
 
 # -- time
@@ -160,42 +144,6 @@ def times(
 # -- memory
 
 
-class Memory:
-    """Bytes in use at the peak of a stretch of work, above those in use when it began."""
-
-    def start(self) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-            return
-        _forget_peak()
-        self.before = _highest_resident()
-
-    def above(self) -> int:
-        if torch.cuda.is_initialized():
-            return torch.cuda.max_memory_allocated() - self.before
-        return _highest_resident() - self.before
-
-
-def _forget_peak() -> bool:
-    """Start the peak of this process anew; False where the system does not let us."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def _highest_resident() -> int:
-    """Bytes of this process in memory, at most since the peak was forgotten."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def peaks(
     entries: Mapping[str, Entry], base: str, start: Start, room: Path, steps: int, stages: Stages
 ) -> dict[str, float]:
@@ -205,41 +153,17 @@ def peaks(
     """
     place = room / "start.pt"
     torch.save(start, place)
-    # one process imports what the others inherit, where no GPU is at hand: CUDA outlives no fork
-    method = "spawn" if torch.cuda.is_available() else "forkserver"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])
-    found = {}
-    with (
-        ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes,
-        stages.stage("memory", len(entries)) as advance,
-    ):
-        for name, entry in entries.items():
-            work = processes.submit(peak, [entries[base], entry], place, steps)
-            try:
-                with named(name):
-                    found[name] = work.result() / MIB
-            except BrokenProcessPool as error:
-                if stages.stop.signal is None:
-                    raise
-                raise stages.stop.raised(stages.how_to_go_on) from error
-            advance(1, f"{name} {found[name]:.0f} MiB")
-    return found
+    calls = {name: (peak, [entries[base], entry], place, steps) for name, entry in entries.items()}
+    return apart(calls, stages, shown=lambda mib: f"{mib:.0f} MiB")
 
 
-def peak(entries: Sequence[Entry], place: Path, steps: int) -> int:
-    """Bytes that the second entry's steps take, once a step of the first has loaded the code."""
-    warnings.simplefilter("ignore")
-    quiet()
-    with suppress(AttributeError):  # what is freed goes back at once; glibc's, others have none
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL)
+def peak(entries: Sequence[Entry], place: Path, steps: int) -> float:
+    """MiB that the second entry's steps take, once a step of the first has loaded the code."""
+    settle(entries[0].cfg.hardware)
     start = torch.load(place, weights_only=False)  # written just now, by ourselves
     first, second = entries
-    if first.cfg.hardware.threads:
-        torch.set_num_threads(first.cfg.hardware.threads)
-    if torch.cuda.is_available() or _forget_peak():  # else its peak would hide the other's
+    if can_forget():  # else its peak would hide the other's
         take(first, start, 1, LambdaCallback())
     memory = Memory()
     take(second, start, steps, LambdaCallback(on_train_start=lambda *_: memory.start()))
-    return memory.above()
+    return memory.above() / MIB

@@ -1,4 +1,4 @@
-"""What each solver costs: ``python -m spo_lightning.bench [group=option] [key=value]``.
+"""What each solver costs: ``python -m spo_lightning.bench what=solvers [key=value]``.
 
 Time per outer step and memory at its peak, as ratios to a base solver on the same batches.
 """
@@ -20,28 +20,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def main() -> None:
-    command.run("bench", work)
-
-
-def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> dict[str, Any]:
-    """Measure, print the table, write config.yaml, bench.json and table.md; returns bench.json."""
-    knobs.check(cfg, line)
-    refuse(cfg, run_dir, line)
+def measure(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> dict[str, Any]:
+    """Print the table, write config.yaml, bench.json and table.md; returns bench.json."""
+    refuse(cfg, line)
     return bench(cfg, composed(cfg), run_dir, line.choices)
 
 
-def refuse(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> None:
+def refuse(cfg: "DictConfig", line: knobs.Given) -> None:
     """What this command alone cannot do."""
     from spo_lightning.errors import UserError
 
     for key in line.touched:
         if key.split(".")[0] == "solver":
-            raise UserError(f"{key} has no effect: say it in solvers, as conf/bench.yaml does")
-    if cfg.hardware.devices != 1:
-        raise UserError("hardware.devices: costs are measured on one device; leave it out")
-    if (run_dir / "bench.json").exists():
-        raise UserError(f"{run_dir} holds a benchmark: take another hydra.run.dir")
+            raise UserError(
+                f"{key} has no effect: say it in solvers, as conf/what/solvers.yaml does"
+            )
     for name in [cfg.base, *(cfg.only or ())]:
         if name not in cfg.solvers:
             raise UserError(f"{name} is none of solvers: choose from {', '.join(cfg.solvers)}")
@@ -86,7 +79,8 @@ def bench(
     stages.stop.install()
     task = replace(load(cfg.data), held_out=[])
 
-    from spo_lightning import costs, prepare
+    from spo_lightning import prepare
+    from spo_lightning.bench import costs
     from spo_lightning.train import Run
 
     prepare.check_checkpoints(cfg.model)
@@ -114,7 +108,7 @@ def bench(
         stages=stages,
     )
     numbers = {
-        "choices": {group: name for group, name in choices.items() if "solver" not in group},
+        "choices": {g: name for g, name in choices.items() if "solver" not in g and g != "what"},
         "setting": setting(cfg, start, device),
         "inner_share": costs.inner_share(start),
         "base": cfg.base,
@@ -210,7 +204,3 @@ def table(numbers: Mapping[str, Any]) -> str:
         + "\n".join(lines)
         + "\n"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""What steps and runs cost, in time and memory: one file per question, chosen by ``what``."""
