@@ -62,7 +62,8 @@ class Compare(Callback):
         # P of the inner steps is a constant of the outer step: any will do
         squares = tuple(torch.rand_like(t) * 1e-3 for t in theta)
         state = {"squares": squares}
-        scale = getattr(self.solver, "inner", Plain()).scale(state, squares)
+        slope = problem.gradient(lower_terms, theta).direction
+        scale = getattr(self.solver, "inner", Plain()).scale(state, slope)
         found = self.solver.step(problem, state).direction
 
         def whole(at):

@@ -33,8 +33,9 @@ class Plain:
 class Preconditioned:
     """Inner steps follow -P grad G, P = 1 / (sqrt(running mean of squares) + eps), diagonal.
 
-    P comes from earlier outer steps (from the present gradient at the first) and is a constant of
-    the inner steps, so that I - lower_lr H P is their exact Jacobian (transposed).
+    The mean is over outer steps, the present one included: a parameter that had no gradient before
+    would else take a step of 1 / eps. P is a constant of the inner steps, so that I - lower_lr H P
+    is their exact Jacobian (transposed).
     """
 
     decay: float
@@ -49,17 +50,17 @@ class Preconditioned:
             raise ValueError(f"solver.inner.eps must be above 0, not {self.eps}")
 
     def scale(self, state: State, slope: Tensors) -> Tensors:
-        squares = state.get("squares") or tuple(s.square() for s in slope)
-        return tuple(1 / (square.to(s).sqrt() + self.eps) for square, s in zip(squares, slope))
+        return tuple(1 / (square.sqrt() + self.eps) for square in self._squares(state, slope))
 
     def update(self, state: State, slope: Tensors) -> State:
+        return {**state, "squares": self._squares(state, slope)}
+
+    def _squares(self, state: State, slope: Tensors) -> Tensors:
         squares = tuple(s.square() for s in slope)
-        if "squares" in state:
-            squares = tuple(
-                torch.lerp(new, old.to(new), self.decay)
-                for new, old in zip(squares, state["squares"])
-            )
-        return {**state, "squares": squares}
+        if "squares" not in state:
+            return squares
+        kept = zip(squares, state["squares"])
+        return tuple(torch.lerp(new, old.to(new), self.decay) for new, old in kept)
 
 
 @dataclass(frozen=True)
