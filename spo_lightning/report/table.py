@@ -69,7 +69,6 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-SEEDS = ("seed", "sft.seed")  # keys that make repetitions of one setting
 GROUPS = ("data", "model", "loss", "solver")
 
 
@@ -81,13 +80,19 @@ def settings(runs: Sequence[Run]) -> dict[str, dict[int, dict[str, Any]]]:
         for path, numbers, _ in runs
     }
     told = [group for group in GROUPS if len({c[group] for c in chosen.values()}) > 1]
+    seed = {path: config["seed"] for path, _, config in runs}
+    follows = {  # keys that have the run's seed wherever they stand, such as sft.seed
+        name
+        for name in set().union(*leaves.values())
+        if all(found.get(name, seed[path]) == seed[path] for path, found in leaves.items())
+    }
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for path, numbers, config in runs:
         alike = [leaves[other] for other in leaves if chosen[other] == chosen[path]]
         differing = sorted(
             name
             for name in leaves[path]
-            if name not in SEEDS and len({repr(some.get(name)) for some in alike}) > 1
+            if name not in follows and len({repr(some.get(name)) for some in alike}) > 1
         )
         parts = [f"{group}={chosen[path][group]}" for group in told]
         parts += [f"{name}={leaves[path][name]}" for name in differing]
