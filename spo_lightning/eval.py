@@ -50,7 +50,7 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, float]:
 def measure(cfg: Any, task: Any, stages: Any) -> dict[str, float]:
     """The held-out numbers of ``checkpoint``, against ``reference`` where there is one."""
     from spo_lightning import evals, prepare
-    from spo_lightning.models import Scorer
+    from spo_lightning.sharing import as_read_by
 
     device = prepare.device_of(cfg.hardware)
     precision = prepare.precision_of(cfg.hardware, device)
@@ -67,7 +67,7 @@ def measure(cfg: Any, task: Any, stages: Any) -> dict[str, float]:
     scorer = prepare.scorer_of(policy, pairs.pairs, share=True, logits=logits)
     shared: Any = {"precision": precision, "stages": stages}
     if judge is not None:
-        theirs = Scorer(judge.lm, scorer.shared)
+        theirs = as_read_by(scorer, judge.lm)
         pairs = evals.score(theirs, pairs, batch_size=how.batch_size, title="reference", **shared)
     return evals.held_out(
         policy,

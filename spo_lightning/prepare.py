@@ -27,7 +27,7 @@ from spo_lightning.progress import Stages
 from spo_lightning.rundir import write_text
 from spo_lightning.sample import Decoding, judged_pairs
 from spo_lightning.shards import Shards
-from spo_lightning.sharing import check_head, scorer_for
+from spo_lightning.sharing import as_read_by, check_head, scorer_for
 
 log = logging.getLogger(__name__)
 
@@ -303,7 +303,7 @@ def with_reference(
         return reference.with_reference(
             sets,
             shelf,
-            lambda: scorer if other is None else Scorer(opened().lm, scorer.shared),
+            lambda: scorer if other is None else as_read_by(scorer, opened().lm),
             batch_size=cfg.eval.batch_size,
             precision=precision,
             stages=stages,

@@ -19,9 +19,9 @@ import torch
 
 from spo_lightning.data.batch import Pair, collate, draws
 from spo_lightning.errors import Diverged
-from spo_lightning.models import Scorer
 from spo_lightning.policies import Policy
 from spo_lightning.progress import Stages
+from spo_lightning.sharing import scorer_for
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def _train(
         policy.lm.parameters(), lr=settings["lr"], betas=settings["betas"], weight_decay=0.0
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps, WARMUP))
-    scorer = Scorer(policy.lm, shared=False)
+    scorer = scorer_for(policy.lm, max(map(len, texts)), share=False)
     orders = draws(len(texts), size, settings["seed"], 0)
     curve: list[tuple[int, float]] = []
     began = time.monotonic()

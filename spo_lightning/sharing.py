@@ -38,12 +38,11 @@ def sharing_refusal(config: Any, longest: int) -> str | None:
 @torch.no_grad()
 def check_head(model: Any) -> None:
     """Refuse an architecture whose logits are not its head on its last hidden states."""
-    ids = torch.arange(16) % model.config.vocab_size
-    batch = collate([Pair(tuple(ids[:8].tolist()), tuple(ids[8:].tolist()), ())], 0)
-    batch = batch.to(model.device)
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits[0, 7:15]
-    own = logits.double().log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
-    worst = (Scorer(model, shared=False)(batch).logps - own).abs().max().item()
+    ids = tuple((torch.arange(16) % model.config.vocab_size).tolist())
+    batch = collate([Pair(ids[:8], ids[8:], ids[8:])], 0).to(model.device)
+    logits = model(input_ids=batch.input_ids[:, :16], use_cache=False).logits[0, 7:15]
+    own = logits.double().log_softmax(-1).gather(1, batch.targets[:8, None]).squeeze(1)
+    worst = (Scorer(model, shared=False).apart(batch).logps[:8] - own).abs().max().item()
     if not worst <= (1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1):
         raise UserError(
             f"{type(model).__name__} does more between its hidden states and its logits than its "
@@ -64,6 +63,12 @@ def scorer_for(model: Any, longest: int, *, share: bool, logits: int = LOGITS) -
         log.info("Batches are padded, not packed: %s.", refusal)
         model.set_attn_implementation("sdpa")
     return Scorer(model, share and supports_sharing(model, longest), logits)
+
+
+def as_read_by(scorer: Scorer, model: Any) -> Scorer:
+    """``model``, a reference, read as ``scorer`` reads: what was decided for one holds for it."""
+    model.set_attn_implementation(scorer.model.config._attn_implementation)
+    return Scorer(model, scorer.shared, scorer.logits)
 
 
 def supports_sharing(model: Any, longest: int) -> bool:

@@ -14,7 +14,7 @@ from spo_lightning import attention
 from spo_lightning.data.batch import Pair, by_pairs, by_tokens, collate
 from spo_lightning.head import token_logps
 from spo_lightning.models import Scorer
-from spo_lightning.sharing import scorer_for
+from spo_lightning.sharing import as_read_by, check_head, scorer_for
 
 PAD_ID = 257
 SAME = [  # two pairs of one prompt, another between them, an absent and a one-token response
@@ -114,6 +114,22 @@ def test_a_model_that_mixes_tokens_otherwise_is_padded(caplog):
         scorer = scorer_for(made.lm, 30, share=True)
     assert "a probe differs" in caplog.text and "Separate forwards" in caplog.text
     assert not scorer.packs and not scorer.shared
+
+
+def test_a_reference_is_read_as_the_policy_is():
+    """The policy's probe refused to pack: its reference, never probed, must not be packed."""
+    policy_lm, reference = policy("llama").lm, policy("llama", seed=1).lm
+    policy_lm.set_attn_implementation("sdpa")
+    judge = as_read_by(Scorer(policy_lm, False, logits=99), reference)
+    assert not judge.packs and not judge.shared and judge.logits == 99
+
+
+def test_the_head_is_checked_before_packing_is():
+    made = policy("llama", dtype="float32")
+    inner = made.lm.model.layers[0].self_attn
+    forward = inner.forward
+    inner.forward = lambda *args, tree=None, **kwargs: forward(*args, **kwargs)
+    check_head(made.lm)  # the model hides the tree from its attention, and its head is right
 
 
 def test_generation_is_that_of_sdpa():
