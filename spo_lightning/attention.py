@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from spo_lightning.data.packing import Block, Tree
 
 IMPLEMENTATION = "spo_lightning_tree"
+PART = 64  # queries at once where attention matrices are kept
 # given beside a tree, so that transformers builds no mask; of a type that no mask has
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.int8)
 
@@ -63,15 +64,37 @@ def _attended(row: list[Tensor], tree: Tree, window: int | None, scale: float | 
         query, key, value = (
             _rectangle(states, places) for states, places in zip(row, (asks.there, keys, keys))
         )
-        found = scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-        )
+        how = {"scale": scale, "enable_gqa": grouped}
+        if not fused() and query.shape[2] > PART:
+            found = _in_parts(query, key, value, mask, **how)
+        else:
+            found = scaled_dot_product_attention(
+                query, key, value, mask, is_causal=mask is None, **how
+            )
         return found.transpose(1, 2).flatten(0, 1).index_select(0, asks.back)
 
     before = attend(tree.prompts, tree.prompts.there, causal)
     if not len(tree.responses.back):
         return before
     return torch.cat([before, attend(tree.responses, tree.keys, seen)])
+
+
+def _in_parts(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any
+) -> Tensor:
+    """The same where attention matrices are kept: they end at a part's last query."""
+    width, given = query.shape[2], key.shape[2] - query.shape[2]
+    if mask is None:
+        mask = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
+    parts = []
+    for start in range(0, width, PART):
+        stop = min(start + PART, width)
+        asks, upto = query[:, :, start:stop], given + stop
+        seen = mask[..., start:stop, :upto]
+        parts.append(
+            scaled_dot_product_attention(asks, key[:, :, :upto], value[:, :, :upto], seen, **how)
+        )
+    return torch.cat(parts, dim=2)
 
 
 def _rectangle(row: Tensor, there: Tensor) -> Tensor:

@@ -14,9 +14,12 @@ from torch.nn.utils import clip_grad_norm_
 from spo_lightning import losses
 from spo_lightning.data.batch import Microbatches, PairBatch
 from spo_lightning.errors import Diverged
-from spo_lightning.metrics import Totals, pair_numbers
+from spo_lightning.metrics import Totals
 from spo_lightning.models import PairLogps, Scorer, reference_logps
+from spo_lightning.observation import Observation
 from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
+
+BESIDE = 5  # parts of a pass beside a graph that is kept: second order fits in twice the memory
 
 
 class Preference(LightningModule):
@@ -89,19 +92,25 @@ class Preference(LightningModule):
 
     # -- the problem handed to the solver
 
-    def _problem(self, batch: Microbatches, seen: "Observation") -> Problem:
+    def _problem(self, batch: Microbatches, seen: Observation) -> Problem:
         parameters = tuple(self.trainable().values())
+        kernel, at_once = self.scorer.twice(), batch
 
         def gradient(closure: Callable[[Problem], Terms], theta: Tensors) -> Slope:
             with self._moved_to(theta):
-                return self._gradient(closure, batch, seen)
+                return self._gradient(closure, at_once, seen)
 
         def twice(closure: Callable[[Problem], Terms], theta: Tensors) -> Slope:
             smaller = Microbatches([few for part in batch for few in self.scorer.smaller(part)])
             with kernel(), self._moved_to(theta):  # type: ignore[misc]
                 return self._gradient(closure, smaller, seen)
 
-        kernel = self.scorer.twice()
+        def linearized(theta: Tensors) -> tuple[Slope, Callable[[Tensors], Tensors]]:
+            nonlocal at_once
+            (part,) = batch
+            at_once = Microbatches(part.split(-(-len(part) // BESIDE)))
+            with kernel():  # type: ignore[misc]
+                return self._linearized(theta, part)
 
         def everywhere(name: str) -> Callable[[Tensors], Any]:
             def evaluated(theta: Tensors) -> Any:
@@ -122,9 +131,33 @@ class Preference(LightningModule):
             size=torch.cat([part.size for part in parts]),
             gradient=gradient,
             twice=None if kernel is None else twice,
+            linearized=linearized if kernel and self._fits(batch) else None,
         )
 
-    def _part(self, part: PairBatch, seen: "Observation | None") -> Problem:
+    def _fits(self, batch: Microbatches) -> bool:
+        """Whether a graph of all lower rows may be kept: there is one part, in one process, and
+        nothing of it is computed again, which would be at another theta.
+        """
+        alone = len(batch) == 1 and self.trainer.world_size == 1
+        return alone and all(self.scorer.keeps(part) for part in batch)
+
+    def _linearized(
+        self, theta: Tensors, part: PairBatch
+    ) -> tuple[Slope, Callable[[Tensors], Tensors]]:
+        parameters = set(self.trainable().values())
+        # leaves of its own: the parameters are about to move, which would break the graph
+        copies = (t.detach().clone() if t in parameters else t.detach() for t in theta)
+        leaves = tuple(copy.requires_grad_() for copy in copies)
+        lower = self._part(part, None).lower(leaves)
+        mean = lower.sum() / self.batch_size
+        slope = torch.autograd.grad(mean, leaves, create_graph=True, materialize_grads=True)
+
+        def product(vector: Tensors) -> Tensors:
+            return torch.autograd.grad(slope, leaves, vector, materialize_grads=True)
+
+        return Slope(tuple(s.detach() for s in slope), {"lower": lower.detach().mean()}), product
+
+    def _part(self, part: PairBatch, seen: Observation | None) -> Problem:
         """One microbatch as a Problem; ``seen`` looks at each pass over both responses."""
         parameters = tuple(self.trainable().values())
         reference = reference_logps(part)
@@ -177,7 +210,7 @@ class Preference(LightningModule):
             _write(parameters, kept)
 
     def _gradient(
-        self, closure: Callable[[Problem], Terms], batch: Microbatches, seen: "Observation"
+        self, closure: Callable[[Problem], Terms], batch: Microbatches, seen: Observation
     ) -> Slope:
         parameters = tuple(self.trainable().values())
         for p in parameters:
@@ -281,59 +314,6 @@ class Preference(LightningModule):
         self.outer_step, self.pairs_seen = ours["outer_step"], ours["pairs_seen"]
         self.num_tokens = ours["num_tokens"]
         self.solver_state, self.moments_state = ours["solver"], ours["moments"]
-
-
-class Observation:
-    """What one outer step showed: numbers of its full passes, and how hard F and solver pull."""
-
-    def __init__(self, beta: float, full: bool, moments: bool):
-        self.beta, self.full, self.moments = beta, full, moments
-        self.totals = Totals()
-        self.objective = torch.zeros(())  # sum of all that was minimised, to see a NaN
-        self._last: tuple[PairLogps, PairLogps, Tensor] | None = None
-
-    def look(
-        self,
-        policy: PairLogps,
-        reference: PairLogps,
-        apart: PairLogps,
-        upper: Tensor,
-        lower: Tensor,
-    ) -> None:
-        """One microbatch's pass over both responses; ``apart``: the lower level's own texts,
-        or ``policy``."""
-        if self.moments:
-            margin = (policy.mean_gap - reference.mean_gap).detach().double()
-            self.totals.add({"margin": margin, "margin_squared": margin.square()})
-        if not self.full:
-            return
-        self.totals.add(pair_numbers(policy, reference, beta=self.beta))
-        self.totals.add({"loss/upper": upper, "loss/lower": lower})
-        self._last = policy, apart, upper
-
-    def close(self, objective: Tensor) -> None:
-        """``objective``: the sum that the microbatch's backward will start from."""
-        if self._last is None:
-            return
-        policy, apart, upper = self._last
-        self._last = None
-        self.totals.add({"loss": (objective, torch.tensor(upper.numel()))})
-
-        def pull(value: Tensor, on: PairLogps) -> Tensor:
-            """d value / d log pi(y_w), spread over the answer's tokens."""
-            slope = torch.autograd.grad(value, on.logps, retain_graph=True, materialize_grads=True)
-            return slope[0][~on.side]
-
-        plain = pull(upper.sum(), policy)
-        added = (pull(objective, policy) - plain).abs().sum()
-        if apart is not policy:
-            added = added + pull(objective, apart).abs().sum()
-        self.totals.add({"solver/slope_ratio": (added, plain.abs().sum())})
-
-    def spread(self, means: dict[str, float], count: int) -> float:
-        """Unbiased standard deviation of the margin; nan for one pair."""
-        variance = means.pop("margin_squared") - means["margin"] ** 2
-        return math.sqrt(max(variance, 0.0) * count / (count - 1)) if count > 1 else math.nan
 
 
 def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ from tiny import in_float64, lora, policy
 
 from spo_lightning import models
 from spo_lightning.models import Scorer
-from spo_lightning.module import Observation
+from spo_lightning.observation import Observation
 from spo_lightning.solvers.products import Automatic, Exact, FiniteDifference
 from spo_lightning.train import train
 

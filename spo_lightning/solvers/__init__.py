@@ -49,6 +49,9 @@ class Problem:
     gradient: Callable[[Callable[["Problem"], Terms], Tensors], Slope]
     # the same for a closure that holds a gradient itself; None where the model cannot
     twice: Callable[[Callable[["Problem"], Terms], Tensors], Slope] | None = None
+    # linearized(theta): the gradient of the mean of G there, and v -> H v once, from its graph,
+    # which lives until then; None where gradient and twice are to be asked apart
+    linearized: Callable[[Tensors], tuple[Slope, Callable[[Tensors], Tensors]]] | None = None
 
 
 def upper_terms(part: Problem) -> Terms:

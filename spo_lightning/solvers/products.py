@@ -5,12 +5,13 @@ first where the model allows it. All loop over microbatches and ranks through ``
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
-from spo_lightning.solvers import Problem, Tensors, Terms, dot, lower_terms, moved
+from spo_lightning.solvers import Problem, Slope, Tensors, Terms, dot, lower_terms, moved
 
 log = logging.getLogger(__name__)
 
@@ -86,3 +87,20 @@ def _say(taken: str) -> None:
 
 
 Products = Exact | FiniteDifference | Automatic
+
+
+def apart(
+    problem: Problem, theta: Tensors, products: Products
+) -> tuple[Slope, Callable[[Tensors], Tensors]]:
+    """The gradient of the mean of G at theta, and v -> H v, which computes it anew."""
+    return problem.gradient(lower_terms, theta), partial(products, problem, theta)
+
+
+def linearized(
+    problem: Problem, theta: Tensors, products: Products
+) -> tuple[Slope, Callable[[Tensors], Tensors]]:
+    """The same; where the model can, v -> H v works once and takes what the gradient left."""
+    if problem.linearized is None or isinstance(products, FiniteDifference):
+        return apart(problem, theta, products)
+    _say("Exact")
+    return problem.linearized(theta)

@@ -5,14 +5,14 @@ tends to that of the linear penalty with weight lower_lr / lr as both steps shri
 theta (``Hypergradient``) and run to convergence it ends where theta' minimises F, whatever G is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from spo_lightning.solvers import Problem, Slope, Step, Tensors, lower_terms, moved, upper_terms
-from spo_lightning.solvers.products import Products
+from spo_lightning.solvers import Problem, Slope, Step, Tensors, moved, upper_terms
+from spo_lightning.solvers.products import Products, apart, linearized
 
 State = dict[str, Any]
 
@@ -65,16 +65,16 @@ class Preconditioned:
 
 @dataclass(frozen=True)
 class Path:
-    """theta_0 .. theta_{K-1} of the inner steps, and the maps between them."""
+    """The inner steps: v -> H v at theta_0 .. theta_{K-1}."""
 
-    points: Sequence[Tensors]
+    products: Sequence[Callable[[Tensors], Tensors]]
     lower_lr: float
     scale: Tensors | None
 
-    def pulled_back(self, problem: Problem, slope: Tensors, products: Products) -> Tensors:
+    def pulled_back(self, slope: Tensors) -> Tensors:
         """v <- v - lower_lr H(theta_k) P v, backwards: no graph through more than one step."""
-        for point in reversed(self.points):
-            turned = products(problem, point, _scaled(self.scale, slope))
+        for product in reversed(self.products):
+            turned = product(_scaled(self.scale, slope))
             slope = moved(slope, turned, -self.lower_lr)
         return slope
 
@@ -83,11 +83,13 @@ class Path:
 class Adapted:
     """Move theta to theta', then follow grad F(theta') from there."""
 
+    second = False  # whether Hessian products are asked for
+
     def __call__(
-        self, problem: Problem, ahead: Tensors, slope: Tensors, path: Path, products: Products
+        self, theta: Tensors, ahead: Tensors, slope: Tensors, path: Path
     ) -> tuple[Tensors, Tensors | None]:
         """The direction and the displacement."""
-        return slope, tuple(a - t.detach() for a, t in zip(ahead, problem.theta))
+        return slope, tuple(a - t.detach() for a, t in zip(ahead, theta))
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,14 @@ class Hypergradient:
         if self.order not in ("first", "second"):
             raise ValueError(f"solver.apply.order must be first or second, not {self.order}")
 
+    @property
+    def second(self) -> bool:
+        return self.order == "second"
+
     def __call__(
-        self, problem: Problem, ahead: Tensors, slope: Tensors, path: Path, products: Products
+        self, theta: Tensors, ahead: Tensors, slope: Tensors, path: Path
     ) -> tuple[Tensors, Tensors | None]:
-        if self.order == "first":
-            return slope, None
-        return path.pulled_back(problem, slope, products), None
+        return (path.pulled_back(slope) if self.second else slope), None
 
 
 @dataclass(frozen=True)
@@ -130,18 +134,21 @@ class Unrolled:
         return {}
 
     def step(self, problem: Problem, state: State) -> Step:
-        first = slope = problem.gradient(lower_terms, problem.theta)
-        scale = self.inner.scale(state, first.direction)
-        points = [problem.theta]
-        while True:
-            ahead = moved(points[-1], _scaled(scale, slope.direction), -self.lower_lr)
-            if len(points) == self.steps:
-                break
-            points.append(ahead)
-            slope = problem.gradient(lower_terms, ahead)
+        ahead, products = problem.theta, []
+        first = scale = None
+        for number in range(self.steps):
+            # the last step's product comes first on the way back, so its graph is worth keeping
+            last = self.apply.second and number == self.steps - 1
+            look = linearized if last else apart
+            slope, product = look(problem, ahead, self.hvp)
+            if first is None:
+                first, scale = slope, self.inner.scale(state, slope.direction)
+            products.append(product)
+            ahead = moved(ahead, _scaled(scale, slope.direction), -self.lower_lr)
+        assert first is not None  # there is one step at least
         upper = problem.gradient(upper_terms, ahead)
-        path = Path(points, self.lower_lr, scale)
-        direction, displacement = self.apply(problem, ahead, upper.direction, path, self.hvp)
+        path = Path(products, self.lower_lr, scale)
+        direction, displacement = self.apply(problem.theta, ahead, upper.direction, path)
         after = self.inner.update(state, first.direction)
         return Step(direction, displacement, after, _logged(first, upper))
 
