@@ -19,7 +19,7 @@ from spo_lightning.models import PairLogps, Scorer, reference_logps
 from spo_lightning.observation import Observation
 from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
 
-BESIDE = 5  # parts of a pass beside a graph that is kept: second order fits in twice the memory
+BESIDE = 4  # parts of a pass beside a graph that is kept: second order fits in twice the memory
 
 
 class Preference(LightningModule):

@@ -136,10 +136,9 @@ class Unrolled:
     def step(self, problem: Problem, state: State) -> Step:
         ahead, products = problem.theta, []
         first = scale = None
-        for number in range(self.steps):
-            # the last step's product comes first on the way back, so its graph is worth keeping
-            last = self.apply.second and number == self.steps - 1
-            look = linearized if last else apart
+        # beside the points of several steps a graph would take too much
+        look = linearized if self.apply.second and self.steps == 1 else apart
+        for _ in range(self.steps):
             slope, product = look(problem, ahead, self.hvp)
             if first is None:
                 first, scale = slope, self.inner.scale(state, slope.direction)
