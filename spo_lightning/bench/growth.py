@@ -4,8 +4,6 @@ Time is taken from the end of one step to the end of the next, so that whatever 
 costs between steps shows.
 """
 
-import json
-import logging
 import random
 import tempfile
 import time
@@ -21,13 +19,10 @@ from spo_lightning import __version__, knobs, prepare
 from spo_lightning.bench import asked, growth_report
 from spo_lightning.bench.cell import Cell, drawn, save_model
 from spo_lightning.bench.contestants import Ours, Race
-from spo_lightning.bench.table import fitted
+from spo_lightning.bench.table import fitted, written
 from spo_lightning.data.batch import Pair
 from spo_lightning.evals import Pairs
 from spo_lightning.progress import Stages
-from spo_lightning.rundir import write_text
-
-log = logging.getLogger(__name__)
 
 POOL = 1 << 16  # random tokens of which every generated text is a stretch
 
@@ -55,13 +50,9 @@ def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]
         rows = [row for row in found if row["axis"] == axis]
         per = 1.0 if axis == "tokens" else None
         numbers[axis] = {"rows": rows, "fit": fit(rows, by, per)}
-    write_text(run_dir / "bench.json", json.dumps(numbers, indent=1) + "\n")
-    text = growth_report.table(numbers)
-    write_text(run_dir / "table.md", text)
-    log.info("\n%s", text)
-    for path in growth_report.picture(numbers, run_dir):
-        log.info("Written: %s", path)
-    log.info("Numbers and table: %s", run_dir)
+    written(
+        numbers, growth_report.table(numbers), run_dir, growth_report.picture(numbers, run_dir)
+    )
     return numbers
 
 

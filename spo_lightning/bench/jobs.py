@@ -22,9 +22,9 @@ from omegaconf import DictConfig
 from spo_lightning import __version__, knobs
 from spo_lightning.bench import asked, jobs_report, peer
 from spo_lightning.bench.cell import Cell, as_text, drawn, save_model
+from spo_lightning.bench.table import written
 from spo_lightning.errors import Diverged
 from spo_lightning.progress import Stages
-from spo_lightning.rundir import write_text
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,7 @@ def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]
         rows = bench.all(sides)
     numbers = {"setting": setting(cfg, bench.parameters), "imports": imports, "jobs": rows}
     numbers["totals"] = totals(rows, imports, sides)
-    write_text(run_dir / "bench.json", json.dumps(numbers, indent=1) + "\n")
-    text = jobs_report.table(numbers)
-    write_text(run_dir / "table.md", text)
-    log.info("\n%s", text)
-    log.info("Numbers and table: %s", run_dir)
+    written(numbers, jobs_report.table(numbers), run_dir)
     return numbers
 
 

@@ -3,7 +3,6 @@
 Time per outer step and memory at its peak, as ratios to a base solver on the same batches.
 """
 
-import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning import command, knobs
+from spo_lightning.bench.table import aligned, written
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -116,11 +116,7 @@ def bench(
     }
     for name in runs:
         numbers["solvers"][name]["overrides"] = list(cfg.solvers[name])
-    text = table(numbers)
-    write_text(run_dir / "bench.json", json.dumps(numbers, indent=1) + "\n")
-    write_text(run_dir / "table.md", text)
-    log.info("\n%s", text)
-    log.info("Numbers and table: %s", run_dir)
+    written(numbers, table(numbers), run_dir)
     return numbers
 
 
@@ -184,11 +180,6 @@ def table(numbers: Mapping[str, Any]) -> str:
         ]
         for name, row in numbers["solvers"].items()
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |"
-        for cells in (head, ["-" * width for width in widths], *rows)
-    ]
     what = ", ".join(f"{group}={name}" for group, name in sorted(numbers["choices"].items()))
     return (
         f"{what}\n\n"
@@ -201,6 +192,5 @@ def table(numbers: Mapping[str, Any]) -> str:
         f"- time: {at['steps']} steps, median of {at['repetitions']} rounds; ratios within a "
         "round\n"
         "- memory: the peak above what was in use before the first step\n\n"
-        + "\n".join(lines)
-        + "\n"
+        f"{aligned(head, rows)}\n"
     )

@@ -23,7 +23,7 @@ from spo_lightning.bench.cell import Cell, drawn, save_model
 from spo_lightning.bench.contestants import CONTESTANTS, Contestant, Race
 from spo_lightning.bench.costs import Clock
 from spo_lightning.bench.memory import MIB, Memory, apart, can_forget, settle
-from spo_lightning.bench.table import geometric_mean, ratio
+from spo_lightning.bench.table import geometric_mean, ratio, written
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.progress import Stages
 from spo_lightning.rundir import write_text
@@ -55,12 +55,7 @@ def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]
             found.append(measured(cfg, mine, cell, names, Path(room), stages))
         numbers["mean"] = means(found)
         write_text(run_dir / "bench.json", json.dumps(numbers, indent=1) + "\n")
-    text = step_report.table(numbers)
-    write_text(run_dir / "table.md", text)
-    log.info("\n%s", text)
-    for path in step_report.picture(numbers, run_dir):
-        log.info("Written: %s", path)
-    log.info("Numbers and table: %s", run_dir)
+    written(numbers, step_report.table(numbers), run_dir, step_report.picture(numbers, run_dir))
     return numbers
 
 

@@ -1,23 +1,23 @@
 """Numbers in; ratios within a round, markdown tables and saved figures out."""
 
+import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
 
-STYLE: dict[Any, Any] = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+from spo_lightning.report import evolution_figures
+from spo_lightning.rundir import write_text
+
+log = logging.getLogger(__name__)
+
+STYLE = {
+    **evolution_figures.STYLE,
     "axes.grid": True,
     "grid.color": "#E5E5E5",
     "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.titlesize": 11.0,
-    "svg.hashsalt": "spo_lightning",  # the same numbers give the same file
 }
 OURS, TRL = "#0072B2", "#D55E00"
 
@@ -63,6 +63,18 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
         for line in lines
     )
+
+
+def written(
+    numbers: Mapping[str, Any], text: str, run_dir: Path, pictures: Sequence[Path] = ()
+) -> None:
+    """bench.json and table.md; the table and where all is are said."""
+    write_text(run_dir / "bench.json", json.dumps(numbers, indent=1) + "\n")
+    write_text(run_dir / "table.md", text)
+    log.info("\n%s", text)
+    for path in pictures:
+        log.info("Written: %s", path)
+    log.info("Numbers and table: %s", run_dir)
 
 
 def save(figure: Any, directory: Path, name: str) -> list[Path]:
