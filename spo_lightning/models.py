@@ -159,7 +159,7 @@ class Scorer(nn.Module):
 
     def keeps(self, batch: PairBatch) -> bool:
         """Whether a forward inside ``twice`` takes the whole batch, and recomputes nothing."""
-        recomputes = self.model.is_gradient_checkpointing or len(batch.targets) > self._rows()
+        recomputes = self.model.is_activation_checkpointing or len(batch.targets) > self._rows()
         return not recomputes and self._fitting(batch) >= len(batch)
 
     def _fitting(self, batch: PairBatch) -> int:
