@@ -159,8 +159,10 @@ class Scorer(nn.Module):
 
     def keeps(self, batch: PairBatch) -> bool:
         """Whether a forward inside ``twice`` takes the whole batch, and recomputes nothing."""
-        recomputes = self.model.is_activation_checkpointing or len(batch.targets) > self._rows()
-        return not recomputes and self._fitting(batch) >= len(batch)
+        layers = self.model.modules()
+        recomputed = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        recomputed = recomputed or len(batch.targets) > self._rows()
+        return not recomputed and self._fitting(batch) >= len(batch)
 
     def _fitting(self, batch: PairBatch) -> int:
         """How many rows inside ``twice`` take less than twice what the whole batch takes outside.

@@ -105,11 +105,13 @@ class Preference(LightningModule):
             with kernel(), self._moved_to(theta):  # type: ignore[misc]
                 return self._gradient(closure, smaller, seen)
 
-        def linearized(theta: Tensors) -> tuple[Slope, Callable[[Tensors], Tensors]]:
+        def linearized(theta: Tensors) -> tuple[Slope, Callable[[Tensors], Tensors]] | None:
             nonlocal at_once
+            if kernel is None or not self._fits(batch):
+                return None
             (part,) = batch
             at_once = Microbatches(part.split(-(-len(part) // BESIDE)))
-            with kernel():  # type: ignore[misc]
+            with kernel():
                 return self._linearized(theta, part)
 
         def everywhere(name: str) -> Callable[[Tensors], Any]:
@@ -131,7 +133,7 @@ class Preference(LightningModule):
             size=torch.cat([part.size for part in parts]),
             gradient=gradient,
             twice=None if kernel is None else twice,
-            linearized=linearized if kernel and self._fits(batch) else None,
+            linearized=linearized,
         )
 
     def _fits(self, batch: Microbatches) -> bool:

@@ -50,8 +50,10 @@ class Problem:
     # the same for a closure that holds a gradient itself; None where the model cannot
     twice: Callable[[Callable[["Problem"], Terms], Tensors], Slope] | None = None
     # linearized(theta): the gradient of the mean of G there, and v -> H v once, from its graph,
-    # which lives until then; None where gradient and twice are to be asked apart
-    linearized: Callable[[Tensors], tuple[Slope, Callable[[Tensors], Tensors]]] | None = None
+    # which lives until then; None where that graph does not fit
+    linearized: Callable[[Tensors], tuple[Slope, Callable[[Tensors], Tensors]] | None] = (
+        lambda theta: None
+    )
 
 
 def upper_terms(part: Problem) -> Terms:

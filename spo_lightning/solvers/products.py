@@ -100,7 +100,8 @@ def linearized(
     problem: Problem, theta: Tensors, products: Products
 ) -> tuple[Slope, Callable[[Tensors], Tensors]]:
     """The same; where the model can, v -> H v works once and takes what the gradient left."""
-    if problem.linearized is None or isinstance(products, FiniteDifference):
+    kept = None if isinstance(products, FiniteDifference) else problem.linearized(theta)
+    if kept is None:
         return apart(problem, theta, products)
     _say("Exact")
-    return problem.linearized(theta)
+    return kept
