@@ -49,12 +49,12 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, float]:
 
 def measure(cfg: Any, task: Any, stages: Any) -> dict[str, float]:
     """The held-out numbers of ``checkpoint``, against ``reference`` where there is one."""
-    from spo_lightning import evals, prepare
+    from spo_lightning import evals, pairing, prepare
     from spo_lightning.sharing import as_read_by
 
     device = prepare.device_of(cfg.hardware)
     precision = prepare.precision_of(cfg.hardware, device)
-    how = prepare.decoding(cfg, seed=cfg.seed)
+    how = pairing.decoding(cfg, seed=cfg.seed)
     policy = prepare.opened_checkpoint(cfg.checkpoint, cfg, device)
     judge = rivals = None
     if cfg.reference is not None:
@@ -64,7 +64,7 @@ def measure(cfg: Any, task: Any, stages: Any) -> dict[str, float]:
             rivals = evals.samples(judge, task.held_out, task, how, evals.RIVALS, stages)
     pairs = held_pairs(cfg, task, judge, policy.tokenizer, stages)
     logits = cfg.hardware.logits_mib * prepare.FLOATS
-    scorer = prepare.scorer_of(policy, pairs.pairs, share=True, logits=logits)
+    scorer = prepare.scorer_of(policy, prepare.longest_of(pairs.pairs), share=True, logits=logits)
     shared: Any = {"precision": precision, "stages": stages}
     if judge is not None:
         theirs = as_read_by(scorer, judge.lm)
@@ -84,15 +84,15 @@ def measure(cfg: Any, task: Any, stages: Any) -> dict[str, float]:
 
 def held_pairs(cfg: Any, task: Any, reference: Any, tokenizer: Any, stages: Any) -> Any:
     """The held-out pairs; where the data samples them, from the reference, or none without one."""
-    from spo_lightning import prepare
+    from spo_lightning import pairing
     from spo_lightning.evals import Pairs
 
     rows = task.held_out
     if task.samples:
         rows = []
         if reference is not None:
-            rows, _, _ = prepare.sampled(cfg, task, task.held_out, reference, stages)
-    found = prepare.encoded(cfg, tokenizer, rows, "held-out").pairs if rows else []
+            rows, _, _ = pairing.sampled(cfg, task, task.held_out, reference, stages)
+    found = pairing.encoded(cfg, tokenizer, rows, "held-out").pairs if rows else []
     return Pairs(found, None, tokenizer.pad_token_id)
 
 

@@ -32,6 +32,14 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def take(self, indices: Sequence[int]) -> "Pairs":
+        scored = self.references
+        return replace(
+            self,
+            pairs=[self.pairs[i] for i in indices],
+            references=None if scored is None else [scored[i] for i in indices],
+        )
+
     def batch(self, indices: Sequence[int]) -> PairBatch:
         scored = self.references
         return collate(

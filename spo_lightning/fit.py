@@ -14,12 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, IterableDataset
 
 from spo_lightning.callbacks.evaluation import Evaluation
+from spo_lightning.callbacks.reading import Reading
 from spo_lightning.callbacks.recorder import Recorder
 from spo_lightning.callbacks.setting import Setting
 from spo_lightning.callbacks.start import StartCheck
 from spo_lightning.data.batch import Microbatches, by_pairs, by_tokens, draws
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.evals import Pairs
+from spo_lightning.feed import Feed
 from spo_lightning.models import Scorer
 from spo_lightning.module import Preference
 from spo_lightning.prepare import Prepared, quiet
@@ -32,6 +34,7 @@ class OuterSteps(IterableDataset):
 
     Microbatches have ``micro`` pairs, or are dealt so that none has more than ``tokens`` tokens.
     ``lower``: texts drawn beside the pairs, as many as pairs, for a lower level of its own.
+    ``feed``: where the pairs come from in place of ``pairs``.
     """
 
     def __init__(
@@ -43,29 +46,44 @@ class OuterSteps(IterableDataset):
         seed: int,
         tokens: int | None = None,
         lower: Pairs | None = None,
+        feed: Feed | None = None,
     ):
         self.pairs, self.module, self.seed, self.lower = pairs, module, seed, lower
+        self.feed = feed
         self.split = partial(by_tokens, limit=tokens) if tokens else partial(by_pairs, limit=micro)
 
     def __iter__(self) -> Iterator[Microbatches]:
         trainer, size = self.module.trainer, self.module.batch_size
         start, lower = self.module.outer_step, self.lower
         beside = None if lower is None else draws(len(lower), size, self.seed + 1, start)
-        for rows in draws(len(self.pairs), size, self.seed, start):
-            mine = rows[trainer.global_rank :: trainer.world_size]
-            sizes = [len(self.pairs.pairs[row]) for row in mine]
+        for given in self._steps(size, start):
+            mine = given.take(range(size)[trainer.global_rank :: trainer.world_size])
+            sizes = [len(pair) for pair in mine.pairs]
             drawn: list[int] = []
             if lower is not None and beside is not None:
                 drawn = next(beside)[trainer.global_rank :: trainer.world_size]
                 sizes = [size + len(lower.pairs[row]) for size, row in zip(sizes, drawn)]
             parts = []
             for places in self.split(sizes):
-                part = self.pairs.batch([mine[place] for place in places])
+                part = mine.batch(places)
                 if lower is not None:
                     texts = lower.batch([drawn[place] for place in places])
                     part = replace(part, lower=texts)
                 parts.append(part)
             yield Microbatches(parts)
+
+    def _steps(self, size: int, start: int) -> Iterator[Pairs]:
+        """The pairs of every outer step, of all ranks."""
+        if self.feed is not None:
+            return self.feed.steps(size, start, self.module.trainer.max_steps)
+        orders = draws(len(self.pairs), size, self.seed, start)
+        return (self.pairs.take(rows) for rows in orders)
+
+    def epoch(self, step: int, pairs_seen: int) -> float:
+        """Passes over the training pairs before the end of outer step ``step``."""
+        if self.feed is not None:
+            return self.feed.epoch(step)
+        return pairs_seen / len(self.pairs)
 
 
 def fit(
@@ -82,6 +100,15 @@ def fit(
     """Preference training; the policy of ``given`` is trained in place. The outer steps taken."""
     quiet()  # Lightning, which is imported only here
     module = module_of(cfg, given.scorer, loss, solver, steps)
+    data = OuterSteps(
+        given.train,
+        module,
+        micro=cfg.micro_batch_size,
+        tokens=cfg.data.tokens_per_batch,
+        seed=cfg.seed,
+        lower=given.lower,
+        feed=given.feed,
+    )
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
         devices=cfg.hardware.devices,
@@ -89,7 +116,7 @@ def fit(
         precision=cfg.hardware.precision,
         max_steps=steps,
         max_epochs=-1,
-        callbacks=_callbacks(cfg, given, run, stages, steps, precision),
+        callbacks=_callbacks(cfg, given, data.epoch, run, stages, steps, precision),
         logger=_loggers(cfg, run),
         default_root_dir=run.path,
         enable_checkpointing=False,
@@ -98,14 +125,6 @@ def fit(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-    )
-    data = OuterSteps(
-        given.train,
-        module,
-        micro=cfg.micro_batch_size,
-        tokens=cfg.data.tokens_per_batch,
-        seed=cfg.seed,
-        lower=given.lower,
     )
     loader = DataLoader(data, batch_size=None)
     try:
@@ -119,6 +138,8 @@ def fit(
             raise
         raise known from error
     _finish(trainer, failed=False)
+    if given.feed is not None:
+        given.feed.tell()
     # a callback may have stopped it early, and in another process
     saved = torch.load(run.last, map_location="cpu", weights_only=True, mmap=True)
     return saved["spo_lightning"]["outer_step"]
@@ -144,6 +165,7 @@ def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: in
 def _callbacks(
     cfg: DictConfig,
     given: Prepared,
+    epoch: Callable[[int, int], float],
     run: RunDir,
     stages: Stages,
     steps: int,
@@ -151,7 +173,7 @@ def _callbacks(
 ) -> list[Any]:
     evaluation = Evaluation(
         given.held,
-        pairs=len(given.train),
+        epoch=epoch,
         every=cfg.eval.every_n_steps,
         batch_size=cfg.eval.batch_size,
         precision=precision,
@@ -172,6 +194,8 @@ def _callbacks(
         mode=cfg.checkpoint.mode,
     )
     watching = [evaluation, *diagnostics, recorder]
+    if given.feed is not None:
+        watching.append(Reading(given.feed))
     if cfg.model.reference is not None:  # then the policy does not start as its reference
         return watching
     check = StartCheck(

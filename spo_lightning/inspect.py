@@ -13,7 +13,7 @@ def main() -> None:
 def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
     """Print counts, length histograms and one rendered pair; returns the page."""
     knobs.check(cfg, line)
-    from spo_lightning import policies, prepare
+    from spo_lightning import pairing, policies, prepare
     from spo_lightning.data.load import load
     from spo_lightning.data.page import page
     from spo_lightning.progress import silent
@@ -24,14 +24,14 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
     if task.samples:  # the pairs are the policy's own samples
         stages = silent()
         policy = prepare.base_policy(cfg, task, prepare.device_of(cfg.hardware), stages)
-        task, _ = prepare.with_pairs(cfg, task, policy, stages)
+        task, _ = pairing.with_pairs(cfg, task, policy, stages)
         tokenizer, held = policy.tokenizer, task.held_out
     else:
         tokenizer = policies.tokenizer_of(
             cfg.model.pretrained, cfg.model.revision, cfg.model.trust_remote_code
         )
-    train = prepare.encoded(cfg, tokenizer, task.train, "train")
-    text = page(train, prepare.encoded(cfg, tokenizer, held, "held-out"), tokenizer, task)
+    train = pairing.encoded(cfg, tokenizer, task.train, "train")
+    text = page(train, pairing.encoded(cfg, tokenizer, held, "held-out"), tokenizer, task)
     print(text)
     return text
 

@@ -45,6 +45,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
     "data.eval_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "data.chunk_rows": (lambda v: v >= 1, "at least 1"),
     "data.tokens_per_batch": (lambda v: v is None or v >= 2, "at least 2, or null"),
     "hardware.logits_mib": (lambda v: v >= 1, "at least 1"),
     "data.on_mismatch": (lambda v: v in ("split", "drop", "error"), "split, drop or error"),
@@ -116,6 +117,7 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         lambda c: c.data.get("eval_path") is not None,
         "data.eval_path is set",
     ),
+    ("data.chunk_rows", lambda c: not c.data.get("stream"), "data.stream is false"),
     (
         "data.sft",
         lambda c: _sft_is_idle(c),
@@ -134,6 +136,14 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         )
         for d in DIAGNOSTICS
     ),
+]
+# what cannot be had of rows that are never all there: key, values refused, why
+STREAM: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("max_steps", lambda v: v < 0, "how many pairs an epoch has is not known: set it"),
+    ("data.max_rows", lambda v: v is not None, "it samples among all rows: leave it out"),
+    ("data.drop_high_ches", lambda v: bool(v), "it ranks all pairs: leave it out"),
+    ("diagnostics.ches.every_n_steps", lambda v: v > 0, "it scores all pairs: leave it out"),
+    ("hardware.devices", lambda v: v > 1, "the file is read by one process: set it to 1"),
 ]
 READ_ALWAYS = (
     *("model.lora.rank", "sft.max_steps", "cache.enabled"),
@@ -199,6 +209,7 @@ def check(cfg: DictConfig, line: Given) -> None:
         if (value is not None or key in line.touched) and not _holds(holds, value):
             raise UserError(f"{key}={value}: it must be {words}")
     _check_looks(cfg)
+    _check_stream(cfg)
     for prefix, idle, why in IDLE:
         for key in line.touched:
             below = key == prefix or key.startswith(prefix.removesuffix(".") + ".")
@@ -245,6 +256,15 @@ def _check_looks(cfg: DictConfig) -> None:
             f"{key}={looks}: it reads held-out numbers, so it must be a multiple of {other} "
             f"({evaluated}), and that above 0"
         )
+
+
+def _check_stream(cfg: DictConfig) -> None:
+    if "max_steps" not in cfg or not OmegaConf.select(cfg, "data.stream"):
+        return
+    for key, refused, why in STREAM:
+        value = OmegaConf.select(cfg, key)
+        if _holds(refused, value):
+            raise UserError(f"{key}={value} does not go with data.stream=true: {why}")
 
 
 def _holds(rule: Callable[[Any], bool], value: Any) -> bool:

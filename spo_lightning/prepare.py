@@ -1,31 +1,37 @@
 """Config in, everything a run trains and measures on out: policy, pairs with reference, rows."""
 
-import hashlib
-import json
+import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from spo_lightning import ches, policies, reference, sft
+from spo_lightning import policies, reference, sft
 from spo_lightning.data.batch import Pair
-from spo_lightning.data.encode import Encoded, encode_pairs, encode_texts
+from spo_lightning.data.encode import Encoded, check_survivors, encode_texts
 from spo_lightning.data.rows import Task
 from spo_lightning.errors import UserError
 from spo_lightning.evals import Pairs, greedy_answers
+from spo_lightning.feed import Feed
 from spo_lightning.knobs import warm_start_steps
 from spo_lightning.models import RECOMPUTED, Scorer
+from spo_lightning.pairing import (
+    cache_of,
+    chunk_encoder,
+    decoding,
+    encoded,
+    lower_texts,
+    with_pairs,
+    without_high_ches,
+)
 from spo_lightning.policies import Policy
-from spo_lightning.progress import Stages
-from spo_lightning.rundir import write_text
-from spo_lightning.sample import Decoding, judged_pairs
+from spo_lightning.progress import Stages, Within
 from spo_lightning.shards import Shards
 from spo_lightning.sharing import as_read_by, check_head, scorer_for
 
@@ -50,6 +56,7 @@ class Prepared:
     held_rows: list[dict]
     place: list[int]
     counts: dict[str, dict[str, int]]
+    feed: Feed | None = None  # the training pairs, where ``train`` has the first chunk only
 
 
 def device_of(hardware: DictConfig) -> torch.device:
@@ -89,7 +96,7 @@ def prepare(
     policy = base_policy(cfg, task, device, stages)
     task, places = with_pairs(cfg, task, policy, stages)
     sides = {
-        "train": encoded(cfg, policy.tokenizer, task.train, "train"),
+        "train": train_side(cfg, task, policy.tokenizer),
         "held-out": encoded(cfg, policy.tokenizer, task.held_out, "held-out"),
     }
     counts = {"source": task.counts, **{name: some.counts for name, some in sides.items()}}
@@ -98,9 +105,11 @@ def prepare(
         log.info("Pairs (%s): %s", name, told)
     policy = policies.adapt(policy, **cfg.model.lora, seed=cfg.seed)
     policy.module.to(device)
-    pairs = [pair for some in sides.values() for pair in some.pairs]
+    longest = longest_of(pair for some in sides.values() for pair in some.pairs)
+    if task.chunks is not None:  # prompt + one response has max_length at most, so a row has:
+        longest = 2 * cfg.max_length
     logits = cfg.hardware.logits_mib * FLOATS
-    scorer = scorer_of(policy, pairs, share=cfg.model.share_prompt, logits=logits)
+    scorer = scorer_of(policy, longest, share=cfg.model.share_prompt, logits=logits)
     if cfg.hardware.activation_checkpointing:
         policy.lm.gradient_checkpointing_enable(RECOMPUTED)
     pad = policy.tokenizer.pad_token_id
@@ -112,6 +121,13 @@ def prepare(
         sets["lower level"] = lower_texts(cfg, task, policy)
     sets = with_reference(cfg, policy, scorer, sets, precision, stages)
     held = sets["held-out"]
+    feed = None
+    if task.chunks is not None:
+        encode = chunk_encoder(cfg, policy.tokenizer)
+        judge = later_reference(cfg, policy, scorer, precision, stages)
+        feed = Feed(
+            sets["train"], sides["train"].counts, task.chunks, encode, judge, seed=cfg.seed
+        )
     return Prepared(
         policy,
         scorer,
@@ -122,7 +138,18 @@ def prepare(
         places.rows,
         [places.of[pair.row] for pair in held.pairs],
         counts,
+        feed,
     )
+
+
+def train_side(cfg: DictConfig, task: Task, tokenizer: Any) -> Encoded:
+    """The training pairs, those of the first chunk where there are more."""
+    if task.chunks is None:
+        return encoded(cfg, tokenizer, task.train, "train")
+    log.info("Pairs (train): those of the first %d rows; the rest follows", cfg.data.chunk_rows)
+    first = chunk_encoder(cfg, tokenizer)(next(task.chunks(0)))
+    check_survivors(first.counts, f"{cfg.data.path}, the first {cfg.data.chunk_rows} rows")
+    return first
 
 
 def base_policy(cfg: DictConfig, task: Task, device: torch.device, stages: Stages) -> Policy:
@@ -140,15 +167,10 @@ def base_policy(cfg: DictConfig, task: Task, device: torch.device, stages: Stage
     if steps and task.sft:
         settings = {**OmegaConf.to_container(cfg.sft, resolve=True), "max_steps": steps}  # type: ignore
         texts = encode_texts(task.sft, policy.tokenizer, max_length=cfg.max_length)
-        sft.warm_start(policy, texts, _quality(cfg, task, policy), settings, _cache(cfg), stages)
+        sft.warm_start(policy, texts, _quality(cfg, task, policy), settings, cache_of(cfg), stages)
     elif steps and cfg.sft.max_steps:
         raise UserError("sft.max_steps is set, but this data brings no SFT text: leave it out")
     return policy
-
-
-def _cache(cfg: DictConfig) -> Path | None:
-    """Where runs share what they trained, sampled and scored; None: nowhere."""
-    return Path(cfg.cache.dir) if cfg.cache.get("enabled", True) else None
 
 
 def _quality(cfg: DictConfig, task: Task, policy: Policy) -> Callable[[], float] | None:
@@ -165,112 +187,18 @@ def _quality(cfg: DictConfig, task: Task, policy: Policy) -> Callable[[], float]
     return exact_match
 
 
-def decoding(cfg: DictConfig, temperature: float = 0.0, seed: int = 0) -> Decoding:
-    stop = tuple(cfg.eval.stop)
-    return Decoding(cfg.eval.max_new_tokens, cfg.eval.batch_size, stop, temperature, seed)
+def longest_of(pairs: Iterable[Pair]) -> int:
+    return max((len(pair) for pair in pairs), default=0)
 
 
-@dataclass(frozen=True)
-class Places:
-    """Held-out rows that are answered, and for each held-out pair row the one it belongs to."""
+def scorer_of(policy: Policy, longest: int, *, share: bool, logits: int) -> Scorer:
+    """Decide how batches with rows of up to ``longest`` tokens are read.
 
-    rows: list[dict]
-    of: list[int]
-
-
-def with_pairs(cfg: DictConfig, task: Task, policy: Policy, stages: Stages) -> tuple[Task, Places]:
-    """The task with its pairs; sampled from the policy, once per policy, where the data asks."""
-    held = task.held_out[: cfg.eval.max_rows]
-    if not task.samples:
-        return replace(task, held_out=held), Places(held, list(range(len(held))))
-    train, _, ties = sampled(cfg, task, task.train, policy, stages)
-    pairs, of, _ = sampled(cfg, task, held, policy, stages)
-    counts = {**task.counts, "prompts whose samples the judge ties": ties}
-    return replace(task, train=train, held_out=pairs, counts=counts), Places(held, of)
-
-
-def sampled(
-    cfg: DictConfig, task: Task, rows: Sequence[dict], policy: Policy, stages: Stages
-) -> tuple[list[dict], list[int], int]:
-    """Pair rows judged among the policy's samples, the row each came from, the ties; cached."""
-    assert task.judge is not None
-    how = decoding(cfg, task.temperature, cfg.seed)
-    asked = [list(rows), task.samples, str(how), sft.key(policy, (), {})]
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    cached = _cache(cfg)
-    home = None if cached is None else cached / "sampled_pairs" / f"{digest[:16]}.json"
-    if home is not None and home.exists():
-        log.info("Sampled pairs: taken from %s", home)
-        found = json.loads(home.read_text(encoding="utf-8"))
-        return found["pairs"], found["of"], found["ties"]
-    numbered = [{**row, "place": place} for place, row in enumerate(rows)]
-    pairs, ties = judged_pairs(policy, numbered, task.judge, how, stages, samples=task.samples)
-    of = [row.pop("place") for row in pairs]
-    if home is not None:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        write_text(home, json.dumps({"pairs": pairs, "of": of, "ties": ties}))
-    return pairs, of, ties
-
-
-def encoded(cfg: DictConfig, tokenizer: Any, rows: Sequence[dict], name: str) -> Encoded:
-    """Token pairs of one side of the data."""
-    return encode_pairs(
-        rows,
-        tokenizer,
-        max_length=cfg.max_length,
-        on_mismatch=cfg.data.on_mismatch,
-        strict=cfg.data.strict,
-        where=f"{cfg.data.get('path') or 'data'} ({name})",
-    )
-
-
-def scorer_of(policy: Policy, pairs: Sequence[Pair], *, share: bool, logits: int) -> Scorer:
-    """Decide how batches are read. ``logits``: how many are alive at once."""
+    ``logits``: how many are alive at once.
+    """
     check_head(policy.lm)
-    longest = max((len(pair) for pair in pairs), default=0)
     policy.lm.train()  # dropout is off; activation checkpointing asks for it
     return scorer_for(policy.lm, longest, share=share, logits=logits)
-
-
-def lower_texts(cfg: DictConfig, task: Task, policy: Policy) -> Pairs:
-    """The lower level's own texts, as pairs without a rejected side."""
-    texts = encode_texts(task.lower, policy.tokenizer, max_length=cfg.max_length)
-    if not texts:
-        raise UserError(
-            f"data.sft={cfg.data.sft}: no row has a prompt and a completion that fit max_length"
-        )
-    log.info("Texts (lower level): kept %d of %d", len(texts), len(task.lower))
-    return Pairs(texts, None, policy.tokenizer.pad_token_id)
-
-
-def without_high_ches(
-    cfg: DictConfig,
-    policy: Policy,
-    scorer: Scorer,
-    pairs: Pairs,
-    precision: Callable[[], AbstractContextManager],
-    stages: Stages,
-) -> Pairs:
-    """The training pairs less the share with the highest normalised CHES under the policy's start.
-
-    Razin et al. 2410.08847 keep only the lowest 5%; here the highest share goes, and the rest
-    stays.
-    """
-    share = cfg.data.drop_high_ches
-    if not share:
-        return pairs
-    with policy.start(), stages.stage("CHES", len(pairs)) as advance:
-        found = ches.scores(
-            scorer, pairs, batch_size=cfg.eval.batch_size, precision=precision, advance=advance
-        )
-    kept = ches.without_highest(pairs, found[:, 1], share)
-    log.info(
-        "Pairs (train): %d of %d dropped, those of highest normalised CHES (the paper's filter "
-        "keeps the lowest 5%%)",
-        len(pairs) - len(kept),
-        len(pairs),
-    )
-    return kept
 
 
 def with_reference(
@@ -281,11 +209,59 @@ def with_reference(
     precision: Callable[[], AbstractContextManager],
     stages: Stages,
 ) -> dict[str, Pairs]:
-    """Every pair under the reference, the policy's start or another checkpoint, scored once.
+    """Every pair under the reference, the policy's start or another checkpoint, scored once."""
+    shelf, judge = _referee(cfg, policy, scorer, precision)
+    with policy.start():
+        return reference.with_reference(
+            sets,
+            shelf,
+            judge,
+            batch_size=cfg.eval.batch_size,
+            precision=precision,
+            stages=stages,
+        )
+
+
+def later_reference(
+    cfg: DictConfig,
+    policy: Policy,
+    scorer: Scorer,
+    precision: Callable[[], AbstractContextManager],
+    stages: Stages,
+) -> Callable[[Pairs], Pairs]:
+    """The same for pairs that are read while the policy trains: a copy stays what it is now.
+
+    Adapters need none: they are switched off meanwhile.
+    """
+    if cfg.model.reference is None and not policy.adapted:
+        scorer = copy.deepcopy(scorer).requires_grad_(False)
+    shelf, judge = _referee(cfg, policy, scorer, precision)
+
+    def scored(pairs: Pairs) -> Pairs:
+        with policy.start():
+            return reference.with_reference(
+                {"train": pairs},
+                shelf,
+                judge,
+                batch_size=cfg.eval.batch_size,
+                precision=precision,
+                stages=Within(stages),
+            )["train"]
+
+    return scored
+
+
+def _referee(
+    cfg: DictConfig,
+    policy: Policy,
+    scorer: Scorer,
+    precision: Callable[[], AbstractContextManager],
+) -> tuple[Shards | None, Callable[[], Scorer]]:
+    """Where the reference's rows are kept, and what scores those that are not there.
 
     A reference whose rows are all in the cache is not even loaded where its files name it.
     """
-    other, home = cfg.model.reference, _cache(cfg)
+    other, home = cfg.model.reference, cache_of(cfg)
     device, shelf = policy.lm.device, None
 
     @cache
@@ -299,15 +275,7 @@ def with_reference(
         name = other and reference.files_name(other, cfg.model, device, precision)
         name = name or reference.weights_name(opened(), precision)
         shelf = Shards(home / "reference", name, cfg.cache.get("max_gb", MAX_GB) * 1e9)
-    with policy.start():
-        return reference.with_reference(
-            sets,
-            shelf,
-            lambda: scorer if other is None else as_read_by(scorer, opened().lm),
-            batch_size=cfg.eval.batch_size,
-            precision=precision,
-            stages=stages,
-        )
+    return shelf, lambda: scorer if other is None else as_read_by(scorer, opened().lm)
 
 
 def opened_checkpoint(where: str, settings: DictConfig, device: torch.device) -> Policy:

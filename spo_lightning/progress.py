@@ -72,6 +72,20 @@ class Stages:
             yield advance
 
 
+class Within(Stages):
+    """Stages inside another: nothing is shown or noted, and a signal waits for the outer one."""
+
+    def __init__(self, outer: Stages):
+        super().__init__(lambda *_: None, outer.stop, outer.how_to_go_on)
+
+    @contextmanager
+    def stage(self, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+        def advance(count: int = 1, text: str = "", *, check: bool = True) -> None:
+            pass
+
+        yield advance
+
+
 @contextmanager
 def _bar(console: Any, title: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

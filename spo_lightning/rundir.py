@@ -100,6 +100,11 @@ class RunDir:
         }
         self.note_status()
 
+    @property
+    def stage(self) -> str:
+        """What the run is doing, or was when it ended."""
+        return self._status["stage"]
+
     def withdraw(self) -> None:
         """Bad input before the first number leaves status.json and the log, no half a run."""
         if self._fresh and not (self.path / "metrics.json").exists():

@@ -62,7 +62,7 @@ def train(
         run.note_status(state="interrupted" if stopped else "failed", error=message)
         if code == 2:
             run.withdraw()
-        if run.last.exists() and code != 2 and not stopped:
+        if run.last.exists() and not stopped and (code != 2 or run.stage == "training"):
             log.error("The last good checkpoint is %s. %s", run.last, how)
         raise
     finally:
@@ -249,7 +249,7 @@ class Run:
     def held_out(self, stage: str) -> "HeldOut":
         """The held-out numbers of the policy as it is; ``init`` also draws the rivals' samples."""
         from spo_lightning import evals
-        from spo_lightning.prepare import decoding
+        from spo_lightning.pairing import decoding
 
         cfg, given, how = self.cfg, self.given, decoding(self.cfg, seed=self.cfg.seed)
         self.stages.note(stage, 0, 1)

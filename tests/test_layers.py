@@ -29,10 +29,11 @@ ROOMS = (
         "sample",
         "evals",
         "ches",
+        "feed",
         "callbacks",
         "sft",
     ),
-    *("shards", "reference", "knobs", "prepare", "fit"),
+    *("shards", "reference", "knobs", "pairing", "prepare", "fit"),
     *("report", "command", "train", "eval", "inspect", "bench"),
 )
 # what the rooms that know least may import besides themselves

@@ -31,18 +31,21 @@ EVAL_NAMES = (
 
 
 class Evaluation(Callback):
-    """Adds to ``module.numbers``. ``every``: outer steps between evaluations; 0 is off."""
+    """Adds to ``module.numbers``. ``every``: outer steps between evaluations; 0 is off.
+
+    ``epoch``: passes over the training pairs, of the outer step and of the pairs seen.
+    """
 
     def __init__(
         self,
         held: Pairs,
         *,
-        pairs: int,
+        epoch: Callable[[int, int], float],
         every: int,
         batch_size: int,
         precision: Callable[[], AbstractContextManager],
     ):
-        self.held, self.pairs = held, pairs
+        self.held, self.epoch = held, epoch
         self.every, self.batch_size, self.precision = every, batch_size, precision
 
     def on_train_start(self, trainer: Trainer, module: Preference) -> None:
@@ -61,7 +64,7 @@ class Evaluation(Callback):
         now = time.monotonic()
         rate = self.tokens / max(now - self.clock, 1e-9)
         self.clock, self.tokens = now, 0
-        epoch = module.pairs_seen / self.pairs
+        epoch = self.epoch(module.outer_step, module.pairs_seen)
         return {"train/epoch": epoch, "train/time/tokens_per_second": rate}
 
     @torch.no_grad()

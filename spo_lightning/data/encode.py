@@ -31,7 +31,7 @@ FIXES = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token pairs and what became of all rows; ``Pair.row`` is the index of the given row."""
+    """Token pairs and what became of all rows; ``Pair.row`` is the place of the given row."""
 
     pairs: list[Pair]
     counts: dict[str, int]
@@ -56,32 +56,61 @@ def encode_pairs(
     where: str,
 ) -> Encoded:
     """Pairs whose prompt + one response has at most ``max_length`` tokens."""
+    found = encode_some(
+        rows,
+        tokenizer,
+        range(len(rows)),
+        max_length=max_length,
+        on_mismatch=on_mismatch,
+        strict=strict,
+        where=where,
+    )
+    check_survivors(found.counts, where)
+    return found
+
+
+def check_survivors(counts: dict[str, int], where: str) -> None:
+    """Refuse data of which nothing is left; no data at all is none of it."""
+    read = counts["kept"] + sum(counts[f"dropped/{reason}"] for reason in FIXES)
+    if read and not counts["kept"]:
+        reasons = ", ".join(f"{FIXES[r]}: {counts[f'dropped/{r}']}" for r in FIXES)
+        raise UserError(f"{where}: none of {read} pairs survives ({reasons})")
+
+
+def encode_some(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    places: Sequence[int],
+    *,
+    max_length: int,
+    on_mismatch: str,
+    strict: bool,
+    where: str,
+) -> Encoded:
+    """Part of the data, of which nothing need be left. ``places``: of the rows in the whole."""
     if on_mismatch not in ("split", "drop", "error"):
         raise UserError(f"data.on_mismatch={on_mismatch}: choose split, drop or error")
     counts, pairs = dict.fromkeys(COUNTS, 0), []
-    for index, cut in enumerate(_cuts(rows, ("chosen", "rejected"), tokenizer, max_length, where)):
+    names = [f"{where}, row {place + 1}" for place in places]
+    for index, cut in enumerate(_cuts(rows, ("chosen", "rejected"), tokenizer, max_length, names)):
         reason = _reason(rows[index], cut, max_length, on_mismatch == "drop")
         if on_mismatch == "error" and cut is not None and cut.split:
             reason, strict = "split", True
         if reason and strict:
-            raise UserError(
-                f"{where}, row {index + 1}: {FIXES[reason]}: correct or remove the row"
-            )
+            raise UserError(f"{names[index]}: {FIXES[reason]}: correct or remove the row")
         if reason or cut is None:
             counts[f"dropped/{reason}"] += 1
             continue
-        pairs.append(Pair(tuple(cut.prompt), *map(tuple, cut.responses), row=index))
+        pairs.append(Pair(tuple(cut.prompt), *map(tuple, cut.responses), row=places[index]))
         counts["split"] += cut.split
         counts["truncated"] += cut.truncated
-    if rows and not pairs:
-        reasons = ", ".join(f"{FIXES[r]}: {counts[f'dropped/{r}']}" for r in FIXES)
-        raise UserError(f"{where}: none of {len(rows)} pairs survives ({reasons})")
     return Encoded(pairs, counts | {"kept": len(pairs)})
 
 
 def encode_texts(rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Pair]:
     """Rows ``{prompt, completion}`` as pairs with no rejected side; unusable rows are left out."""
-    cuts = enumerate(_cuts(rows, ("completion",), tokenizer, max_length, "data.sft"))
+    names = [f"data.sft, row {index + 1}" for index in range(len(rows))]
+    cuts = enumerate(_cuts(rows, ("completion",), tokenizer, max_length, names))
     return [
         Pair(tuple(cut.prompt), tuple(cut.responses[0]), (), row=index)
         for index, cut in cuts
@@ -109,12 +138,16 @@ def _reason(row: Row, cut: Cut | None, max_length: int, drop_split: bool) -> str
 
 
 def _cuts(
-    rows: Sequence[Row], sides: tuple[str, ...], tokenizer: Any, max_length: int, where: str
+    rows: Sequence[Row],
+    sides: tuple[str, ...],
+    tokenizer: Any,
+    max_length: int,
+    names: Sequence[str],
 ) -> list[Cut | None]:
     usable = [index for index, row in enumerate(rows) if _has_text(row, sides, tokenizer)]
-    names = [f"{where}, row {index + 1}" for index in usable]
     cuts: list[Cut | None] = [None] * len(rows)
-    sequences = _sequences([rows[index] for index in usable], sides, tokenizer, names)
+    usable_names = [names[index] for index in usable]
+    sequences = _sequences([rows[index] for index in usable], sides, tokenizer, usable_names)
     for index, (prompt, *fulls) in zip(usable, sequences):
         cuts[index] = _cut(prompt, fulls, max_length)
     return cuts

@@ -51,6 +51,8 @@ def _check(sources: dict[str, Task], weights: dict[str, float]) -> None:
             raise UserError(
                 f"data.sources.{name} samples its pairs from the policy: mix given pairs"
             )
+        if task.chunks is not None:
+            raise UserError(f"data.sources.{name}.stream=true: a mixture needs all rows at once")
 
 
 def _named(rows: list[Row], name: str) -> list[Row]:

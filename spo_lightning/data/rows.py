@@ -8,7 +8,8 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ ROLES = ("system", "user", "assistant", "tool", "developer")
 KEPT = {"answer": (str, int, float), "tools": list, "chat_template_kwargs": dict}
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive training rows of a file too large to hold, and each one's place in the file."""
+
+    number: int
+    rows: list[Row]
+    places: list[int]
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class Task:
     summary: bool = False  # ROUGE is reported
     samples: int = 0  # on-policy answers per prompt; 0: the pairs are given
     temperature: float = 1.0
+    # the chunks from the given number on, where ``train`` is the first of them; None: it is all
+    chunks: Callable[[int], Iterator[Chunk]] | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -41,17 +53,24 @@ def read(path: str, *, split: str, where: str) -> list[Row]:
     """Rows of a file, of a directory saved by datasets, or of a hub id; ``where`` is the key."""
     place = Path(path).expanduser()
     if place.is_dir():
-        rows = _saved(place, split)
-    elif place.suffix in READERS or str(path).startswith((".", "/", "~")) or place.exists():
-        if place.suffix not in READERS:
-            wanted = ", ".join(READERS)
-            raise UserError(f"{path}: no such file, or its suffix is not {wanted}: check {where}")
+        rows = saved(place, split).to_list()
+    elif is_file(path, READERS, where):
         rows = READERS[place.suffix](existing(place, where))
     else:
-        rows = _hub(path, split, where)
+        rows = hub(path, split, where).to_list()
     if not rows:
         raise UserError(f"{path}: no rows: point {where} at data that has some")
     return rows
+
+
+def is_file(path: str, suffixes: Collection[str], where: str) -> bool:
+    """Whether a path names a file, of one of the ``suffixes`` then; otherwise it is a hub id."""
+    place = Path(path).expanduser()
+    named = place.suffix in suffixes
+    if not named and (path.startswith((".", "/", "~")) or place.exists()):
+        wanted = ", ".join(suffixes)
+        raise UserError(f"{path}: no such file, or its suffix is not {wanted}: check {where}")
+    return named
 
 
 def existing(path: Path, where: str) -> Path:
@@ -77,9 +96,12 @@ def read_text(path: Path) -> str:
 def _jsonl(path: Path) -> list[Row]:
     # not splitlines(): that also breaks at U+2028, which may stand inside a JSON string
     lines = enumerate(read_text(path).split("\n"), 1)
-    return [
-        _object(_parsed(line, str(path), n), f"{path}:{n}") for n, line in lines if line.strip()
-    ]
+    return [json_row(line, path, n) for n, line in lines if line.strip()]
+
+
+def json_row(line: str, path: Path, number: int) -> Row:
+    """The row that stands in line ``number``."""
+    return _object(_parsed(line, str(path), number), f"{path}:{number}")
 
 
 def _json(path: Path) -> list[Row]:
@@ -106,26 +128,37 @@ def _object(row: Any, where: str) -> Row:
 
 
 def _csv(path: Path) -> list[Row]:
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    rows = []
+    return list(csv_rows(io.StringIO(read_text(path), newline=""), path))
+
+
+def csv_rows(lines: Iterable[str], path: Path) -> Iterator[Row]:
+    """The rows of a csv file, one after the other."""
+    reader = csv.DictReader(lines, strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
                 wanted = len(reader.fieldnames or ())
                 raise UserError(f"{path}:{reader.line_num}: not {wanted} cells: quote the commas")
-            rows.append(row)
+            yield row
     except csv.Error as error:
         line = reader.reader.line_num
         raise UserError(f"{path}:{line}: broken csv ({error}): repair it") from None
-    return rows
 
 
 def _parquet(path: Path) -> list[Row]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with parquet_errors(path):
         return pyarrow.parquet.read_table(path).to_pylist()
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """What arrow refuses inside, in one line."""
+    import pyarrow
+
+    try:
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: not a parquet file ({reason}): write it again") from None
@@ -134,7 +167,8 @@ def _parquet(path: Path) -> list[Row]:
 READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
 
 
-def _saved(path: Path, split: str) -> list[Row]:
+def saved(path: Path, split: str) -> Any:
+    """The dataset in a directory, mapped into memory."""
     import datasets
 
     try:
@@ -145,23 +179,29 @@ def _saved(path: Path, split: str) -> list[Row]:
         if split not in data:
             raise UserError(f"{path}: no split {split!r}: set data.split to one of {list(data)}")
         data = data[split]
-    return data.to_list()
+    return data
 
 
-def _hub(path: str, split: str, where: str) -> list[Row]:
+def hub(path: str, split: str, where: str) -> Any:
+    """The dataset of a hub id, downloaded and mapped into memory."""
     import datasets
 
     try:
-        return datasets.load_dataset(path, split=split).to_list()
+        return datasets.load_dataset(path, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         told = f"{path}: no such file, and not loaded from the hub ({reason})"
         raise UserError(f"{told}: check {where}, data.split={split} and the network") from None
 
 
-def preference_rows(raw: list[Row], where: str, separator: str | None) -> list[Row]:
-    """Every row in the normal form: explicit prompt, three fields of one kind (TRL's formats)."""
-    return [_pair(row, f"{where}, row {n}", separator) for n, row in enumerate(raw, 1)]
+def preference_rows(
+    raw: list[Row], where: str, separator: str | None, first: int = 1
+) -> list[Row]:
+    """Every row in the normal form: explicit prompt, three fields of one kind (TRL's formats).
+
+    ``first``: the number of the first of them, for messages.
+    """
+    return [_pair(row, f"{where}, row {n}", separator) for n, row in enumerate(raw, first)]
 
 
 def completion_rows(raw: list[Row], where: str) -> list[Row]:
@@ -275,14 +315,19 @@ def held_out(prompt: str | list[Row], fraction: float) -> bool:
 
 def split(rows: list[Row], eval_fraction: float) -> tuple[list[Row], list[Row]]:
     """Train and held-out rows, disjoint by prompt; neither is empty if two prompts differ."""
+    share = share_of(rows, eval_fraction)
+    train = [row for row in rows if not held_out(row["prompt"], share)]
+    return train, [row for row in rows if held_out(row["prompt"], share)]
+
+
+def share_of(rows: list[Row], eval_fraction: float) -> float:
+    """The share nearest ``eval_fraction`` at which neither side of the rows is empty."""
     if not 0 <= eval_fraction < 1:
         raise UserError(f"data.eval_fraction={eval_fraction}: choose 0 <= eval_fraction < 1")
-    places = [_fraction(row["prompt"]) for row in rows]
-    if eval_fraction and len(set(places)) > 1:
-        ordered = sorted(set(places))
-        eval_fraction = min(max(eval_fraction, ordered[1]), ordered[-1])
-    train = [row for row, place in zip(rows, places) if place >= eval_fraction]
-    return train, [row for row, place in zip(rows, places) if place < eval_fraction]
+    places = sorted({_fraction(row["prompt"]) for row in rows})
+    if not eval_fraction or len(places) < 2:
+        return eval_fraction
+    return min(max(eval_fraction, places[1]), places[-1])
 
 
 def without(rows: list[Row], others: list[Row]) -> list[Row]:
