@@ -489,7 +489,7 @@ def test_a_bad_row_in_a_late_chunk_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     whole = path.read_text().replace("{broken\n", "")
     path.write_text(whole)
     again = command(
-        tmp_path, "ckpt_path=last", "hydra.run.dir=run", "data=pairs", "loss=dpo", module=MODULE
+        tmp_path, *RUN, *words, cache, "max_steps=40", "ckpt_path=last", module=MODULE
     )
     assert again.code == 0, again.err
 
