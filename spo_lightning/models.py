@@ -121,12 +121,12 @@ class Scorer(nn.Module):
 
     ``model`` is a transformers causal LM (adapters, if any, injected in place). ``shared`` says
     whether its architecture takes a prompt once for several responses, see ``sharing.py``.
-    ``logits``: how many are alive at once.
+    ``logits``: how many are alive at once. ``compiled``: whether torch compiles the forwards.
     """
 
     def __init__(self, model: Any, shared: bool, logits: int = LOGITS):
         super().__init__()
-        self.model, self.shared, self.logits = model, shared, logits
+        self.model, self.shared, self.logits, self.compiled = model, shared, logits, False
 
     @property
     def packs(self) -> bool:
@@ -151,6 +151,7 @@ class Scorer(nn.Module):
     def twice(self) -> Callable[[], AbstractContextManager] | None:
         """A context whose forwards can be differentiated twice, None where there is none."""
         known = ("eager", "sdpa", attention.IMPLEMENTATION)
+        known = () if self.compiled else known  # what torch compiles has a first derivative only
         return MathKernel if self.model.config._attn_implementation in known else None
 
     def smaller(self, batch: PairBatch) -> list[PairBatch]:
@@ -225,12 +226,24 @@ class Scorer(nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
+    @property
+    def _body(self) -> Callable[..., Any]:
+        return self._compiled if self.compiled else self.model.base_model
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        return torch.compile(self.model.base_model.forward, dynamic=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, in this process or another, compiles its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+
     def _predictors(self, batch: PairBatch) -> Tensor:
         """[S, width] last hidden states that predict the scored tokens."""
         if not self.packs:
             return self._in_rows(batch)
         packed = batch.packed if self.shared else batch.packed_apart
-        states = self.model.base_model(
+        states = self._body(
             input_ids=packed.input_ids,
             attention_mask=attention.NO_MASK.to(packed.input_ids.device),
             position_ids=packed.position_ids,
@@ -249,7 +262,7 @@ class Scorer(nn.Module):
                 dtype = self.model.dtype
                 blocked = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
                 mask = blocked.masked_fill(~mask, torch.finfo(dtype).min)
-        states = self.model.base_model(
+        states = self._body(
             input_ids=batch.input_ids,
             attention_mask=mask,
             position_ids=batch.position_ids,

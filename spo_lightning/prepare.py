@@ -128,6 +128,7 @@ def prepare(
         feed = Feed(
             sets["train"], sides["train"].counts, task.chunks, encode, judge, seed=cfg.seed
         )
+    scorer.compiled = cfg.hardware.compile  # the probe and the reference have run without
     return Prepared(
         policy,
         scorer,

@@ -488,9 +488,7 @@ def test_a_bad_row_in_a_late_chunk_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     whole = path.read_text().replace("{broken\n", "")
     path.write_text(whole)
-    again = command(
-        tmp_path, *RUN, *words, cache, "max_steps=40", "ckpt_path=last", module=MODULE
-    )
+    again = command(tmp_path, *RUN, *words, cache, "max_steps=40", "ckpt_path=last", module=MODULE)
     assert again.code == 0, again.err
 
 
