@@ -266,5 +266,5 @@ def test_the_picture_has_a_panel_per_shape(found, tmp_path):
 
 
 def test_every_question_composes():
-    for what in ("step", "solvers", "growth", "jobs"):
+    for what in ("step", "solvers", "growth", "jobs", "start"):
         assert bench_config(f"what={what}").what._target_ == f"spo_lightning.bench.{what}.measure"

@@ -7,6 +7,8 @@ from typing import Any
 
 from spo_lightning.bench.table import OURS, STYLE, aligned, save
 
+TICKS = {"tokens": (1, 2, 5), "pairs": (1,)}  # per decade of the horizontal axis
+
 
 def table(numbers: Mapping[str, Any]) -> str:
     at = numbers["setting"]
@@ -59,6 +61,7 @@ def picture(numbers: Mapping[str, Any], directory: Path) -> list[Path]:
     """growth.svg and growth.png: both axes logarithmic, a dot with extremes per size."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 3.4), layout="constrained")
@@ -70,8 +73,11 @@ def picture(numbers: Mapping[str, Any], directory: Path) -> list[Path]:
             low = [m - 1000 * min(row["seconds"]) for m, row in zip(y, rows)]
             high = [1000 * max(row["seconds"]) - m for m, row in zip(y, rows)]
             axes.errorbar(x, y, [low, high], fmt="o-", color=OURS, capsize=3, markersize=5)
-            axes.set_xscale("log")
-            axes.set_yscale("log")
+            axes.set(xscale="log", yscale="log")
+            for side, marks in ((axes.yaxis, (1, 2, 5)), (axes.xaxis, TICKS[axis])):
+                side.set_major_locator(LogLocator(subs=marks))
+                side.set_minor_locator(NullLocator())
+                side.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         unit = [row["tokens"] for row in numbers["tokens"]["rows"]]
         first = 1000 * median(numbers["tokens"]["rows"][0]["seconds"])
         line = [first * tokens_ / unit[0] for tokens_ in unit]

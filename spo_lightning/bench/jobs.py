@@ -6,10 +6,8 @@ Every job is a process of its own, from files to a saved model; its wall-clock t
 import json
 import logging
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -22,8 +20,8 @@ from omegaconf import DictConfig
 from spo_lightning import __version__, knobs
 from spo_lightning.bench import asked, jobs_report, peer
 from spo_lightning.bench.cell import Cell, as_text, drawn, save_model
+from spo_lightning.bench.processes import clocked
 from spo_lightning.bench.table import written
-from spo_lightning.errors import Diverged
 from spo_lightning.progress import Stages
 
 log = logging.getLogger(__name__)
@@ -180,26 +178,8 @@ class Jobs:
         return json.loads(path.read_text(encoding="utf-8"))["seconds"]
 
     def run(self, words: Sequence[str], what: str) -> float:
-        """Seconds of a process; one that fails ends the measurement in one line."""
-        with open(self.room / "said.txt", "w+", encoding="utf-8") as said:
-            began = time.perf_counter()
-            process = subprocess.Popen(
-                words, env=self.environment, stdout=said, stderr=subprocess.STDOUT
-            )
-            while process.poll() is None:
-                try:
-                    process.wait(1.0)
-                except subprocess.TimeoutExpired:
-                    if self.stages.stop.signal is not None:
-                        process.terminate()
-            seconds = time.perf_counter() - began
-            said.seek(0)
-            lines = said.read().strip().splitlines() or [""]
-        if self.stages.stop.signal is not None:
-            raise self.stages.stop.raised(self.stages.how_to_go_on)
-        if process.returncode:
-            raise Diverged(f"{what}: its run ended with {process.returncode}: {lines[-1]}")
-        return seconds
+        how = {"environment": self.environment, "room": self.room, "stages": self.stages}
+        return clocked(words, what, **how)
 
 
 def totals(
