@@ -13,7 +13,7 @@ from tiny import gradients, in_float64, policy, random_pairs, slow_logps
 from spo_lightning import attention
 from spo_lightning.data.batch import Pair, by_pairs, by_tokens, collate
 from spo_lightning.head import token_logps
-from spo_lightning.models import Scorer
+from spo_lightning.models import MathKernel, Scorer
 from spo_lightning.sharing import as_read_by, check_head, scorer_for
 
 PAD_ID = 257
@@ -83,6 +83,37 @@ def test_a_window_is_packed_too(monkeypatch, family, changes, window):
     expected = torch.cat([slow_logps(lm, pair) for pair in pairs])
     found = scorer(collate(pairs, PAD_ID)).logps
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [("llama", {}), ("llama-grouped", {}), ("gpt2", {}), ("mistral", {"sliding_window": 4})],
+)
+def test_attention_matrices_in_parts_change_nothing(monkeypatch, family, changes):
+    in_float64(monkeypatch)
+    monkeypatch.setattr(attention, "PART", 3)
+    lm = policy(family, **changes).lm
+    pairs = [*random_pairs(5), *SAME]
+    scorer, batch = Scorer(lm, True), collate(pairs, PAD_ID)
+    expected = torch.cat([slow_logps(lm, pair) for pair in pairs])
+    with MathKernel():
+        torch.testing.assert_close(scorer(batch).logps, expected, rtol=0, atol=1e-10)
+
+
+def test_what_is_recomputed_or_does_not_fit_is_not_kept():
+    lm = policy("llama").lm
+    long = range(60)  # tokens of the rejected answers, of which the lower level knows nothing
+    batch = collate([Pair(p.prompt, p.chosen, (*long,)) for p in random_pairs(8)], PAD_ID)
+    assert Scorer(lm, True).keeps(batch) and Scorer(lm, True).smaller(batch) == [batch]
+    assert not Scorer(lm, True, logits=258 * 7).keeps(batch)  # its head takes parts
+    lm.gradient_checkpointing_enable()
+    assert not Scorer(lm, True).keeps(batch)
+    lm.gradient_checkpointing_disable()
+    # prompts and no rejected answers: the lower level is the whole batch
+    alike = collate([Pair(p.prompt, p.chosen, ()) for p in random_pairs(8)], PAD_ID)
+    parts = Scorer(lm, True).smaller(alike)
+    assert not Scorer(lm, True).keeps(alike) and 1 < len(parts) <= 8
+    assert sum(map(len, parts)) == 8
 
 
 def test_a_model_that_hides_the_tree_from_its_attention_is_padded(caplog):

@@ -6,7 +6,9 @@ from fitting import fitted, objective, scored
 from lightning import Callback
 from tiny import in_float64, policy
 
+from spo_lightning import models
 from spo_lightning.errors import Diverged
+from spo_lightning.module import Preference
 from spo_lightning.observation import Observation
 from spo_lightning.solvers import dot, lower_terms, moved
 from spo_lightning.solvers import linear as L
@@ -93,15 +95,33 @@ def worst(solver, point, directions=DIRECTIONS, micro=3):
     return max(compare.off)
 
 
-@pytest.mark.parametrize("micro", [3, 6])  # 6: one part, whose inner graph is kept
+@pytest.fixture(params=["apart", "kept"])
+def micro(request, monkeypatch):
+    """Pairs per forward: two parts, or one, in which one inner step keeps its graph."""
+    if request.param == "apart":
+        yield 3
+        return
+    monkeypatch.setattr(models, "ROOM", 99)
+    products = []
+    whole = Preference._linearized
+
+    def noted(*arguments):
+        products.append(1)
+        return whole(*arguments)
+
+    monkeypatch.setattr(Preference, "_linearized", noted)
+    yield 6
+    assert len(products) == (request.node.callspec.params.get("steps") == 1)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_unrolled_second_order(steps, micro):
     assert worst(second(steps), unrolled_point, micro=micro) < 1e-5
 
 
-@pytest.mark.parametrize("micro", [3, 6])
-def test_unrolled_second_order_preconditioned(micro):
-    solver = second(2, inner=Preconditioned(0.9, 1e-2), lower_lr=0.02)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_unrolled_second_order_preconditioned(steps, micro):
+    solver = second(steps, inner=Preconditioned(0.9, 1e-2), lower_lr=0.02)
     assert worst(solver, unrolled_point, micro=micro) < 1e-5
 
 
