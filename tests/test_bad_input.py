@@ -342,6 +342,7 @@ def test_dropped_pairs_are_counted(home, cache):
     assert "dropped/empty 1" in done.out
 
 
+@pytest.mark.slow
 def test_a_series_that_diverges(home, cache):
     words = ["loss=dpo", "solver=implicit", "solver/solve=neumann", "solver.gamma=1000"]
     done = command(home, *SMALL, cache, *words, "max_steps=2", "hydra.run.dir=runs/diverges")

@@ -24,6 +24,7 @@ TINY = (
 )
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     mine = '+solvers.mine=["solver=penalty","solver.weight=3"]'
     done = command(tmp_path, *TINY, mine, "only=[mine]", "hydra.run.dir=run", module=MODULE)

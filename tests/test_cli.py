@@ -133,6 +133,7 @@ def test_a_bug_shows_its_traceback(tmp_path):
     assert "Traceback" in done.err and done.err.endswith("integer division or modulo by zero\n")
 
 
+@pytest.mark.slow
 def test_exit_code_of_a_diverged_run(tmp_path, cache):
     words = ("loss=dpo", "max_steps=6", "optimizer=sgd", "optimizer.lr=1e38", "clip_norm=null")
     done = command(tmp_path, *SMALL, cache, *words, "hydra.run.dir=run")

@@ -242,6 +242,7 @@ def test_pairs_and_mixtures_train_with_texts(tmp_path):
 SIZES = ("sft_rows=20", "prompts=16", "eval_prompts=4")
 
 
+@pytest.mark.slow
 def test_the_command_draws_them_and_inspect_counts_them(tmp_path, cache):
     given = (*SMALL, cache, "data.sft=own", "max_steps=2", "hydra.run.dir=run")
     done = command(tmp_path, *given)

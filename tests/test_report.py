@@ -27,6 +27,7 @@ def marks(svg):
     return sum(group.count("<use ") for group in groups)
 
 
+@pytest.mark.slow
 def test_steps_are_drawn_where_evolution_was_watched(run, tmp_path):
     done = command(tmp_path, str(run), module=MODULE)
     assert done.code == 0 and "exact_match" in done.out

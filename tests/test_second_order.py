@@ -130,6 +130,7 @@ def test_finite_difference_products():
     assert worst(second(2, FiniteDifference(1e-8)), unrolled_point) < 1e-5
 
 
+@pytest.mark.slow
 def test_implicit():
     assert worst(implicit(), proximal_point, micro=6) < 1e-5
 

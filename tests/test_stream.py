@@ -339,6 +339,7 @@ def test_ahead_raises_where_the_item_would_have_come():
         next(found)
 
 
+@pytest.mark.slow
 def test_live_pairs_do_not_grow_with_the_file():
     """At most four chunks: the first, the one in use, the last, the one read ahead."""
     tokenizer, lengths, most = policy().tokenizer, {}, {}
@@ -474,6 +475,7 @@ def test_two_parts_equal_one_whole(tmp_path, cache):
     assert whole["spo_lightning/stream"] == parts["spo_lightning/stream"]
 
 
+@pytest.mark.slow
 def test_a_bad_row_in_a_late_chunk_ends_the_run_and_keeps_the_checkpoint(tmp_path, cache):
     path = written(tmp_path / "a.jsonl", rows(30))
     with path.open("a") as file:

@@ -253,6 +253,7 @@ def test_same_seed_same_numbers(tmp_path):
     assert texts[0][1] != texts[2][1]
 
 
+@pytest.mark.slow
 def test_the_command_leaves_numbers_table_and_figures(tmp_path):
     done = command(tmp_path, EXPERIMENT, *SMALL, "hydra.run.dir=run")
     assert (done.code, done.err) == (0, "")
