@@ -52,6 +52,14 @@ class OuterSteps(IterableDataset):
         self.feed = feed
         self.split = partial(by_tokens, limit=tokens) if tokens else partial(by_pairs, limit=micro)
 
+    @classmethod
+    def of(
+        cls, cfg: DictConfig, module: Preference, train: Pairs, lower: Pairs | None, **more: Any
+    ) -> "OuterSteps":
+        """As the configuration deals them."""
+        limits = {"micro": cfg.micro_batch_size, "tokens": cfg.data.tokens_per_batch}
+        return cls(train, module, seed=cfg.seed, lower=lower, **limits, **more)
+
     def __iter__(self) -> Iterator[Microbatches]:
         trainer, size = self.module.trainer, self.module.batch_size
         start, lower = self.module.outer_step, self.lower
@@ -100,15 +108,7 @@ def fit(
     """Preference training; the policy of ``given`` is trained in place. The outer steps taken."""
     quiet()  # Lightning, which is imported only here
     module = module_of(cfg, given.scorer, loss, solver, steps)
-    data = OuterSteps(
-        given.train,
-        module,
-        micro=cfg.micro_batch_size,
-        tokens=cfg.data.tokens_per_batch,
-        seed=cfg.seed,
-        lower=given.lower,
-        feed=given.feed,
-    )
+    data = OuterSteps.of(cfg, module, given.train, given.lower, feed=given.feed)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
         devices=cfg.hardware.devices,

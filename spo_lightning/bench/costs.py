@@ -59,14 +59,7 @@ def take(entry: Entry, start: Start, steps: int, watch: Any) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = OuterSteps(
-        start.train,
-        module,
-        micro=cfg.micro_batch_size,
-        tokens=cfg.data.tokens_per_batch,
-        seed=cfg.seed,
-        lower=start.lower,
-    )
+    data = OuterSteps.of(cfg, module, start.train, start.lower)
     trainer.fit(module, DataLoader(data, batch_size=None))
     with torch.no_grad():
         for p, before in zip(parameters, kept):
