@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# Tests share the cores, a process each: read when torch is imported, which is after this file.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 MODULE = ("-m", "spo_lightning.train")
 # one narrow layer, few rows: a run of seconds
 SMALL = (
