@@ -153,7 +153,7 @@ def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: in
         scorer,
         loss,
         solver,
-        hydra.utils.instantiate(optimizer),
+        hydra.utils.instantiate(optimizer, _convert_="all"),
         beta=cfg.loss.beta,
         batch_size=cfg.batch_size,
         clip_norm=cfg.clip_norm,

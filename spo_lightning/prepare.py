@@ -306,8 +306,8 @@ def quiet() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    for name in list(logging.root.manager.loggerDict):
-        if name.split(".")[0] in ("lightning", "lightning_fabric", "datasets"):
+    for name in [*logging.root.manager.loggerDict, "bitsandbytes"]:  # that is not yet imported
+        if name.split(".")[0] in ("lightning", "lightning_fabric", "datasets", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -98,8 +98,11 @@ def built(node: Any) -> Any:
     try:
         return hydra.utils.instantiate(node)
     except InstantiationException as error:
-        causes = [str(cause) for cause in command.chain(error)]
-        raise UserError(causes[-1].splitlines()[0]) from error
+        *_, cause = command.chain(error)
+        if isinstance(cause, ModuleNotFoundError):
+            missing = f"{node['_target_']} needs {cause.name}: pip install {cause.name}"
+            raise UserError(missing) from error
+        raise UserError(str(cause).splitlines()[0]) from error
 
 
 class Run:
@@ -120,9 +123,9 @@ class Run:
 
         room.check_checkpoints(cfg.model)
         self.device = room.device_of(cfg.hardware)
+        room.quiet()
         loss, solver = self.objective()
         resume = self.checkpoint()
-        room.quiet()
         room.set_threads(cfg.hardware)
         self.precision = room.precision_of(cfg.hardware, self.device)
         log.info("Run directory: %s", self.run.path)
@@ -161,6 +164,7 @@ class Run:
 
         from spo_lightning.errors import UserError
 
+        built({"_target_": self.cfg.optimizer._target_, "_partial_": True})  # is it installed?
         try:
             node: Any = OmegaConf.to_container(self.cfg.loss, resolve=True)
             node.pop("unit")

@@ -169,6 +169,11 @@ KNOBS = [
     Case("a word for a batch", ("batch_size=abc",), "batch_size=abc: it must be a whole number"),
     Case("no batch", ("batch_size=0",), "batch_size=0: it must be at least 1"),
     Case("negative seed", ("seed=-1",), "seed=-1: it must be at least 0"),
+    Case(
+        "absent library",
+        ("optimizer._target_=absent_library.AdamW",),
+        "absent_library.AdamW needs absent_library: pip install absent_library",
+    ),
     Case("negative decay", ("optimizer.weight_decay=-1",), "optimizer.weight_decay=-1"),
     Case("not a list", ("eval.stop=abc",), "eval.stop=abc: it must be a list"),
     Case("not a boolean", ("data.strict=maybe",), "data.strict=maybe: it must be true or false"),

@@ -1,6 +1,7 @@
 """what=solvers: the command end to end, and its arithmetic. Never how long it took."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from fitting import config, objective, scored
 from lightning.pytorch.callbacks import LambdaCallback
 from tiny import policy
 
+from spo_lightning import command as command_line
 from spo_lightning.bench import costs, memory, solvers
 from spo_lightning.data.batch import Pair
+from spo_lightning.errors import Interrupted
 from spo_lightning.evals import Pairs
 from spo_lightning.models import Scorer
 
@@ -66,6 +69,17 @@ def test_every_listed_solver_can_be_built():
     listed = bench_config("what=solvers").solvers
     built = {str(objective(*words)[1]) for words in listed.values()}
     assert len(built) == len(listed)
+
+
+def test_a_signal_amid_the_steps_ends_as_one_line():
+    cfg = config("hardware=cpu", "hardware.precision=64-true", "batch_size=4")
+    made = policy()
+    start = costs.Start(Scorer(made.lm, True), scored(made.lm), None)
+    entry = costs.Entry(cfg, *objective("solver=none")[:2])
+    ask = LambdaCallback(on_train_batch_start=lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match="stopped by SIGTERM") as error:
+        costs.take(entry, start, 2, ask)
+    assert command_line.verdict(error.value) == (143, "stopped by SIGTERM")
 
 
 def test_steps_leave_the_policy_as_it_was():

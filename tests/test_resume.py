@@ -32,6 +32,7 @@ OBJECTIVES = {
     "running_min": ("loss=spo", "solver/value=running_min", "solver.margin=0.01"),
     "alpha_dpo": ("loss=alpha_dpo",),
     "own texts": ("loss=spo", "data.sft=own"),
+    "adamw_8bit": ("loss=dpo", "optimizer=adamw_8bit"),
     "adapters": ("loss=dpo", *SOLVERS["inner"], "model.lora.rank=2", "model.lora.merge=true"),
 }
 # those with a memory of their own, or a path that no other has

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from spo_lightning.bench.memory import MIB, Memory, apart, can_forget, named, settle
+from spo_lightning.errors import Interrupted
 from spo_lightning.evals import Pairs
 from spo_lightning.fit import OuterSteps, module_of
 from spo_lightning.models import Scorer
@@ -60,7 +62,10 @@ def take(entry: Entry, start: Start, steps: int, watch: Any) -> None:
         enable_model_summary=False,
     )
     data = OuterSteps.of(cfg, module, start.train, start.lower)
-    trainer.fit(module, DataLoader(data, batch_size=None))
+    try:
+        trainer.fit(module, DataLoader(data, batch_size=None))
+    except SIGTERMException as error:  # Lightning has taken the signal over
+        raise Interrupted(143, "stopped by SIGTERM") from error
     with torch.no_grad():
         for p, before in zip(parameters, kept):
             p.copy_(before)
