@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,29 @@ from spo_lightning.policies import Policy
 from spo_lightning.progress import Stages
 from spo_lightning.rundir import write_text
 from spo_lightning.sample import Decoding, judged_pairs
+from spo_lightning.tokens import Tokens, name_of
 
 log = logging.getLogger(__name__)
+
+MAX_GB = 5.0  # cache.max_gb of a configuration that has none
 
 
 def cache_of(cfg: DictConfig) -> Path | None:
     """Where runs share what they trained, sampled and scored; None: nowhere."""
     return Path(cfg.cache.dir) if cfg.cache.get("enabled", True) else None
+
+
+def limit_of(cfg: DictConfig) -> float:
+    """Bytes that one kind of what is shared may take."""
+    return cfg.cache.get("max_gb", MAX_GB) * 1e9
+
+
+def tokens_of(cfg: DictConfig, tokenizer: Any) -> Tokens | None:
+    """Where runs share what the tokenizer made of their rows; None: nowhere."""
+    home, name = cache_of(cfg), name_of(tokenizer)
+    if home is None or name is None:
+        return None
+    return Tokens(home / "tokens", name, limit_of(cfg))
 
 
 def decoding(cfg: DictConfig, temperature: float = 0.0, seed: int = 0) -> Decoding:
@@ -78,13 +95,18 @@ def sampled(
     return pairs, of, ties
 
 
-def encoded(cfg: DictConfig, tokenizer: Any, rows: Sequence[dict], name: str) -> Encoded:
-    """Token pairs of one side of the data."""
-    where = f"{cfg.data.get('path') or 'data'} ({name})"
-    return encode_pairs(rows, tokenizer, where=where, **_how(cfg))
+def encoded(
+    cfg: DictConfig, tokenizer: Any, rows: Sequence[dict], name: str, kept: Tokens | None = None
+) -> Encoded:
+    """Token pairs of one side of the data; ``kept``: where they are looked up and kept."""
+    where, how = f"{cfg.data.get('path') or 'data'} ({name})", _how(cfg)
+    encode = partial(encode_pairs, rows, tokenizer, where=where, **how)
+    return encode() if kept is None else kept.find(rows, range(len(rows)), how, encode)
 
 
-def chunk_encoder(cfg: DictConfig, tokenizer: Any) -> Callable[[Chunk], Encoded]:
+def chunk_encoder(
+    cfg: DictConfig, tokenizer: Any, kept: Tokens | None
+) -> Callable[[Chunk], Encoded]:
     """Token pairs of a part of the training rows; rows have the numbers they have in the file.
 
     With a tokenizer of its own: two threads must not use the same one.
@@ -92,7 +114,9 @@ def chunk_encoder(cfg: DictConfig, tokenizer: Any) -> Callable[[Chunk], Encoded]
     own, how = copy.deepcopy(tokenizer), _how(cfg)
 
     def encode(chunk: Chunk) -> Encoded:
-        return encode_some(chunk.rows, own, chunk.places, where=cfg.data.path, **how)
+        rows, places = chunk.rows, chunk.places
+        anew = partial(encode_some, rows, own, places, where=cfg.data.path, **how)
+        return anew() if kept is None else kept.find(rows, places, how, anew)
 
     return encode
 

@@ -26,7 +26,9 @@ from spo_lightning.pairing import (
     chunk_encoder,
     decoding,
     encoded,
+    limit_of,
     lower_texts,
+    tokens_of,
     with_pairs,
     without_high_ches,
 )
@@ -34,12 +36,12 @@ from spo_lightning.policies import Policy
 from spo_lightning.progress import Stages, Within
 from spo_lightning.shards import Shards
 from spo_lightning.sharing import as_read_by, check_head, scorer_for
+from spo_lightning.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
 FLOATS = 2**18  # in a MiB
 CURVE_ROWS = 500  # held-out prompts on which the warm start is watched
-MAX_GB = 5.0  # cache.max_gb of a configuration that has none
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,10 @@ def prepare(
     """Load or build, warm start, sample pairs where the data asks for it, tokenise, score."""
     policy = base_policy(cfg, task, device, stages)
     task, places = with_pairs(cfg, task, policy, stages)
+    kept = tokens_of(cfg, policy.tokenizer)
     sides = {
-        "train": train_side(cfg, task, policy.tokenizer),
-        "held-out": encoded(cfg, policy.tokenizer, task.held_out, "held-out"),
+        "train": train_side(cfg, task, policy.tokenizer, kept),
+        "held-out": encoded(cfg, policy.tokenizer, task.held_out, "held-out", kept),
     }
     counts = {"source": task.counts, **{name: some.counts for name, some in sides.items()}}
     for name, some in sides.items():
@@ -123,7 +126,7 @@ def prepare(
     held = sets["held-out"]
     feed = None
     if task.chunks is not None:
-        encode = chunk_encoder(cfg, policy.tokenizer)
+        encode = chunk_encoder(cfg, policy.tokenizer, kept)
         judge = later_reference(cfg, policy, scorer, precision, stages)
         feed = Feed(
             sets["train"], sides["train"].counts, task.chunks, encode, judge, seed=cfg.seed
@@ -143,12 +146,12 @@ def prepare(
     )
 
 
-def train_side(cfg: DictConfig, task: Task, tokenizer: Any) -> Encoded:
+def train_side(cfg: DictConfig, task: Task, tokenizer: Any, kept: Tokens | None) -> Encoded:
     """The training pairs, those of the first chunk where there are more."""
     if task.chunks is None:
-        return encoded(cfg, tokenizer, task.train, "train")
+        return encoded(cfg, tokenizer, task.train, "train", kept)
     log.info("Pairs (train): those of the first %d rows; the rest follows", cfg.data.chunk_rows)
-    first = chunk_encoder(cfg, tokenizer)(next(task.chunks(0)))
+    first = chunk_encoder(cfg, tokenizer, kept)(next(task.chunks(0)))
     check_survivors(first.counts, f"{cfg.data.path}, the first {cfg.data.chunk_rows} rows")
     return first
 
@@ -275,7 +278,7 @@ def _referee(
     if home is not None:
         name = other and reference.files_name(other, cfg.model, device, precision)
         name = name or reference.weights_name(opened(), precision)
-        shelf = Shards(home / "reference", name, cfg.cache.get("max_gb", MAX_GB) * 1e9)
+        shelf = Shards(home / "reference", name, limit_of(cfg))
     return shelf, lambda: scorer if other is None else as_read_by(scorer, opened().lm)
 
 

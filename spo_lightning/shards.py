@@ -95,27 +95,7 @@ class Shards:
 
     def trim(self) -> None:
         """Remove the least recently used shards of any name until ``limit`` holds."""
-        found = []
-        for path in self.home.glob("*/*"):
-            with suppress(OSError):
-                at = path.stat()
-                if path.suffix == ".rows":
-                    found.append((at.st_mtime_ns, path, at.st_size))
-                elif path.suffix == ".tmp" and time.time() - at.st_mtime > ABANDONED:
-                    path.unlink()
-        size, gone = sum(taken for *_, taken in found), 0
-        for _, path, taken in sorted(found):
-            if size <= self.limit:
-                break
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-                size, gone = size - taken, gone + 1
-        if gone:
-            log.info(
-                "Cache: removed %d of %d files in %s, the least recently used: they exceed "
-                "cache.max_gb=%g",
-                *(gone, len(found), self.home, self.limit / 1e9),
-            )
+        trim(self.home, self.limit, ".rows")
 
     @contextmanager
     def alone(self, stages: Stages) -> Iterator[None]:
@@ -156,6 +136,31 @@ class Shards:
         rows = torch.frombuffer(bytearray(values), dtype=kind).split(lengths)
         # copies: a row that is kept must not keep its whole shard
         return {keys[place]: rows[place].clone() for place in places}
+
+
+def trim(home: Path, limit: float, kind: str) -> None:
+    """Remove the least recently used files of a kind, a suffix, in the directories of ``home``."""
+    found = []
+    for path in home.glob("*/*"):
+        with suppress(OSError):
+            at = path.stat()
+            if path.suffix == kind:
+                found.append((at.st_mtime_ns, path, at.st_size))
+            elif path.suffix == ".tmp" and time.time() - at.st_mtime > ABANDONED:
+                path.unlink()
+    size, gone = sum(taken for *_, taken in found), 0
+    for _, path, taken in sorted(found):
+        if size <= limit:
+            break
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            size, gone = size - taken, gone + 1
+    if gone:
+        log.info(
+            "Cache: removed %d of %d files in %s, the least recently used: they exceed "
+            "cache.max_gb=%g",
+            *(gone, len(found), home, limit / 1e9),
+        )
 
 
 def _packed(name: str, rows: Mapping[bytes, Tensor]) -> tuple[bytes, str]:

@@ -33,7 +33,7 @@ ROOMS = (
         "callbacks",
         "sft",
     ),
-    *("shards", "reference", "knobs", "pairing", "prepare", "fit"),
+    *("shards", "tokens", "reference", "knobs", "pairing", "prepare", "fit"),
     *("report", "command", "train", "eval", "inspect", "bench"),
 )
 # what the rooms that know least may import besides themselves
