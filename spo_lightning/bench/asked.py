@@ -87,8 +87,8 @@ def machine(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def trained(cfg: DictConfig) -> DictConfig:
-    """The training command's configuration with what was said here."""
+def trained(cfg: DictConfig, words: Sequence[str] = ()) -> DictConfig:
+    """The training command's configuration with what was said here, and last with ``words``."""
     from hydra import compose
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -104,11 +104,16 @@ def trained(cfg: DictConfig) -> DictConfig:
         key = str(word).lstrip("+").split("=")[0]
         if key.split(".")[0] in own and key not in OPEN:
             raise UserError(f"train: {word} stands on this command line, or not at all")
+    for word in words:
+        if word.split("=")[0] in ("model", "hardware"):
+            raise UserError(f"{word}: say {word.split('=')[0]}.key=value, as the rest stands here")
     try:
-        found = compose("train", [*FIXED, "model.pretrained=here", *cfg.train])
+        found = compose("train", [*FIXED, "model.pretrained=here", *cfg.train, *words])
         found.merge_with(own)
+        found.merge_with_dotlist([word for word in words if "." in word.split("=")[0]])
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"train={list(cfg.train)}: {command.one_line(error)}") from error
+        said = [*cfg.train, *words]
+        raise UserError(f"train={said}: {command.one_line(error)}") from error
     return found
 
 
