@@ -53,6 +53,14 @@ def test_every_entry_is_another_configuration():
     assert all(cfg.optimizer.lr == 1e-4 for cfg in settings.values())
 
 
+def test_what_is_not_installed_is_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(knobs, "find_spec", {"torch": True}.get)
+    asked = bench_config("what=knobs", "only=[spo,adamw_8bit]")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert list(knobs.composed(asked)) == ["dpo", "spo"]
+    assert caplog.messages == ["adamw_8bit is left out, as bitsandbytes is not installed"]
+
+
 @pytest.mark.parametrize(
     "word, says",
     [

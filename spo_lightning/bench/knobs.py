@@ -5,9 +5,11 @@ the same pairs as the first entry, which it is divided by. Its losses are compar
 changes how a step is computed, not which, leaves them as they are.
 """
 
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +25,8 @@ from spo_lightning.bench.memory import apart, named
 from spo_lightning.bench.table import aligned, ratio, spread, written
 from spo_lightning.errors import UserError
 from spo_lightning.progress import Stages
+
+log = logging.getLogger(__name__)
 
 
 def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]:
@@ -70,9 +74,14 @@ def composed(cfg: DictConfig) -> dict[str, DictConfig]:
         if not isinstance(words, ListConfig) or not all(isinstance(w, str) for w in words):
             raise UserError(f"knobs.{name}={words}: it must be a list of overrides, [...]")
         try:
-            found[name] = asked.trained(cfg, list(words))
+            mine = asked.trained(cfg, list(words))
         except UserError as error:
             raise UserError(f"knobs.{name}: {error}") from error
+        library = mine.optimizer._target_.split(".")[0]
+        if find_spec(library) is None:
+            log.warning("%s is left out, as %s is not installed", name, library)
+            continue
+        found[name] = mine
     return found
 
 
