@@ -53,6 +53,17 @@ def test_every_entry_is_another_configuration():
     assert all(cfg.optimizer.lr == 1e-4 for cfg in settings.values())
 
 
+def test_words_win_over_what_stands_on_the_command_line():
+    """clip_norm is the bench's own key too; an option of a group is chosen, not set."""
+    words = '"clip_norm=0.5","optimizer.lr=0.3","loss=ipo"'
+    asked = bench_config("what=knobs", f"+knobs.mine=[{words}]", "only=[mine]")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        base, mine = knobs.composed(asked).values()
+    assert (base.clip_norm, mine.clip_norm) == (1.0, 0.5)
+    assert (base.optimizer.lr, mine.optimizer.lr) == (1e-4, 0.3)
+    assert mine.loss._target_.endswith("ipo") and mine.loss.beta == base.loss.beta
+
+
 def test_what_is_not_installed_is_left_out(monkeypatch, caplog):
     monkeypatch.setattr(knobs, "find_spec", {"torch": True}.get)
     asked = bench_config("what=knobs", "only=[spo,adamw_8bit]")

@@ -110,11 +110,17 @@ def trained(cfg: DictConfig, words: Sequence[str] = ()) -> DictConfig:
     try:
         found = compose("train", [*FIXED, "model.pretrained=here", *cfg.train, *words])
         found.merge_with(own)
-        found.merge_with_dotlist([word for word in words if "." in word.split("=")[0]])
+        found.merge_with_dotlist([word for word in words if _is_value(found, word)])
     except (HydraException, OmegaConfBaseException) as error:
         said = [*cfg.train, *words]
         raise UserError(f"train={said}: {command.one_line(error)}") from error
     return found
+
+
+def _is_value(found: DictConfig, word: str) -> bool:
+    """Whether it sets a key, rather than choosing an option of a group."""
+    key = word.split("=")[0]
+    return "/" not in key and not OmegaConf.is_dict(OmegaConf.select(found, key))
 
 
 def settled(mine: DictConfig, model: Path, cell: Cell, room: Path) -> Any:
