@@ -1,8 +1,9 @@
 """Attention over a packed row: each prompt once, each response over its prompt and itself.
 
-transformers knows it as an attention implementation of its own, ``IMPLEMENTATION``. Two calls of
-sdpa take the row: the prompts, causally, then the responses, whose keys are their prompt's and
-their own. What lies outside is never computed, and padding exists inside attention only.
+transformers knows it as an attention implementation of its own, ``IMPLEMENTATION``. A prompt
+attends to itself, causally; a response to its prompt and itself. What lies outside is never
+computed. Long stretches on the CPU get a call of sdpa each; otherwise two calls take the row, all
+prompts and then all responses, and padding exists inside them only.
 """
 
 from typing import Any
@@ -18,6 +19,7 @@ from spo_lightning.data.packing import Block, Tree
 
 IMPLEMENTATION = "spo_lightning_tree"
 PART = 64  # queries at once where attention matrices are kept
+STRETCH = 20  # mean tokens of a stretch from which on a call each is cheaper than padding
 # given beside a tree, so that transformers builds no mask; of a type that no mask has
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.int8)
 
@@ -47,24 +49,55 @@ def forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("softcap") is not None:
         raise ValueError("sdpa has no soft cap of attention scores")
-    window, scale = kwargs.get("sliding_window"), kwargs.get("scaling")
+    window = kwargs.get("sliding_window")
+    if window is not None and window >= tree.longest:
+        window = None  # it reaches everywhere
+    how = {"scale": kwargs.get("scaling"), "enable_gqa": query.shape[1] != key.shape[1]}
+    way = _by_stretch if _long(query, tree) else _in_rectangles
+    return way(query, key, value, tree, window, how)[None], None
+
+
+def _long(query: Tensor, tree: Tree) -> bool:
+    """Whether stretches are worth a call each. Not where torch compiles: lengths are constants
+    to it, and every batch would be compiled anew."""
+    if query.device.type != "cpu" or not fused() or torch.compiler.is_compiling():
+        return False
+    return query.shape[2] >= STRETCH * (len(tree.prompts.length) + len(tree.prompt_of))
+
+
+def _by_stretch(
+    query: Tensor, key: Tensor, value: Tensor, tree: Tree, window: int | None, how: dict[str, Any]
+) -> Tensor:
+    """[N, heads, head_dim]; a call per prompt and per response."""
+    queries, keys, values = (states.split(tree.lengths, dim=2) for states in (query, key, value))
+    found = []
+    for asks, own, shown, prompt in zip(queries, keys, values, tree.prompt_before):
+        width = asks.shape[2]
+        if not width:  # a response of one token
+            continue
+        if prompt is not None:
+            own, shown = torch.cat([keys[prompt], own], 2), torch.cat([values[prompt], shown], 2)
+        given, mask = own.shape[2] - width, None
+        if given or window is not None:
+            mask = torch.ones(width, given + width, dtype=torch.bool).tril(given)
+            mask = mask if window is None else mask.triu(given - window + 1)
+        found.append(
+            scaled_dot_product_attention(asks, own, shown, mask, is_causal=mask is None, **how)
+        )
+    return torch.cat(found, dim=2)[0].transpose(0, 1)
+
+
+def _in_rectangles(
+    query: Tensor, key: Tensor, value: Tensor, tree: Tree, window: int | None, how: dict[str, Any]
+) -> Tensor:
+    """[N, heads, head_dim]; a call for the prompts and one for the responses."""
     row = [states.transpose(1, 2)[0] for states in (query, key, value)]
-    return _attended(row, tree, window, scale)[None], None
-
-
-def _attended(row: list[Tensor], tree: Tree, window: int | None, scale: float | None) -> Tensor:
-    """[N, heads, head_dim] from query, key and value of that shape; key and value may have fewer
-    heads."""
-    grouped = row[0].shape[1] != row[1].shape[1]
-    causal, seen = None, tree.seen
-    if window is not None and window < tree.longest:  # a wider one reaches everywhere
-        causal, seen = tree.seen_within(window)
+    causal, seen = (None, tree.seen) if window is None else tree.seen_within(window)
 
     def attend(asks: Block, keys: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (
             _rectangle(states, places) for states, places in zip(row, (asks.there, keys, keys))
         )
-        how = {"scale": scale, "enable_gqa": grouped}
         if not fused() and query.shape[2] > PART:
             found = _in_parts(query, key, value, mask, **how)
         else:

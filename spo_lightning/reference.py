@@ -28,7 +28,7 @@ from spo_lightning.shards import KEY, Shards
 
 log = logging.getLogger(__name__)
 
-CODE = 1  # raise it when the same weights and token ids come to score otherwise
+CODE = 2  # raise it when the same weights and token ids come to score otherwise
 TOKENS = 2**20  # scored tokens after which a shard is written, so that a kill loses few
 NAME = 32  # hexadecimal digits of a reference's name
 UNREAD = ("_name_or_path", "transformers_version", "architectures", "use_cache")  # change no score

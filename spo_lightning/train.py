@@ -122,11 +122,11 @@ class Run:
         from spo_lightning import prepare as room
 
         room.check_checkpoints(cfg.model)
+        room.set_threads(cfg.hardware)
         self.device = room.device_of(cfg.hardware)
         room.quiet()
         loss, solver = self.objective()
         resume = self.checkpoint()
-        room.set_threads(cfg.hardware)
         self.precision = room.precision_of(cfg.hardware, self.device)
         log.info("Run directory: %s", self.run.path)
         with self.timed("prepare"):

@@ -24,6 +24,13 @@ SAME = [  # two pairs of one prompt, another between them, an absent and a one-t
 ]
 
 
+@pytest.fixture(params=["stretches", "rectangles"])
+def calls(request, monkeypatch):
+    """Rows of few tokens under either way of attention; what is long decides between them."""
+    monkeypatch.setattr(attention, "STRETCH", 0 if request.param == "stretches" else 10**9)
+    return request.param
+
+
 def test_the_row_by_hand():
     packed = collate(SAME, PAD_ID).packed
     # prompts once, then responses without their last token
@@ -48,7 +55,7 @@ def test_apart_every_response_has_its_prompt():
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-grouped", "qwen2", "gpt2", "mistral"])
-def test_equal_prompts_stand_once_and_change_nothing(monkeypatch, family):
+def test_equal_prompts_stand_once_and_change_nothing(monkeypatch, calls, family):
     in_float64(monkeypatch)
     lm = policy(family).lm
     pairs = [Pair(p.prompt, p.chosen, q.chosen) for p in random_pairs(3) for q in random_pairs(4)]
@@ -74,7 +81,7 @@ def test_equal_prompts_stand_once_and_change_nothing(monkeypatch, family):
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),  # full, then windowed
     ],
 )
-def test_a_window_is_packed_too(monkeypatch, family, changes, window):
+def test_a_window_is_packed_too(monkeypatch, calls, family, changes, window):
     in_float64(monkeypatch)
     lm = policy(family, sliding_window=window, **changes).lm
     pairs = random_pairs(5, longest=12)
@@ -83,6 +90,28 @@ def test_a_window_is_packed_too(monkeypatch, family, changes, window):
     expected = torch.cat([slow_logps(lm, pair) for pair in pairs])
     found = scorer(collate(pairs, PAD_ID)).logps
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("length, calls", [(12, 2), (40, 6)])
+def test_long_stretches_have_a_call_each(monkeypatch, length, calls):
+    lm, counted = policy("llama").lm, []
+    plain = attention.scaled_dot_product_attention
+
+    def counting(*args, **kwargs):
+        counted.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counting)
+    text = tuple(range(length))
+    pairs = [Pair(text, text, text[::-1]), Pair(text[1:], text, text[::-1]), Pair(text, (7,), ())]
+    batch = collate(pairs, PAD_ID)
+    Scorer(lm, True)(batch)
+    # in each of two layers: two different prompts, four responses; one token is not in the row
+    assert len(counted) == 2 * calls
+    counted.clear()
+    with MathKernel():  # keeps attention matrices: in parts of a rectangle
+        Scorer(lm, True)(batch)
+    assert len(counted) == 4
 
 
 @pytest.mark.parametrize(

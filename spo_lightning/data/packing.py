@@ -47,6 +47,16 @@ class Tree:
         return self.prompts.there.shape[1] + self.responses.there.shape[1]
 
     @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of every stretch of the row: the prompts, then the responses."""
+        return [*self.prompts.length.tolist(), *self.responses.length.tolist()]
+
+    @cached_property
+    def prompt_before(self) -> list[int | None]:
+        """Which prompt a stretch goes on from; none for a prompt."""
+        return [*[None] * len(self.prompts.length), *self.prompt_of.tolist()]
+
+    @cached_property
     def keys(self) -> Tensor:
         """[R, longest] places of what a response may attend to: its prompt's, then its own."""
         return torch.cat([self.prompts.there[self.prompt_of], self.responses.there], dim=1)
