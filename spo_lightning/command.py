@@ -9,13 +9,12 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.errors import Diverged, Interrupted, UserError
+from spo_lightning.errors import STOPPED, UserError, is_bug, verdict
 
-STOPPED = (130, 143)
 HERE = Path(__file__).resolve().parent
 # the wheel's copy first: beside an installed package a stranger's conf may lie
 CONF = str(next(p for p in (HERE / "conf", HERE.parent / "conf") if p.is_dir()))
@@ -25,23 +24,16 @@ log = logging.getLogger(__name__)
 
 def run(config_name: str, work: Callable[..., Any]) -> None:
     """Compose ``config_name`` with the command line, do the work once or per job, and exit."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra exits 1 over several lines
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|peft|wandb)")
+    _prepare()
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     from spo_lightning import knobs, rundir
 
-    OmegaConf.register_new_resolver(
-        "run_id", lambda: os.urandom(2).hex(), use_cache=True, replace=True
-    )
     failures: list[BaseException] = []
     failed_jobs: list[str] = []  # of a sweep, one line each
+    mine = os.getpid()
 
     @hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)
     def job(cfg: Any) -> Any:
@@ -50,17 +42,50 @@ def run(config_name: str, work: Callable[..., Any]) -> None:
         try:
             return work(cfg, Path(settings.runtime.output_dir), knobs.given())
         except BaseException as error:  # one job's end must not end the sweep
-            failures.append(error)
             code, message = verdict(error)
+            said = " ".join(rundir.words_without_secrets(list(settings.overrides.task)))
+            number = settings.job.num if settings.mode == RunMode.MULTIRUN else 0
+            told = f"job {number} ({said}) failed: {message}"
+            if os.getpid() != mine:  # a launcher's process, which hands the error on
+                error.add_note(told)
+                raise
+            failures.append(error)
             if code in STOPPED:
                 raise KeyboardInterrupt from error  # also the end of a sweep
-            if settings.mode != RunMode.RUN:
-                log.error("%s", message, exc_info=error if _is_bug(error) else None)
-                said = " ".join(rundir.without_secrets(list(settings.overrides.task)))
-                failed_jobs.append(f"job {settings.job.num} ({said}) failed: {message}")
+            if settings.mode == RunMode.MULTIRUN:
+                log.error("%s", message, exc_info=error if is_bug(error) else None)
+                failed_jobs.append(told)
             return None
 
+    _whole(job, failures, failed_jobs)
+    finish(failures, failed_jobs)
+
+
+def _prepare() -> None:
+    """What Hydra must find before it begins."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra exits 1 over several lines
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|peft|wandb)")
+    from omegaconf import OmegaConf
+
+    from spo_lightning.sweep import PLUGINS
+
+    OmegaConf.register_new_resolver(
+        "run_id", lambda: os.urandom(2).hex(), use_cache=True, replace=True
+    )
+    sys.path.append(PLUGINS)  # with our launcher
+
+
+def _whole(job: Callable[[], Any], failures: list[BaseException], failed_jobs: list[str]) -> None:
+    """The command, whatever ends it; a sweep's table."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from spo_lightning.sweep import again
+    from spo_lightning.sweep.launcher import Processes
+
     try:
+        sys.argv[1:] = again.words(sys.argv[1:])
         job()
     except (HydraException, OmegaConfBaseException) as error:
         failures.append(UserError(one_line(error)))
@@ -68,7 +93,15 @@ def run(config_name: str, work: Callable[..., Any]) -> None:
         failures.append(UserError(f"cannot write the run directory: {error}"))
     except KeyboardInterrupt as error:
         failures.append(error.__cause__ or error)
-    finish(failures, failed_jobs)
+    except Exception as error:  # of a launcher, or of a job in one of its processes
+        failures.append(error)
+        failed_jobs += getattr(error, "__notes__", [])
+    for sweep in (sweep for sweep in Processes.sweeps if sweep.jobs):
+        print(f"\n{sweep.table()}\n\nRuns: {sweep.directory}")
+        failed_jobs += [
+            f"job {one.number} ({sweep.varying(one)}) {one.state}: {one.error}"
+            for one in sweep.failed
+        ]
 
 
 def one_line(error: BaseException) -> str:
@@ -87,42 +120,17 @@ def one_line(error: BaseException) -> str:
     return text
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and its causes."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__
-
-
-def verdict(error: BaseException) -> tuple[int, str]:
-    """Exit code and one line for what ended the work."""
-    for cause in chain(error):
-        if isinstance(cause, Interrupted):
-            return cause.code, str(cause)
-        if isinstance(cause, UserError):
-            return 2, " ".join(str(cause).split())
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    text = str(error).splitlines()[0] if str(error) else ""
-    return 1, text if isinstance(error, Diverged) else f"{type(error).__name__}: {text}"
-
-
-def _is_bug(error: BaseException) -> bool:
-    return verdict(error)[0] == 1 and not isinstance(error, Diverged)
-
-
 def finish(failures: Sequence[BaseException], failed_jobs: Sequence[str]) -> None:
     """Exit as section 8 of the design says; a bug shows its traceback."""
-    if not failures:
-        return
-    error = next((e for e in failures if verdict(e)[0] in STOPPED), failures[0])
-    code, message = verdict(error)
+    error = next((e for e in failures if verdict(e)[0] in STOPPED), next(iter(failures), None))
+    code, message = verdict(error) if error is not None else (0, "")
     for line in failed_jobs:
         print(line, file=sys.stderr)
     if failed_jobs and code not in STOPPED:
         sys.exit(3)
-    if _is_bug(error):
+    if error is None:
+        return
+    if is_bug(error):
         traceback.print_exception(error)
     print(f"error: {message}" if code in (1, 2) else message, file=sys.stderr)
     sys.exit(code)

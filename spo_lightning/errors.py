@@ -1,4 +1,9 @@
-"""What can end a run on purpose: the user's error, and a stop asked for by a signal."""
+"""What can end a run on purpose, and what the end of any run is called: exit code and one line."""
+
+from collections.abc import Iterator
+
+STOPPED = (130, 143)  # exit codes of Ctrl-C and SIGTERM
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # torch's words
 
 
 class UserError(ValueError):
@@ -9,9 +14,41 @@ class Interrupted(Exception):
     """A signal asked the run to stop and it has saved; ``code`` is the exit code, 130 or 143."""
 
     def __init__(self, code: int, message: str):
-        super().__init__(message)
+        super().__init__(code, message)  # both, so that it travels between processes
         self.code = code
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 class Diverged(RuntimeError):
     """A loss or gradient is not finite; the message names the rows of the batch. Exit 1."""
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and its causes."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__
+
+
+def verdict(error: BaseException) -> tuple[int, str]:
+    """Exit code and one line for what ended the work."""
+    for cause in chain(error):
+        if isinstance(cause, Interrupted):
+            return cause.code, str(cause)
+        if isinstance(cause, UserError):
+            return 2, " ".join(str(cause).split())
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
+        return 1, f"out of memory: lower micro_batch_size or the model's size ({text})"
+    return 1, text if isinstance(error, Diverged) else f"{type(error).__name__}: {text}"
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether its traceback is worth showing."""
+    code, line = verdict(error)
+    return code == 1 and not isinstance(error, Diverged) and not line.startswith("out of memory")

@@ -55,6 +55,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warmup": (lambda v: v >= 1, "at least 1"),
     "repetitions": (lambda v: v >= 1, "at least 1"),
     "only": (lambda v: v is None or isinstance(v, ListConfig), "a list of names, [...], or null"),
+    "sweep.parallel": (lambda v: v >= 1, "at least 1"),
+    "sweep.resume": (lambda v: v is None or isinstance(v, str), "the directory of a sweep"),
     "ckpt_path": (lambda v: v is None or isinstance(v, str), "last, or the path of a checkpoint"),
     "model.lora.rank": (lambda v: v >= 0, "at least 0"),
     "model.pretrained": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
@@ -177,12 +179,14 @@ class Given:
     touched: Sequence[str]
     choices: Mapping[str, str]
     defaults: DictConfig
+    several: bool = False  # whether this is one job of a sweep
 
 
 def given() -> Given:
     """Read from Hydra, inside its main."""
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     settings = HydraConfig.get()
     choices = {k: v for k, v in settings.runtime.choices.items() if not k.startswith("hydra/")}
@@ -193,7 +197,8 @@ def given() -> Given:
     keys = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
     groups = [text for key, text in zip(keys, overrides) if key in choices]
     touched = [key.replace("/", ".") for key in keys]
-    return Given(touched, choices, compose(settings.job.config_name, overrides=groups))
+    defaults = compose(settings.job.config_name, overrides=groups)
+    return Given(touched, choices, defaults, settings.mode == RunMode.MULTIRUN)
 
 
 def check(cfg: DictConfig, line: Given) -> None:
@@ -210,6 +215,7 @@ def check(cfg: DictConfig, line: Given) -> None:
             raise UserError(f"{key}={value}: it must be {words}")
     _check_looks(cfg)
     _check_stream(cfg)
+    _check_sweep(line)
     for prefix, idle, why in IDLE:
         for key in line.touched:
             below = key == prefix or key.startswith(prefix.removesuffix(".") + ".")
@@ -246,6 +252,12 @@ def _check_whole(cfg: DictConfig, line: Given) -> None:
         raise UserError(
             f"batch_size={pairs} gives no pair to some of the {devices} devices: raise it"
         )
+
+
+def _check_sweep(line: Given) -> None:
+    for key in line.touched:
+        if key.startswith("sweep.") and not line.several:
+            raise UserError(f"{key} has no effect: this is one run; add -m, or leave it out")
 
 
 def _check_looks(cfg: DictConfig) -> None:

@@ -19,7 +19,7 @@ SECRET = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
 REMOVED = "<removed>"
 CHOICES = "# choices: "  # opens config.yaml; the groups' options, as json
 STATUS_SECONDS = 1.0  # between writes of status.json within a stage
-MAY_DIFFER = ("log", "logger", "hardware", "ckpt_path")
+MAY_DIFFER = ("log", "logger", "hardware", "ckpt_path", "sweep")
 
 
 def without_secrets(node: Any) -> Any:
@@ -35,6 +35,16 @@ def without_secrets(node: Any) -> Any:
         return REMOVED if secret else value
 
     return cleaned("", node)
+
+
+def words_without_secrets(words: Sequence[str]) -> list[str]:
+    """The same for words of a command line, ``key=value``."""
+    found = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        last = key.rpartition(".")[2]
+        found.append(f"{key}{equals}{without_secrets({last: value})[last]}" if equals else word)
+    return found
 
 
 def remove_secrets(path: Path) -> None:
@@ -228,6 +238,18 @@ def _leaves(tree: Any, prefix: str) -> dict[str, Any]:
     return {
         k: v for name, sub in tree.items() for k, v in _leaves(sub, f"{prefix}.{name}").items()
     }
+
+
+def finished_numbers(directory: Path) -> dict[str, Any] | None:
+    """metrics.json of a run that ended as it should, None of any other."""
+    try:
+        status, numbers = (
+            json.loads((directory / name).read_text(encoding="utf-8"))
+            for name in ("status.json", "metrics.json")
+        )
+    except (OSError, ValueError):
+        return None
+    return numbers if status.get("state") == "finished" else None
 
 
 def _now() -> str:

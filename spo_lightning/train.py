@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning import command, knobs
+from spo_lightning.errors import chain, verdict
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -24,15 +25,20 @@ def main() -> None:
     command.run("train", work)
 
 
-def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> dict[str, Any]:
-    """One job of the command: refuse bad input, then train."""
+def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> Any:
+    """One job of the command: refuse bad input, then train; what a search maximises, or all."""
     from spo_lightning import rundir
 
     knobs.check(cfg, line)
     choices = line.choices
     if cfg.ckpt_path is not None:
         cfg, choices = rundir.resumed(cfg, run_dir, line.touched, line.choices)
-    return train(cfg, run_dir, choices)
+    numbers = train(cfg, run_dir, choices)
+    if cfg.sweep.objective is None:
+        return numbers
+    from spo_lightning.sweep.objective import score
+
+    return score(numbers, **cfg.sweep.objective)
 
 
 def train(
@@ -57,7 +63,7 @@ def train(
         else:
             numbers = Run(cfg, run, stages, choices or {}).go()
     except BaseException as error:
-        code, message = command.verdict(error)
+        code, message = verdict(error)
         stopped = code in (130, 143)
         run.note_status(state="interrupted" if stopped else "failed", error=message)
         if code == 2:
@@ -98,7 +104,7 @@ def built(node: Any) -> Any:
     try:
         return hydra.utils.instantiate(node)
     except InstantiationException as error:
-        *_, cause = command.chain(error)
+        *_, cause = chain(error)
         if isinstance(cause, ModuleNotFoundError):
             missing = f"{node['_target_']} needs {cause.name}: pip install {cause.name}"
             raise UserError(missing) from error
