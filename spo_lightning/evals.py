@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from spo_lightning import losses
+from spo_lightning.answers import Decoding, answers
 from spo_lightning.data.batch import Pair, PairBatch, collate
 from spo_lightning.metrics import Totals, pair_numbers
 from spo_lightning.models import Scorer, reference_logps
 from spo_lightning.policies import Policy
 from spo_lightning.progress import Stages
-from spo_lightning.sample import Decoding, answers
 
 RIVALS, MINE = 1_000, 2_000  # added to the seed of the init's and of the policy's own samples
 TOKENS = 8_192  # of one scoring batch: long rows come in smaller ones

@@ -55,6 +55,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warmup": (lambda v: v >= 1, "at least 1"),
     "repetitions": (lambda v: v >= 1, "at least 1"),
     "only": (lambda v: v is None or isinstance(v, ListConfig), "a list of names, [...], or null"),
+    "samples": (lambda v: v >= 2, "at least 2"),
+    "temperature": (lambda v: v > 0, "above 0"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "prompts.max_rows": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "sweep.parallel": (lambda v: v >= 1, "at least 1"),
     "sweep.resume": (lambda v: v is None or isinstance(v, str), "the directory of a sweep"),
     "ckpt_path": (lambda v: v is None or isinstance(v, str), "last, or the path of a checkpoint"),
@@ -153,7 +157,10 @@ READ_ALWAYS = (
 )
 STUDY_READS = ("experiment", "seed", "study")  # all that a run without a language model reads
 # what stands here goes to a constructor, which knows its own keys
-OPEN = ("model.config.", "optimizer.", "loss.", "solver.", "solvers.", "data.", "logger.")
+OPEN = (
+    *("model.config.", "optimizer.", "loss.", "solver.", "solvers.", "data.", "logger."),
+    *("judge.", "strategy."),
+)
 
 
 def warm_start_steps(cfg: DictConfig) -> int:

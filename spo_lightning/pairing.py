@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from spo_lightning import ches, sft
+from spo_lightning.answers import Decoding, judged_pairs
 from spo_lightning.data.encode import Encoded, encode_pairs, encode_some, encode_texts
 from spo_lightning.data.rows import Chunk, Task
 from spo_lightning.errors import UserError
@@ -22,7 +23,6 @@ from spo_lightning.models import Scorer
 from spo_lightning.policies import Policy
 from spo_lightning.progress import Stages
 from spo_lightning.rundir import write_text
-from spo_lightning.sample import Decoding, judged_pairs
 from spo_lightning.tokens import Tokens, name_of
 
 log = logging.getLogger(__name__)

@@ -1,113 +1,196 @@
-"""Prompts in, answers out: batched greedy or sampled generation, and pairs made from samples."""
+"""Preference data from any causal LM and any judge: ``python -m spo_lightning.sample``."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
+from spo_lightning import command, knobs
 
-from spo_lightning.data.encode import prompt_ids
-from spo_lightning.errors import UserError
-from spo_lightning.policies import Policy
-from spo_lightning.progress import Stages
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are drawn. ``temperature`` 0 is greedy."""
-
-    max_new_tokens: int
-    batch_size: int
-    stop: tuple[str, ...]
-    temperature: float = 0.0
-    seed: int = 0
+FIRST_SEED = 1_000_003  # of parts: seed * this + number
 
 
-def stop_ids(policy: Policy, stop: Sequence[str]) -> list[int]:
-    """The ids that end an answer: the model's own and the texts of ``eval.stop``."""
-    own = policy.lm.generation_config.eos_token_id
-    ids = {policy.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    for text in stop:
-        found = policy.tokenizer.convert_tokens_to_ids(text)
-        if found is None or found == policy.tokenizer.unk_token_id:
-            raise UserError(f"eval.stop: {text!r} is not one token of the tokenizer")
-        ids.add(found)
-    return sorted(i for i in ids if i is not None)
+def main() -> None:
+    command.run("sample", work)
 
 
-@torch.no_grad()
-def answers(
-    policy: Policy, rows: Sequence[dict], how: Decoding, stages: Stages, title: str
-) -> list[str]:
-    """One answer per row's prompt, in the rows' order. The same seed gives the same answers."""
-    prompts = [prompt_ids(row, policy.tokenizer) for row in rows]
-    ends = stop_ids(policy, how.stop)
-    # likes with likes, so that little is padded
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    found: list[str] = [""] * len(rows)
-    torch.manual_seed(how.seed)
-    was_training = policy.lm.training
-    policy.lm.eval()
-    with stages.stage(title, len(rows)) as advance:
-        for start in range(0, len(order), how.batch_size):
-            chunk = order[start : start + how.batch_size]
-            texts = _generate(policy, [prompts[i] for i in chunk], ends, how)
-            for i, text in zip(chunk, texts):
-                found[i] = text
-            advance(len(chunk))
-    policy.lm.train(was_training)
-    return found
+def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, int]:
+    """Draw answers, score them, write the pairs; counts of prompts, samples and pairs."""
+    knobs.check(cfg, line)
+    import hydra.utils
 
+    from spo_lightning import prepare
+    from spo_lightning.data.load import load
+    from spo_lightning.progress import Stages, Stop
+    from spo_lightning.sampling.judges import Asked
 
-def _generate(
-    policy: Policy, prompts: list[list[int]], ends: list[int], how: Decoding
-) -> list[str]:
-    from transformers import GenerationConfig
-
-    width = max(len(p) for p in prompts)
-    pad = policy.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=policy.lm.device)
-    mask = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.lm.device
+    prepare.set_threads(cfg.hardware)
+    prepare.check_checkpoints(cfg.model)
+    prepare.quiet()
+    stages = Stages(lambda *_: None, Stop(), "Run the same command to go on.")
+    stages.stop.install()
+    task = load(cfg.data)
+    rows = prompts(cfg, task)
+    device = prepare.device_of(cfg.hardware)
+    policy = prepare.base_policy(cfg, task, device, stages)
+    asked = Asked(
+        task,
+        policy,
+        lambda where: prepare.opened_checkpoint(where, cfg.model, device),
+        prepare.precision_of(cfg.hardware, device),
+        stages,
+        cfg.eval.batch_size,
+        cfg.max_length,
     )
-    limit = getattr(policy.lm.config, "max_position_embeddings", None)
-    room = how.max_new_tokens if limit is None else min(how.max_new_tokens, limit - width)
-    if room < 1:
-        return [""] * len(prompts)
-    drawn: dict[str, Any] = {"do_sample": False}
-    if how.temperature > 0:
-        drawn = {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0}
-    config = GenerationConfig(
-        max_new_tokens=room, eos_token_id=ends, pad_token_id=pad, use_cache=True, **drawn
-    )
-    out = policy.lm.generate(ids, attention_mask=mask, generation_config=config)
-    return [_text(policy, row[width:].tolist(), set(ends)) for row in out]
+    judge = hydra.utils.instantiate(cfg.judge)(asked)
+    record = draw(cfg, policy, rows, judge, stages)
+    return written(cfg, record, len(rows))
 
 
-def _text(policy: Policy, ids: list[int], ends: set[int]) -> str:
-    cut = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return policy.tokenizer.decode(ids[:cut], skip_special_tokens=True)
+def prompts(cfg: Any, task: Any) -> list[dict]:
+    """Rows that are answered: of ``prompts.path``, or the data's own training rows."""
+    from spo_lightning.data import rows as data
+    from spo_lightning.errors import UserError
+
+    if cfg.prompts.path is None:
+        found = task.train
+    else:
+        found = data.read(cfg.prompts.path, split=cfg.prompts.split, where="prompts.path")
+    kept = ("prompt", *data.KEPT)
+    for number, row in enumerate(found, 1):
+        if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
+            raise UserError(f"{cfg.prompts.path}, row {number}: no 'prompt': add one")
+    found = [{key: row[key] for key in kept if row.get(key) is not None} for row in found]
+    return found[: cfg.prompts.max_rows]
 
 
-def judged_pairs(
-    policy: Policy,
-    rows: Sequence[dict],
-    judge: Callable[[str], float],
-    how: Decoding,
-    stages: Stages,
-    *,
-    samples: int,
-) -> tuple[list[dict], int]:
-    """Per prompt the best and the worst of ``samples`` answers under the judge, on-policy.
+def parts_of(rows: Sequence[dict], size: int) -> list[list[int]]:
+    """Places of prompts in parts of ``size``, likes with likes so that little is padded."""
+    order = sorted(range(len(rows)), key=lambda place: (len(str(rows[place]["prompt"])), place))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
-    Also how many prompts gave no pair because the judge saw no difference.
+
+def draw(cfg: Any, policy: Any, rows: Sequence[dict], judge: Any, stages: Any) -> Any:
+    """Answer and score every prompt that the record does not hold yet."""
+    from dataclasses import replace
+
+    from spo_lightning.answers import answers
+    from spo_lightning.pairing import decoding
+    from spo_lightning.progress import Within
+    from spo_lightning.sampling.record import Record
+
+    output, each = Path(cfg.output), cfg.samples
+    parts = parts_of(rows, max(1, cfg.eval.batch_size // each))
+    record = Record(output.with_suffix(".samples.jsonl"), settings(cfg, policy, rows), parts)
+    done = record.begin()
+    held = sum(map(len, parts[:done]))
+    if held:
+        log.info("%s: %d of %d prompts were drawn before", record.path, held, len(rows))
+    how = replace(decoding(cfg, cfg.temperature), top_p=cfg.top_p)
+    began = time.monotonic()
+    with stages.stage("sampling", each * len(rows), done=each * held) as advance:
+        for number, part in enumerate(parts[done:], done):
+            asked = [rows[place] for place in part for _ in range(each)]
+            drawn = replace(how, seed=cfg.seed * FIRST_SEED + number)
+            texts = answers(policy, asked, drawn, Within(stages), "samples")
+            scores = judge(asked, texts)
+            record.append(
+                [
+                    {
+                        "number": place,
+                        "row": rows[place],
+                        "samples": texts[n * each : (n + 1) * each],
+                        "scores": scores[n * each : (n + 1) * each],
+                    }
+                    for n, place in enumerate(part)
+                ]
+            )
+            held += len(part)
+            drawn_now = each * (held - sum(map(len, parts[:done])))
+            speed = drawn_now / max(1e-9, time.monotonic() - began)
+            advance(each * len(part), f"{speed:.0f} samples/s")
+    return record
+
+
+def settings(cfg: Any, policy: Any, rows: Sequence[dict]) -> dict[str, Any]:
+    """What the record must agree in to be gone on with."""
+    import hashlib
+
+    from omegaconf import OmegaConf
+
+    from spo_lightning import sft
+
+    asked = json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()
+    return {
+        **provenance(cfg),
+        "weights": sft.key(policy, (), {}),
+        "prompts": hashlib.sha256(asked).hexdigest()[:16],
+        "judge": OmegaConf.to_container(cfg.judge, resolve=True),
+        "batch_size": cfg.eval.batch_size,
+    }
+
+
+def provenance(cfg: Any) -> dict[str, Any]:
+    """What a pair says of where it comes from."""
+    return {
+        "model": cfg.model.pretrained or f"built from its config, {cfg.model.config.model_type}",
+        "revision": cfg.model.revision,
+        "sampling": {
+            **{key: cfg[key] for key in ("samples", "temperature", "top_p", "seed")},
+            "max_new_tokens": cfg.eval.max_new_tokens,
+            "stop": list(cfg.eval.stop),
+        },
+    }
+
+
+def written(cfg: Any, record: Any, count: int) -> dict[str, int]:
+    """The pairs that the strategy chooses, in the prompts' order, as one file."""
+    from spo_lightning.rundir import write_text
+
+    drawn = sorted(record.read(), key=lambda one: one["number"])
+    pairs = list(chosen(cfg, drawn))
+    output = Path(cfg.output)
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs))
+    counts = {"prompts": count, "samples": cfg.samples * count, "pairs": len(pairs)}
+    without = count - len({row["prompt_number"] for row in pairs})
+    log.info("%d pairs of %d prompts (%d gave none): %s", len(pairs), count, without, output)
+    log.info("All answers and their scores: %s", record.path)
+    return counts
+
+
+def chosen(cfg: Any, drawn: Sequence[dict]) -> Iterator[dict[str, Any]]:
+    """Rows of the standard format, with their scores and where they come from.
+
+    Without the answer, which stands for the whole text in pairs that are given as a file.
     """
-    repeated = [row for row in rows for _ in range(samples)]
-    texts = answers(policy, repeated, how, stages, "sampling pairs")
-    pairs = []
-    for place, row in enumerate(rows):
-        mine = texts[place * samples : (place + 1) * samples]
-        best, worst = max(mine, key=judge), min(mine, key=judge)
-        if judge(best) > judge(worst):
-            pairs.append({**row, "chosen": best, "rejected": worst})
-    return pairs, len(rows) - len(pairs)
+    import hydra.utils
+
+    strategy, source = hydra.utils.instantiate(cfg.strategy), provenance(cfg)
+    for one in drawn:
+        texts, scores = one["samples"], one["scores"]
+        chance = random.Random(f"{cfg.seed}/{one['number']}")
+        for best, worst in strategy(texts, scores, chance):
+            asked = one["row"]["prompt"]
+            yield {
+                **{key: value for key, value in one["row"].items() if key != "answer"},
+                "chosen": as_asked(asked, texts[best]),
+                "rejected": as_asked(asked, texts[worst]),
+                "chosen_score": scores[best],
+                "rejected_score": scores[worst],
+                "prompt_number": one["number"],
+                **source,
+            }
+
+
+def as_asked(prompt: Any, text: str) -> Any:
+    """An answer as text, or as a turn where the prompt is made of turns."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ import yaml
 from conftest import SMALL, command, environment
 
 KEY = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz123456"
-HYDRA = ("train", "eval", "inspect", "bench")
+HYDRA = ("train", "eval", "inspect", "sample", "bench")
 
 
 def module(name: str) -> tuple[str, str]:

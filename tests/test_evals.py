@@ -9,10 +9,10 @@ from fitting import config
 from tiny import lora, policy, random_pairs, slow_logps
 
 from spo_lightning import policies
+from spo_lightning.answers import Decoding, answers
 from spo_lightning.data.slips import slips
 from spo_lightning.evals import shown, text_numbers, win_rate
 from spo_lightning.progress import silent
-from spo_lightning.sample import Decoding, answers
 from spo_lightning.text_metrics import ExactMatch, Rouge
 from spo_lightning.train import train
 

@@ -27,7 +27,7 @@ ROOMS = (
         "loggers",
         "observation",
         "module",
-        "sample",
+        "answers",
         "evals",
         "ches",
         "feed",
@@ -35,7 +35,8 @@ ROOMS = (
         "sft",
     ),
     *("shards", "tokens", "reference", "knobs", "pairing", "prepare", "fit"),
-    *("report", "sweep", "command", "train", "eval", "inspect", "bench"),
+    *("sampling", "report", "sweep", "command"),
+    *("train", "eval", "inspect", "sample", "bench"),
 )
 # what the rooms that know least may import besides themselves
 NARROW = {
@@ -54,7 +55,16 @@ NARROW = {
     "sweep": {"errors", "rundir", "progress", "prepare", "fit"},  # the last two: imported early
 }
 COMMANDS = (
-    *("train", "eval", "inspect", "bench.__main__", "command", "knobs", "report.__main__"),
+    *(
+        "train",
+        "eval",
+        "inspect",
+        "sample",
+        "bench.__main__",
+        "command",
+        "knobs",
+        "report.__main__",
+    ),
 )
 HEAVY = {"torch", "lightning", "transformers", "datasets"}
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines
