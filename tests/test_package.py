@@ -112,6 +112,12 @@ def test_wheel_trains_and_reports(installed, elsewhere):
     assert "nll/chosen" in run(installed / "spo-report", "one", cwd=elsewhere)
 
 
+def test_wheel_knows_the_questions_by_name(installed, elsewhere):
+    asked = ("--config-name", "beta_by_weight", "--cfg", "hydra", "-p", "hydra.sweep.dir")
+    told = run(installed / "spo-train", *asked, cwd=elsewhere)
+    assert told.strip() == "outputs/beta_by_weight"
+
+
 def test_wheel_inspects(installed, elsewhere):
     shown = run(installed / "spo-inspect", "data=slips", cwd=elsewhere)
     assert "chosen" in shown
