@@ -60,6 +60,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "prompts.max_rows": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "sweep.parallel": (lambda v: v >= 1, "at least 1"),
+    "sweep.table": (lambda v: v is None or isinstance(v, str), "the path of a csv file"),
     "sweep.resume": (lambda v: v is None or isinstance(v, str), "the directory of a sweep"),
     "ckpt_path": (lambda v: v is None or isinstance(v, str), "last, or the path of a checkpoint"),
     "model.lora.rank": (lambda v: v >= 0, "at least 0"),

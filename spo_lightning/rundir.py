@@ -106,7 +106,7 @@ class RunDir:
             "started": _now(),
             "updated": _now(),
             "version": __version__,
-            "git": _commit(),
+            "git": commit(),
         }
         self.note_status()
 
@@ -256,7 +256,7 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The package's git commit, where it runs from a checkout."""
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():

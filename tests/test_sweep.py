@@ -1,5 +1,6 @@
 """Sweeps as a user runs them: jobs that fail, die, stop and go on; what is recorded and said."""
 
+import csv
 import json
 import os
 import resource
@@ -168,6 +169,27 @@ def test_questions_are_found_by_name(tmp_path):
         tmp_path, "--config-name", "two_axes", "--cfg", "hydra", "-p", "hydra.sweep.dir"
     )
     assert done.code == 0 and done.out.strip() == "outputs/two_axes"
+
+
+def test_a_table_is_made_in_pieces(tmp_path, cache):
+    """What has its row is left out, whatever names no number; what changes one has another row."""
+    words = ("-m", *SMALL, cache, "loss=dpo", "max_steps=1", "sweep.table=docs/table.csv")
+    done = command(tmp_path, *words, "seed=0,1", "hydra.sweep.dir=a")
+    assert done.code == 0, done.err
+    done = command(tmp_path, *words, "seed=1,2", "hydra.sweep.dir=b", "log.every_n_steps=7")
+    assert done.code == 0 and "2 jobs, 1 of them finished before" in done.out
+    assert not (tmp_path / "b/0").exists() and (tmp_path / "b/1/metrics.json").exists()
+    with (tmp_path / "docs/table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["words"].split()[-1] for row in rows] == ["seed=0", "seed=1", "seed=2"]
+    final = json.loads((tmp_path / "a/1/metrics.json").read_text())["final"]
+    for name in ("exact_match", "displacement/chosen"):
+        assert float(rows[1][f"final/{name}"]) == final[name]
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == {"table.csv"}
+    assert record(tmp_path, "b")[0]["numbers"]["final"]["exact_match"] == final["exact_match"]
+    (tmp_path / "docs/table.csv").write_text("a,b\n1,2\n")
+    done = command(tmp_path, *words, "seed=0,1", "hydra.sweep.dir=c")
+    assert done.code == 2 and "not a table of jobs" in done.err and done.err.count("\n") == 1
 
 
 @pytest.mark.slow

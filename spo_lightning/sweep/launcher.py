@@ -25,9 +25,10 @@ from omegaconf import OmegaConf, open_dict
 
 from spo_lightning.errors import STOPPED, Interrupted, UserError, is_bug, verdict
 from spo_lightning.progress import Stop
-from spo_lightning.rundir import finished_numbers, words_without_secrets
+from spo_lightning.rundir import commit, finished_numbers, words_without_secrets
 from spo_lightning.sweep import board, jobs
 from spo_lightning.sweep.jobs import Job, Sweep
+from spo_lightning.sweep.table import Table, name_of
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +51,12 @@ class Processes:
 
     sweeps: ClassVar[list[Sweep]] = []  # of this process, for the command that ends it
 
-    def __init__(self, parallel: int, resume: str | None):
+    def __init__(self, parallel: int, resume: str | None, table: str | None):
         if not isinstance(parallel, int) or parallel < 1:
             raise UserError(f"sweep.parallel={parallel}: it must be at least 1")
         self.parallel, self.resume = parallel, resume
+        self.table = None if table is None else Table(Path(table))
+        self.names: dict[int, str] = {}  # of the jobs' rows in the table
         self.sweep: Sweep | None = None
 
     def setup(self, hydra_context: Any, task_function: Any, config: Any) -> None:
@@ -75,7 +78,7 @@ class Processes:
             self.sweep.jobs.append(job)
         mine = self.sweep.jobs[-len(job_overrides) :]
         self._refuse_shared()
-        earlier = {job.number: job.path for job in mine if self._has_finished(job)}
+        earlier = [job for job in mine if self._has_finished(job, composed[job.number])]
         self.sweep.write()
         log.info(
             "%d job%s%s, %d at a time, in %s",
@@ -142,9 +145,12 @@ class Processes:
                     f"directory, {job.directory}: let hydra.sweep.subdir name what they differ in"
                 )
 
-    def _has_finished(self, job: Job) -> bool:
-        """Whether an earlier try of this sweep did the job."""
+    def _has_finished(self, job: Job, config: Any) -> bool:
+        """Whether an earlier try of this sweep did the job, or the table has its row."""
         numbers = finished_numbers(job.path) if self.resume else None
+        if self.table is not None:
+            self.names[job.number] = name_of(config)
+            numbers = numbers or self.table.numbers(self.names[job.number])
         if numbers is None:
             return False
         job.ended(jobs.FINISHED, None, numbers)
@@ -170,7 +176,7 @@ class Processes:
                     for one in [one for one in running if one.process.exitcode is not None]:
                         running.remove(one)
                         returned[one.job.number] = _ended(one)
-                        self.sweep.write()
+                        self._noted(one.job)
                     look()
         finally:
             for number, handler in handlers.items():
@@ -182,6 +188,12 @@ class Processes:
                 + str(self.sweep.directory)
             )
         return returned
+
+    def _noted(self, job: Job) -> None:
+        assert self.sweep is not None
+        self.sweep.write()
+        if self.table is not None and job.state == jobs.FINISHED:
+            self.table.add(self.names[job.number], job, commit())
 
     def _start(self, job: Job, config: Any) -> Running:
         heard, said = multiprocessing.Pipe(duplex=False)

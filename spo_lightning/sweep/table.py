@@ -1,0 +1,87 @@
+"""A csv that is made in pieces: a row per finished job, by the hash of what decides its numbers.
+
+A sweep with ``sweep.table=FILE`` leaves out jobs whose row is there, and adds those it finishes.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from spo_lightning.errors import UserError
+from spo_lightning.rundir import write_text
+from spo_lightning.sweep.jobs import Job
+
+# keys of a job's configuration that change none of its numbers
+IDLE = ("hydra", "sweep", "log", "logger", "hardware", "cache", "checkpoint", "ckpt_path")
+NUMBERS = (
+    *("exact_match", "win_rate", "nll/chosen", "displacement/rate", "displacement/chosen"),
+    *("preference/accuracy", "rewards/margins"),
+)
+WHEN = ("init", "final")
+HEAD = (
+    *("config", "words", "seconds", "commit"),
+    *(f"{when}/{name}" for when in WHEN for name in NUMBERS),
+)
+
+
+def name_of(config: Any) -> str:
+    """The hash of a composed job."""
+    plain: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    kept = {key: value for key, value in plain.items() if key not in IDLE}
+    text = json.dumps(OmegaConf.to_container(OmegaConf.create(kept), resolve=True), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Table:
+    """The rows of the file, by hash."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows = self._read()
+
+    def _read(self) -> dict[str, dict[str, str]]:
+        if not self.path.exists():
+            return {}
+        with self.path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != HEAD:
+                wanted = f"not a table of jobs: it does not begin with {HEAD[0]},{HEAD[1]}"
+                raise UserError(f"{self.path}: {wanted}: take another sweep.table")
+            return {row["config"]: row for row in reader}
+
+    def numbers(self, name: str) -> dict[str, dict[str, float]] | None:
+        """init and final of a job that is there."""
+        row = self.rows.get(name)
+        if row is None:
+            return None
+        return {
+            when: {n: float(row[f"{when}/{n}"]) for n in NUMBERS if row[f"{when}/{n}"]}
+            for when in WHEN
+        }
+
+    def add(self, name: str, job: Job, commit: str | None) -> None:
+        """One row more; written anew beside and renamed, and no other sweep's row is lost."""
+        from filelock import FileLock
+
+        row: dict[str, Any] = {
+            "config": name,
+            "words": " ".join(job.words),
+            "seconds": round(job.seconds),
+            "commit": commit,
+        }
+        for when in WHEN:
+            row |= {f"{when}/{n}": job.numbers.get(when, {}).get(n) for n in NUMBERS}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):
+            self.rows = self._read() | {name: row}
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, HEAD, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows.values())
+            write_text(self.path, text.getvalue())
+        Path(f"{self.path}.lock").unlink(missing_ok=True)
