@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.errors import STOPPED, UserError, is_bug, verdict
+from spo_lightning.errors import STOPPED, UserError, chain, is_bug, verdict
 
 HERE = Path(__file__).resolve().parent
 # the wheel's copy first: beside an installed package a stranger's conf may lie
@@ -102,6 +102,21 @@ def _whole(job: Callable[[], Any], failures: list[BaseException], failed_jobs: l
             f"job {one.number} ({sweep.varying(one)}) {one.state}: {one.error}"
             for one in sweep.failed
         ]
+
+
+def built(node: Any) -> Any:
+    """What the node describes; what a constructor refuses is the user's error, in one line."""
+    import hydra.utils
+    from hydra.errors import InstantiationException
+
+    try:
+        return hydra.utils.instantiate(node)
+    except InstantiationException as error:
+        *_, cause = chain(error)
+        if isinstance(cause, ModuleNotFoundError):
+            missing = f"{node['_target_']} needs {cause.name}: pip install {cause.name}"
+            raise UserError(missing) from error
+        raise UserError(str(cause).splitlines()[0]) from error
 
 
 def one_line(error: BaseException) -> str:

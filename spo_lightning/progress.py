@@ -18,6 +18,7 @@ from spo_lightning.errors import Interrupted
 log = logging.getLogger(__name__)
 
 QUIET_SECONDS = 10.0  # between plain lines where there is no terminal
+ONCE_SECONDS = 1.0  # within which a signal that comes again, to a whole tree of processes, is one
 
 
 class Stop:
@@ -25,15 +26,18 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._came = 0.0
 
     def install(self) -> dict[int, Any]:
         """Take the two signals over; returns the handlers that were there."""
         return {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: Any) -> None:
+        if number == self.signal and time.monotonic() - self._came < ONCE_SECONDS:
+            return
         if self.signal is not None:
             os._exit(128 + number)
-        self.signal = number
+        self.signal, self._came = number, time.monotonic()
         for child in multiprocessing.active_children():  # the ranks of a ddp run
             if child.pid and number == signal.SIGTERM:
                 os.kill(child.pid, number)

@@ -16,6 +16,7 @@ from spo_lightning import __version__
 from spo_lightning.errors import UserError
 
 SECRET = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
+INSIDE = re.compile(r"(api_?key|token|secret|password)['\"]?\s*[:=]", re.IGNORECASE)
 REMOVED = "<removed>"
 CHOICES = "# choices: "  # opens config.yaml; the groups' options, as json
 STATUS_SECONDS = 1.0  # between writes of status.json within a stage
@@ -43,7 +44,9 @@ def words_without_secrets(words: Sequence[str]) -> list[str]:
     for word in words:
         key, equals, value = word.partition("=")
         last = key.rpartition(".")[2]
-        found.append(f"{key}{equals}{without_secrets({last: value})[last]}" if equals else word)
+        inside = INSIDE.search(value)  # of a value that is settings itself
+        value = REMOVED if inside else without_secrets({last: value})[last]
+        found.append(f"{key}{equals}{value}" if equals else word)
     return found
 
 
@@ -241,15 +244,17 @@ def _leaves(tree: Any, prefix: str) -> dict[str, Any]:
 
 
 def finished_numbers(directory: Path) -> dict[str, Any] | None:
-    """metrics.json of a run that ended as it should, None of any other."""
+    """metrics.json, or a study's numbers.json, of a run that ended as it should; else None."""
+
+    def read(name: str) -> Any:
+        return json.loads((directory / name).read_text(encoding="utf-8"))
+
     try:
-        status, numbers = (
-            json.loads((directory / name).read_text(encoding="utf-8"))
-            for name in ("status.json", "metrics.json")
-        )
-    except (OSError, ValueError):
+        if read("status.json")["state"] != "finished":
+            return None
+        return read("metrics.json" if (directory / "metrics.json").exists() else "numbers.json")
+    except (OSError, ValueError, KeyError):
         return None
-    return numbers if status.get("state") == "finished" else None
 
 
 def _now() -> str:

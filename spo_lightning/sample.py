@@ -22,8 +22,9 @@ def main() -> None:
 def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, int]:
     """Draw answers, score them, write the pairs; counts of prompts, samples and pairs."""
     knobs.check(cfg, line)
-    import hydra.utils
-
+    refuse_output(cfg)
+    strategy = called(cfg.strategy, "strategy")
+    judging = called(cfg.judge, "judge")
     from spo_lightning import prepare
     from spo_lightning.data.load import load
     from spo_lightning.progress import Stages, Stop
@@ -47,9 +48,37 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, int]:
         cfg.eval.batch_size,
         cfg.max_length,
     )
-    judge = hydra.utils.instantiate(cfg.judge)(asked)
-    record = draw(cfg, policy, rows, judge, stages)
-    return written(cfg, record, len(rows))
+    record = draw(cfg, policy, rows, judging(asked), stages)
+    return written(cfg, record, len(rows), strategy)
+
+
+def refuse_output(cfg: Any) -> None:
+    """Only pairs of an earlier try of this command are ever written over."""
+    from spo_lightning.errors import UserError
+
+    output = Path(cfg.output) if cfg.output else Path(".")
+    if output.is_dir():
+        raise UserError(f"output={cfg.output}: name a file, as in output=pairs.jsonl")
+    if output.exists() and not record_of(output).exists():
+        raise UserError(f"output={output}: there is a file, and not of this command: name another")
+
+
+def record_of(output: Path) -> Path:
+    return output.with_suffix(".samples.jsonl")
+
+
+def called(node: Any, where: str) -> Any:
+    """A judge or strategy, its keys checked before anything slow."""
+    import inspect
+
+    from spo_lightning.errors import UserError
+
+    made = command.built(node)
+    try:
+        inspect.signature(made.func).bind_partial(**made.keywords)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}; see conf/{where} for its keys") from error
+    return made
 
 
 def prompts(cfg: Any, task: Any) -> list[dict]:
@@ -57,6 +86,8 @@ def prompts(cfg: Any, task: Any) -> list[dict]:
     from spo_lightning.data import rows as data
     from spo_lightning.errors import UserError
 
+    if task.chunks is not None:
+        raise UserError("data.stream=true reads a part of the prompts: leave it out")
     if cfg.prompts.path is None:
         found = task.train
     else:
@@ -65,8 +96,13 @@ def prompts(cfg: Any, task: Any) -> list[dict]:
     for number, row in enumerate(found, 1):
         if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
             raise UserError(f"{cfg.prompts.path}, row {number}: no 'prompt': add one")
-    found = [{key: row[key] for key in kept if row.get(key) is not None} for row in found]
-    return found[: cfg.prompts.max_rows]
+    distinct: dict[str, dict] = {}
+    for row in found:
+        plain = {key: row[key] for key in kept if row.get(key) is not None}
+        distinct.setdefault(data.prompt_key(row["prompt"]), plain)
+    if len(distinct) < len(found):
+        log.info("%d prompts, each once, in %d rows", len(distinct), len(found))
+    return list(distinct.values())[: cfg.prompts.max_rows]
 
 
 def parts_of(rows: Sequence[dict], size: int) -> list[list[int]]:
@@ -86,7 +122,7 @@ def draw(cfg: Any, policy: Any, rows: Sequence[dict], judge: Any, stages: Any) -
 
     output, each = Path(cfg.output), cfg.samples
     parts = parts_of(rows, max(1, cfg.eval.batch_size // each))
-    record = Record(output.with_suffix(".samples.jsonl"), settings(cfg, policy, rows), parts)
+    record = Record(record_of(output), settings(cfg, policy, rows), parts)
     done = record.begin()
     held = sum(map(len, parts[:done]))
     if held:
@@ -131,7 +167,10 @@ def settings(cfg: Any, policy: Any, rows: Sequence[dict]) -> dict[str, Any]:
         "weights": sft.key(policy, (), {}),
         "prompts": hashlib.sha256(asked).hexdigest()[:16],
         "judge": OmegaConf.to_container(cfg.judge, resolve=True),
+        "data": OmegaConf.to_container(cfg.data, resolve=True),
         "batch_size": cfg.eval.batch_size,
+        "max_length": cfg.max_length,
+        "precision": cfg.hardware.precision,
     }
 
 
@@ -148,12 +187,12 @@ def provenance(cfg: Any) -> dict[str, Any]:
     }
 
 
-def written(cfg: Any, record: Any, count: int) -> dict[str, int]:
+def written(cfg: Any, record: Any, count: int, strategy: Any) -> dict[str, int]:
     """The pairs that the strategy chooses, in the prompts' order, as one file."""
     from spo_lightning.rundir import write_text
 
     drawn = sorted(record.read(), key=lambda one: one["number"])
-    pairs = list(chosen(cfg, drawn))
+    pairs = list(chosen(cfg, drawn, strategy))
     output = Path(cfg.output)
     write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs))
     counts = {"prompts": count, "samples": cfg.samples * count, "pairs": len(pairs)}
@@ -163,14 +202,12 @@ def written(cfg: Any, record: Any, count: int) -> dict[str, int]:
     return counts
 
 
-def chosen(cfg: Any, drawn: Sequence[dict]) -> Iterator[dict[str, Any]]:
+def chosen(cfg: Any, drawn: Sequence[dict], strategy: Any) -> Iterator[dict[str, Any]]:
     """Rows of the standard format, with their scores and where they come from.
 
     Without the answer, which stands for the whole text in pairs that are given as a file.
     """
-    import hydra.utils
-
-    strategy, source = hydra.utils.instantiate(cfg.strategy), provenance(cfg)
+    source = provenance(cfg)
     for one in drawn:
         texts, scores = one["samples"], one["scores"]
         chance = random.Random(f"{cfg.seed}/{one['number']}")

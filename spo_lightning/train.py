@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning import command, knobs
-from spo_lightning.errors import chain, verdict
+from spo_lightning.errors import verdict
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -82,7 +82,7 @@ def train(
 
 def studied(cfg: "DictConfig", run: Any, stages: Any) -> dict[str, Any]:
     """An experiment without a language model: its numbers, then what its report makes of them."""
-    study = built(cfg.study)
+    study = command.built(cfg.study)
     log.info("Run directory: %s", run.path)
     run.note_status(max_steps=study.total)
     with stages.stage("training", study.total) as advance:
@@ -92,23 +92,6 @@ def studied(cfg: "DictConfig", run: Any, stages: Any) -> dict[str, Any]:
         log.info("Written: %s", path)
     run.checkpoints.rmdir()  # a study has none
     return numbers
-
-
-def built(node: Any) -> Any:
-    """What the node describes; what a constructor refuses is the user's error, in one line."""
-    import hydra.utils
-    from hydra.errors import InstantiationException
-
-    from spo_lightning.errors import UserError
-
-    try:
-        return hydra.utils.instantiate(node)
-    except InstantiationException as error:
-        *_, cause = chain(error)
-        if isinstance(cause, ModuleNotFoundError):
-            missing = f"{node['_target_']} needs {cause.name}: pip install {cause.name}"
-            raise UserError(missing) from error
-        raise UserError(str(cause).splitlines()[0]) from error
 
 
 class Run:
@@ -170,11 +153,12 @@ class Run:
 
         from spo_lightning.errors import UserError
 
-        built({"_target_": self.cfg.optimizer._target_, "_partial_": True})  # is it installed?
+        # is it installed?
+        command.built({"_target_": self.cfg.optimizer._target_, "_partial_": True})
         try:
             node: Any = OmegaConf.to_container(self.cfg.loss, resolve=True)
             node.pop("unit")
-            loss, solver = built(node), built(self.cfg.solver)
+            loss, solver = command.built(node), command.built(self.cfg.solver)
             # a partial takes any keyword until it is called, and that is after the warm start
             inspect.signature(loss.func).bind_partial(**loss.keywords)
             return loss, solver

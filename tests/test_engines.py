@@ -36,6 +36,8 @@ def test_optuna_searches_and_goes_on(tmp_path, cache):
     assert f"best_value: {best}" in (first / "optimization_results.yaml").read_text()
     done = command(tmp_path, *words, "hydra.sweeper.n_trials=2", timeout=300)
     assert done.code == 0 and "Using an existing study" in done.out + done.err
+    done = command(tmp_path, *words, f"sweep.resume={first}", timeout=300)
+    assert done.code == 2 and "sweep.resume goes on with a grid" in done.err
 
 
 def test_the_submission_that_slurm_gets(tmp_path):

@@ -34,7 +34,7 @@ ROOMS = (
         "callbacks",
         "sft",
     ),
-    *("shards", "tokens", "reference", "knobs", "pairing", "prepare", "fit"),
+    *("shards", "tokens", "reference", "ranges", "knobs", "pairing", "prepare", "fit"),
     *("sampling", "report", "sweep", "command"),
     *("train", "eval", "inspect", "sample", "bench"),
 )

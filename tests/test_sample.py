@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SMALL, command, end, start
+from omegaconf import OmegaConf
 from tiny import policy, slow_logps
 
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import prompt_ids
+from spo_lightning.data.rows import Task
 from spo_lightning.errors import UserError
 from spo_lightning.prepare import precision_of
 from spo_lightning.progress import silent
-from spo_lightning.sample import as_asked, parts_of
+from spo_lightning.sample import as_asked, parts_of, prompts
 from spo_lightning.sampling import judges, strategies
 from spo_lightning.sampling.record import Record
 
@@ -42,6 +44,10 @@ def wordy(row, text):
     return "good"
 
 
+def nowhere(row, text):
+    return float("nan")
+
+
 ROWS = [{"prompt": "1+1=?", "answer": "2"}, {"prompt": "1+2=?", "answer": "3"}, {"prompt": "x"}]
 
 
@@ -61,8 +67,9 @@ def test_a_function_judges():
     for path in ("nosuch.name", f"{__name__}.nosuch", "name"):
         with pytest.raises(UserError, match="name module.function"):
             judges.function(asked(), path=path)
-    with pytest.raises(UserError, match="returned str"):
-        judges.function(asked(), path=f"{__name__}.wordy")(ROWS, ["a"] * 3)
+    for name in ("wordy", "nowhere"):
+        with pytest.raises(UserError, match="returned .*: a finite number"):
+            judges.function(asked(), path=f"{__name__}.{name}")(ROWS, ["a"] * 3)
 
 
 @pytest.mark.parametrize("model, seed", [(None, 0), ("another", 1)])
@@ -111,18 +118,25 @@ def test_the_record_goes_on_after_whole_parts(tmp_path):
     whole = path.read_bytes()
     for cut in range(1, len(whole) - len(record.head) + 1):  # a kill in any place
         path.write_bytes(whole[:-cut])
+        record.file.close()
         done = record.begin()
         assert done == (1 if len(whole) - cut >= whole.index(b'{"number": 2') else 0)
         assert [one["number"] for one in record.read()] == [0, 1][: 2 * done]
+    record.file.close()
     path.write_bytes(whole)
     assert record.begin() == 2
     record.append(lines[4:])
+    record.file.close()
     assert record.begin() == 3 and list(record.read()) == lines
+    with pytest.raises(UserError, match="another command draws into it"):
+        Record(path, {"seed": 0}, parts).begin()
+    record.file.close()
     with pytest.raises(UserError, match="seed is 0 there and 1 here"):
         Record(path, {"seed": 1}, parts).begin()
+    assert Record(path, {"seed": 0.0}, parts).begin() == 3  # the same, written otherwise
     path.write_text("{}\n")
     with pytest.raises(UserError, match="not a record of samples"):
-        record.begin()
+        Record(path, {"seed": 0}, parts).begin()
 
 
 def test_parts_and_turns():
@@ -175,9 +189,31 @@ def test_killed_and_gone_on_with(tmp_path, cache):
         (("top_p=0",), "top_p=0: it must be above 0"),
         (("judge=function",), "judge.path has no default"),
         (("prompts.path=absent.jsonl",), "absent.jsonl: no such file"),
+        (("+strategy.foo=1",), "strategy: "),
+        (("strategy=all_pairs", "strategy.most=0"), "strategy.most=0: it must be at least 1"),
+        (("output=",), "name a file, as in output=pairs.jsonl"),
     ],
 )
 def test_refused_in_one_line(tmp_path, words, says):
     done = command(tmp_path, *words, module=MODULE)
     assert done.code == 2 and says in done.err and done.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_yours_is_not_written_over(tmp_path):
+    row = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / "pairs.jsonl").write_text(row)
+    done = command(tmp_path, "data=pairs", "data.path=pairs.jsonl", module=MODULE)
+    assert done.code == 2 and "there is a file, and not of this command" in done.err
+    assert (tmp_path / "pairs.jsonl").read_text() == row
+
+
+def test_a_prompt_of_many_rows_is_answered_once():
+    cfg = OmegaConf.create({"prompts": {"path": None, "max_rows": 2}})
+    rows = [{"prompt": p, "chosen": "x", "answer": "1"} for p in "abac"]
+    assert prompts(cfg, Task(train=rows, held_out=[])) == [
+        {"prompt": "a", "answer": "1"},
+        {"prompt": "b", "answer": "1"},
+    ]
+    with pytest.raises(UserError, match="data.stream=true"):
+        prompts(cfg, Task(train=rows, held_out=[], chunks=lambda start: iter(())))

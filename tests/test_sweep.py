@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, command, end, start
 
+from spo_lightning import knobs
 from spo_lightning.errors import UserError
-from spo_lightning.sweep import again, board, jobs
+from spo_lightning.sweep import again, board, jobs, launcher
 from spo_lightning.sweep.jobs import Job, Sweep
 from spo_lightning.sweep.objective import score
 
@@ -158,6 +159,61 @@ def test_a_directory_holds_one_sweep(tmp_path):
     assert command(tmp_path, *words).code == 3
     done = command(tmp_path, *words)
     assert done.code == 2 and "holds a sweep: go on with sweep.resume=" in done.err
+    # the numbers of one job are not another's
+    done = command(tmp_path, "sweep.resume=sweep", "seed=-1,-3")
+    assert done.code == 2 and "is another one than it was (seed=-2 seed=-3)" in done.err
+
+
+def test_a_sweep_that_runs_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "PATIENCE_SECONDS", 0.5)
+    held = launcher.alone(tmp_path)
+    with pytest.raises(UserError, match="a sweep is running there"):
+        launcher.alone(tmp_path)
+    child = os.fork()
+    if not child:  # a job whose sweep was killed
+        time.sleep(0.3)
+        os._exit(0)
+    held.close()
+    began = time.monotonic()
+    launcher.alone(tmp_path).close()
+    assert time.monotonic() - began > 0.1
+    os.waitpid(child, 0)
+
+
+def test_a_stopped_job_fails_its_sweep(tmp_path, cache):
+    """As by a daemon that guards the memory."""
+    process = start(tmp_path, "-m", *SMALL, cache, *LONG, "seed=0,1")
+    os.kill(training(process, tmp_path / "sweep/0", 10), signal.SIGTERM)
+    done = end(process)
+    assert done.code == 3 and "stopped by SIGTERM" in done.err
+    assert states(tmp_path) == ["interrupted", "finished"]
+
+
+def test_a_whole_tree_is_stopped_once(tmp_path, cache):
+    process = start(tmp_path, "-m", *SMALL, cache, *LONG, "seed=0,1")
+    job = training(process, tmp_path / "sweep/0", 10)
+    for pid in (job, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    done = end(process)
+    assert done.code == 143 and states(tmp_path) == ["interrupted", "waiting"]
+    assert (tmp_path / "sweep/0/checkpoints/last.ckpt").exists()
+
+
+def test_studies_are_swept_and_gone_on_with(tmp_path):
+    words = ("-m", "experiment=solvers_on_a_quadratic", "sweep.parallel=2", "seed=0,1")
+    done = command(tmp_path, *words, "hydra.sweep.dir=sweep")
+    assert done.code == 0, done.err
+    done = command(tmp_path, "sweep.resume=sweep")
+    assert done.code == 0 and "2 of them finished before" in done.out
+
+
+def test_a_path_of_any_letters():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create()
+    for name in ("/a/b.c", "/a b/=c", "/it's", "/a,b", "/back\\slash", "/é[1]"):
+        (found,) = parser.parse_overrides([f"sweep.resume={again.quoted(Path(name))}"])
+        assert found.value() == name and not found.is_sweep_override()
 
 
 def test_questions_are_found_by_name(tmp_path):
@@ -185,7 +241,8 @@ def test_a_table_is_made_in_pieces(tmp_path, cache):
     final = json.loads((tmp_path / "a/1/metrics.json").read_text())["final"]
     for name in ("exact_match", "displacement/chosen"):
         assert float(rows[1][f"final/{name}"]) == final[name]
-    assert {path.name for path in (tmp_path / "docs").iterdir()} == {"table.csv"}
+    names = {path.name for path in (tmp_path / "docs").iterdir()}
+    assert names == {"table.csv", ".table.csv.lock"}
     assert record(tmp_path, "b")[0]["numbers"]["final"]["exact_match"] == final["exact_match"]
     (tmp_path / "docs/table.csv").write_text("a,b\n1,2\n")
     done = command(tmp_path, *words, "seed=0,1", "hydra.sweep.dir=c")
@@ -245,6 +302,8 @@ def test_what_a_search_maximises():
     assert score(numbers, **rule) == 0.8
     assert score(numbers, **rule | {"within": 0.01}) == pytest.approx(-0.005)  # .885 - .89
     assert score(numbers, **rule | {"keep": None}) == 0.8
+    assert knobs.RANGES["sweep.objective"][0](rule)
+    assert not knobs.RANGES["sweep.objective"][0]({"maximise": "win_rate"})
     with pytest.raises(UserError, match="names rouge1"):
         score(numbers, **rule | {"maximise": "rouge1"})
 
@@ -266,13 +325,16 @@ def test_the_words_that_go_on(tmp_path, monkeypatch, capsys):
     assert "Going on with: -m seed=0,1 sweep.parallel=2" in capsys.readouterr().out
 
 
-def test_a_secret_word_is_asked_for_again(tmp_path):
-    Sweep(tmp_path, ["-m", "logger.wandb.api_key=abcdefgh"], "/").write()
+def test_a_secret_word_is_asked_for_again(tmp_path, capsys):
+    inside = "+logger.x={api_key: abcdefgh, mode: a}"
+    Sweep(tmp_path, ["-m", "logger.wandb.api_key=abcdefgh", inside], "/").write()
     assert "abcdefgh" not in (tmp_path / "sweep.json").read_text()
+    Sweep(tmp_path, ["-m", "logger.wandb.api_key=abcdefgh"], "/").write()
     with pytest.raises(UserError, match="give it again"):
         again.words([f"sweep.resume={tmp_path}"])
     key = "logger.wandb.api_key=12345678"
     assert key in again.words([f"sweep.resume={tmp_path}", key])
+    assert "12345678" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"jobs": [{"number": 1}]}'])

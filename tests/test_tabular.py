@@ -12,13 +12,14 @@ from conftest import command
 from fitting import config
 
 from spo_lightning import losses
+from spo_lightning.command import built
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.knobs import Given, check
 from spo_lightning.solvers.none import NoLower
 from spo_lightning.tabular import theory
 from spo_lightning.tabular.descent import Method, apart, descend, pairs, pulls
 from spo_lightning.tabular.policies import LogLinear, draw, similar, tabular
-from spo_lightning.train import built, train
+from spo_lightning.train import train
 
 EXPERIMENT = "experiment=probability_evolution"
 SMALL = ("study.starts=12", "study.steps=30", "study.theory_steps=5")

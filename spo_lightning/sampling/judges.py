@@ -4,6 +4,7 @@ A new judge is a function here that takes ``Asked`` and its own keys, and a yaml
 """
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -64,9 +65,10 @@ def function(asked: Asked, *, path: str) -> Judge:
 
 
 def _number(found: Any, path: str) -> float | None:
-    if found is not None and not isinstance(found, (int, float)):
-        kind = type(found).__name__
-        raise UserError(f"judge.path={path} returned {kind}: a number, or None, is wanted")
+    if found is not None and not (isinstance(found, (int, float)) and math.isfinite(found)):
+        raise UserError(
+            f"judge.path={path} returned {found!r}: a finite number, or None, is wanted"
+        )
     return None if found is None else float(found)
 
 

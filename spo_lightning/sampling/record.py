@@ -1,5 +1,6 @@
 """Every prompt's answers and scores, kept as they are drawn: a run that was stopped goes on."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,43 +23,56 @@ class Record:
         self.head = json.dumps({"settings": settings}, sort_keys=True) + "\n"
 
     def begin(self) -> int:
-        """How many parts the file holds; refuses one of other settings."""
-        if not self.path.exists() or not self.path.stat().st_size:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(self.head, encoding="utf-8")
+        """How many parts the file holds; refuses one of other settings, or that is being written.
+
+        What is beyond its whole parts is cut off.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("a+b")  # its lock is held for as long as it is open
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told = "another command draws into it: wait for it, or take another output"
+            raise UserError(f"{self.path}: {told}") from None
+        self.file.seek(0)
+        head = self.file.readline()
+        if not head.endswith(b"\n"):  # new, or killed at once
+            self.file.truncate(0)
+            self._write(self.head)
             return 0
-        with self.path.open("r+b") as file:
-            head = file.readline()
-            if head.decode("utf-8", "replace") != self.head:
-                raise UserError(self._differs(head))
-            done, lines, place, end = 0, 0, len(head), len(head)
-            for line in file:
-                if not line.endswith(b"\n") or done == len(self.parts):
-                    break
-                place, lines = place + len(line), lines + 1
-                if lines == len(self.parts[done]):
-                    done, lines, end = done + 1, 0, place
-            file.truncate(end)
+        self._refuse_other(head)
+        done, lines, place, end = 0, 0, len(head), len(head)
+        for line in self.file:
+            if not line.endswith(b"\n") or done == len(self.parts):
+                break
+            place, lines = place + len(line), lines + 1
+            if lines == len(self.parts[done]):
+                done, lines, end = done + 1, 0, place
+        self.file.truncate(end)
         return done
 
-    def _differs(self, head: bytes) -> str:
+    def _write(self, text: str) -> None:
+        self.file.write(text.encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def _refuse_other(self, head: bytes) -> None:
+        mine = json.loads(self.head)["settings"]
         try:
             theirs = json.loads(head)["settings"]
-            mine = json.loads(self.head)["settings"]
-        except (ValueError, KeyError, TypeError):
-            return f"{self.path}: not a record of samples: take another output"
-        key = next(k for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k))
-        return (
-            f"{self.path} holds samples of other settings ({key} is {theirs.get(key)!r} there and "
-            f"{mine.get(key)!r} here): take another output, or remove it"
-        )
+            differ = [k for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)]
+        except (ValueError, KeyError, TypeError) as error:
+            told = f"{self.path}: not a record of samples: take another output"
+            raise UserError(told) from error
+        for key in differ:
+            raise UserError(
+                f"{self.path} holds samples of other settings ({key} is {theirs.get(key)!r} there "
+                f"and {mine.get(key)!r} here): take another output, or remove it"
+            )
 
     def append(self, rows: Sequence[Drawn]) -> None:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        """The next part, whole."""
+        self._write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def read(self) -> Iterator[Drawn]:
         with self.path.open(encoding="utf-8") as file:

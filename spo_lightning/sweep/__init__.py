@@ -1,9 +1,9 @@
 """Many runs from one command: each in a process of its own, watched, recorded, gone on with.
 
-``hydra_plugins`` is where Hydra looks and ``launcher`` what it finds: a sweeper's jobs in, how
-each ended out. ``jobs`` holds what is known of a job and writes sweep.json, ``board`` shows it,
-``objective`` makes a run's numbers the one that a search maximises, ``again`` goes on with a sweep
-that did not end.
+``hydra_plugins`` is where Hydra looks and ``launcher`` what it finds: a sweeper's jobs in, a
+``process`` each, how each ended out. ``jobs`` holds what is known of a job and writes sweep.json,
+``board`` shows it, ``table`` keeps rows of many sweeps, ``objective`` makes a run's numbers the
+one that a search maximises, ``again`` goes on with a sweep that did not end.
 """
 
 from pathlib import Path

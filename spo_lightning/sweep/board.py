@@ -14,9 +14,9 @@ ROWS = 12  # jobs that have ended or wait, at most, beside those that run
 
 
 def left(jobs: Sequence[Job], parallel: int) -> float | None:
-    """Seconds until all have ended, once one has ended; as if the rest took as long."""
+    """Seconds until all have ended, as if each took as long as those that have; None: unknown."""
     took = [job.seconds for job in jobs if job.state not in (WAITING, RUNNING) and job.seconds]
-    if not took:
+    if not took or len(took) == len(jobs):
         return None
     each = sum(took) / len(took)
     rest = sum(
@@ -65,7 +65,9 @@ def shown(sweep: Sweep, parallel: int) -> Iterator[Callable[[], None]]:
 
         yield look
         return
-    with Live(console=console, auto_refresh=False) as live:  # no thread beside those that fork
+    # no thread beside those that fork, and stdout as it is for what is forked
+    how = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
+    with Live(console=console, **how) as live:  # type: ignore[arg-type]
         yield lambda: live.update(_table(sweep, parallel), refresh=True)
 
 

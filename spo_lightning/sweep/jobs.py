@@ -9,7 +9,7 @@ from typing import Any
 
 from spo_lightning import __version__
 from spo_lightning.errors import UserError
-from spo_lightning.rundir import words_without_secrets, write_text
+from spo_lightning.rundir import MAY_DIFFER, words_without_secrets, write_text
 
 RECORD = "sweep.json"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
@@ -33,6 +33,12 @@ class Job:
     @property
     def path(self) -> Path:
         return Path(self.directory)
+
+    @property
+    def meaning(self) -> list[str]:
+        """The words that decide its numbers."""
+        keys = ((word, word.lstrip("+~").partition("=")[0]) for word in self.words)
+        return sorted(word for word, key in keys if key.split(".")[0] not in MAY_DIFFER)
 
     def progress(self) -> tuple[str, float]:
         """Its stage and how much of the training is done, from its status.json."""
@@ -60,7 +66,7 @@ class Sweep:
 
     @property
     def failed(self) -> list[Job]:
-        return [job for job in self.jobs if job.state in (FAILED, DIED)]
+        return [job for job in self.jobs if job.state in (FAILED, DIED, INTERRUPTED)]
 
     def varying(self, job: Job) -> str:
         """The words by which the job differs from the others."""

@@ -4,46 +4,37 @@ The libraries are imported once, before the first job, and nothing is computed h
 that forks must have no thread pool. What ends a job (an error, a kill, memory) leaves the others.
 """
 
+import fcntl
 import logging
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from omegaconf import OmegaConf, open_dict
 
-from spo_lightning.errors import STOPPED, Interrupted, UserError, is_bug, verdict
+from spo_lightning.errors import UserError
 from spo_lightning.progress import Stop
-from spo_lightning.rundir import commit, finished_numbers, words_without_secrets
-from spo_lightning.sweep import board, jobs
+from spo_lightning.rundir import (
+    commit,
+    finished_numbers,
+    remove_secrets,
+    words_without_secrets,
+)
+from spo_lightning.sweep import board, jobs, process
 from spo_lightning.sweep.jobs import Job, Sweep
+from spo_lightning.sweep.objective import score
 from spo_lightning.sweep.table import Table, name_of
 
 log = logging.getLogger(__name__)
 
-OUTPUT = "output.log"  # all that a job's process wrote, tracebacks included
-LOOK_SECONDS = 0.5
-
-
-@dataclass
-class Running:
-    job: Job
-    process: Any
-    heard: Connection
-    began: float
-    before: float  # seconds of earlier tries
-    word: tuple[int, str | None, Any] | None = None  # exit code, its line, what the job returned
+PATIENCE_SECONDS = 20.0  # with jobs of a sweep that was killed, which end after their step
 
 
 class Processes:
@@ -71,6 +62,7 @@ class Processes:
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         if self.sweep is None:
             self.sweep = self._begun()
+            remove_secrets(self.sweep.directory / "multirun.yaml")  # Hydra's
         composed = {}
         for number, words in enumerate(job_overrides, initial_job_idx):
             job, config = self._job(number, list(words))
@@ -88,7 +80,8 @@ class Processes:
             self.parallel,
             self.sweep.directory,
         )
-        returned = self._all([job for job in mine if job.state == jobs.WAITING], composed)
+        returned = {job.number: self._valued(job) for job in earlier}
+        returned |= self._all([job for job in mine if job.state == jobs.WAITING], composed)
         return [
             JobReturn(list(words), status=JobStatus.COMPLETED, _return_value=returned.get(n))
             for n, words in enumerate(job_overrides, initial_job_idx)
@@ -101,6 +94,12 @@ class Processes:
                 f"{directory} holds a sweep: go on with sweep.resume={directory}, or take another "
                 "hydra.sweep.dir"
             )
+        if self.resume and not self.config.hydra.sweeper._target_.endswith("BasicSweeper"):
+            raise UserError(
+                "sweep.resume goes on with a grid; a search goes on when its command is given "
+                "again, with what its study has kept"
+            )
+        self.alone = alone(directory)
         self.earlier = jobs.read(directory)["jobs"] if self.resume else []
         words = [word for word in sys.argv[1:] if not word.startswith("sweep.resume=")]
         sweep = Sweep(directory, words, os.getcwd())
@@ -120,9 +119,11 @@ class Processes:
         said = [word for word in said if not word.startswith("sweep.")]
         job = Job(number, words_without_secrets(said), str(place))
         for old in self.earlier:
-            if (old.words, old.directory) == (job.words, job.directory):
+            if old.directory == job.directory:
+                _refuse_another(job, old)
                 job.seconds = old.seconds
-        if self.resume and (place / "config.yaml").exists():  # it began: it goes on
+        begun = self.resume and (place / "config.yaml").exists()
+        if begun and config.get("study") is None:  # it goes on
             config = self._composed(number, [*words, "ckpt_path=last"])
         return job, config
 
@@ -150,11 +151,20 @@ class Processes:
         numbers = finished_numbers(job.path) if self.resume else None
         if self.table is not None:
             self.names[job.number] = name_of(config)
-            numbers = numbers or self.table.numbers(self.names[job.number])
+            known = self.table.numbers(self.names[job.number])
+            if known is None and numbers is not None:  # killed between its end and its row
+                job.ended(jobs.FINISHED, None, numbers)
+                self.table.add(self.names[job.number], job, commit())
+            numbers = numbers or known
         if numbers is None:
             return False
         job.ended(jobs.FINISHED, None, numbers)
         return True
+
+    def _valued(self, job: Job) -> float | None:
+        """What a job that is not run again returns to its sweeper."""
+        rule = self.config.sweep.objective
+        return None if rule is None else score(job.numbers, **rule)
 
     def _all(self, waiting: Sequence[Job], composed: dict[int, Any]) -> dict[int, Any]:
         """Run them; what each returned, by number. Raises once stopped by a signal."""
@@ -170,12 +180,13 @@ class Processes:
                 while running or (left and stop.signal is None):
                     while left and len(running) < self.parallel and stop.signal is None:
                         job = left.popleft()
-                        running.append(self._start(job, composed[job.number]))
-                    told = told or _told(stop, running)
-                    _hear(running)
+                        work = self._work(composed[job.number])
+                        running.append(process.begun(job, self.parallel, work))
+                    told = told or process.told(stop.signal, running)
+                    process.hear(running)
                     for one in [one for one in running if one.process.exitcode is not None]:
                         running.remove(one)
-                        returned[one.job.number] = _ended(one)
+                        returned[one.job.number] = process.ended(one)
                         self._noted(one.job)
                     look()
         finally:
@@ -183,10 +194,10 @@ class Processes:
                 signal.signal(number, handler)
         if stop.signal is not None:
             self.sweep.write()
-            raise stop.raised(
-                "Go on with: python -m spo_lightning.train sweep.resume="
-                + str(self.sweep.directory)
-            )
+            again = f"python -m spo_lightning.train sweep.resume={self.sweep.directory}"
+            if self.config.sweep.objective is not None:
+                again = "the same command: the search goes on with what its study has kept"
+            raise stop.raised(f"Go on with: {again}")
         return returned
 
     def _noted(self, job: Job) -> None:
@@ -194,19 +205,6 @@ class Processes:
         self.sweep.write()
         if self.table is not None and job.state == jobs.FINISHED:
             self.table.add(self.names[job.number], job, commit())
-
-    def _start(self, job: Job, config: Any) -> Running:
-        heard, said = multiprocessing.Pipe(duplex=False)
-        fork = multiprocessing.get_context("fork")
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        threads = max(1, cores // self.parallel) if self.parallel > 1 else None
-        process = fork.Process(
-            target=_run, args=(said, job.path, os.getpid(), threads, self._work(config))
-        )
-        job.state = jobs.RUNNING
-        process.start()
-        said.close()
-        return Running(job, process, heard, time.monotonic(), job.seconds)
 
     def _work(self, config: Any) -> Any:
         return lambda: run_job(
@@ -218,6 +216,33 @@ class Processes:
         )
 
 
+def alone(directory: Path) -> IO[str]:
+    """A file whose lock this process and its jobs hold until the last of them has ended.
+
+    So a sweep that is gone on with waits for jobs whose own sweep was killed.
+    """
+    file = (directory / ".lock").open("w")
+    patience = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > patience:
+                raise UserError(f"{directory}: a sweep is running there: wait for it") from None
+            time.sleep(0.2)
+
+
+def _refuse_another(job: Job, old: Job) -> None:
+    """A sweep goes on with the jobs it has: the numbers of one are not another's."""
+    if old.meaning != job.meaning:
+        said = " ".join(sorted({*job.meaning} ^ {*old.meaning}))
+        raise UserError(
+            f"sweep.resume: job {job.number} in {job.directory} is another one than it was "
+            f"({said}): go on with the same words, or begin a new sweep"
+        )
+
+
 def _import_libraries() -> None:
     import datasets  # noqa: F401
     import lightning  # noqa: F401
@@ -225,98 +250,3 @@ def _import_libraries() -> None:
     import transformers  # noqa: F401
 
     from spo_lightning import fit, prepare  # noqa: F401
-
-
-def _told(stop: Stop, running: Sequence[Running]) -> bool:
-    """Pass Ctrl-C on to the jobs, once; SIGTERM is passed on by ``Stop``."""
-    if stop.signal != signal.SIGINT:
-        return False
-    for one in running:
-        os.kill(one.process.pid, signal.SIGINT)
-    return True
-
-
-def _hear(running: Sequence[Running]) -> None:
-    """Wait a moment for a word or an end."""
-    wait([part for one in running for part in (one.process.sentinel, one.heard)], LOOK_SECONDS)
-    for one in running:
-        one.job.seconds = one.before + time.monotonic() - one.began
-        _listen(one)
-        if one.word is not None:  # it is about to end
-            one.process.join()
-
-
-def _listen(one: Running) -> None:
-    if one.word is None and one.heard.poll():
-        try:
-            one.word = one.heard.recv()
-        except EOFError:  # it ended without
-            one.process.join()
-
-
-def _ended(one: Running) -> Any:
-    """Note how the job ended; what it returned."""
-    _listen(one)  # it may have spoken just before its end
-    one.heard.close()
-    code = one.process.exitcode
-    if one.word is not None:
-        code, said, value = one.word
-        state = jobs.FINISHED if code == 0 else jobs.FAILED
-        if code in STOPPED:  # how to go on is the sweep's to say
-            state, said = jobs.INTERRUPTED, str(said).partition(". ")[0]
-        one.job.ended(state, said, finished_numbers(one.job.path))
-        return value
-    if code < 0:
-        said = f"killed by {signal.Signals(-code).name}"
-        said += ", by hand or for its memory" if -code == signal.SIGKILL else ""
-    else:
-        said = f"ended with code {code} and no word: see {one.job.path / OUTPUT}"
-    one.job.ended(jobs.DIED, said, None)
-    return None
-
-
-def _run(said: Connection, path: Path, parent: int, threads: int | None, work: Any) -> None:
-    """The job's process."""
-    os.setpgid(0, 0)  # Ctrl-C goes to the sweep, which passes it on once
-    _end_with(parent)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _quit)
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / OUTPUT).open("ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-    value, error = None, None
-    try:
-        done = work()
-        if done.status == JobStatus.COMPLETED:
-            value = done.return_value
-        else:
-            error = done._return_value
-    except BaseException as caught:
-        error = caught.__cause__ if isinstance(caught.__cause__, Interrupted) else caught
-    code, line = (0, None) if error is None else verdict(error)
-    if error is not None and is_bug(error):
-        traceback.print_exception(error)
-    if os.getppid() == parent:
-        said.send((code, line, value if isinstance(value, (int, float)) else None))
-    sys.exit(code)
-
-
-def _quit(number: int, frame: Any) -> None:
-    raise Interrupted(128 + number, f"stopped by {signal.Signals(number).name}")
-
-
-def _end_with(parent: int) -> None:
-    """Stop this process once the sweep's own is gone. (The kernel's own signal for it comes as
-    often as the parent has threads, and the second one would quit without a checkpoint.)"""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -16,7 +16,7 @@ from spo_lightning.errors import UserError
 from spo_lightning.rundir import write_text
 from spo_lightning.sweep.jobs import Job
 
-# keys of a job's configuration that change none of its numbers
+# keys of a job's configuration that change none of its numbers; of hardware, all but precision
 IDLE = ("hydra", "sweep", "log", "logger", "hardware", "cache", "checkpoint", "ckpt_path")
 NUMBERS = (
     *("exact_match", "win_rate", "nll/chosen", "displacement/rate", "displacement/chosen"),
@@ -30,9 +30,10 @@ HEAD = (
 
 
 def name_of(config: Any) -> str:
-    """The hash of a composed job."""
+    """The hash of a composed job. Files and models count by their names, not what is in them."""
     plain: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
     kept = {key: value for key, value in plain.items() if key not in IDLE}
+    kept["precision"] = OmegaConf.select(config, "hardware.precision")
     text = json.dumps(OmegaConf.to_container(OmegaConf.create(kept), resolve=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -77,11 +78,10 @@ class Table:
         for when in WHEN:
             row |= {f"{when}/{n}": job.numbers.get(when, {}).get(n) for n in NUMBERS}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock"):
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
             self.rows = self._read() | {name: row}
             text = io.StringIO(newline="")
             writer = csv.DictWriter(text, HEAD, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows.values())
             write_text(self.path, text.getvalue())
-        Path(f"{self.path}.lock").unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""What a key's value must be, wherever a command has that key; ``knobs.py`` refuses the rest."""
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import ListConfig
+
+DIAGNOSTICS = ("displacement", "evolution", "geometry", "ches", "overoptimisation", "probes")
+# key -> (what holds, in words)
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda v: v >= 0, "at least 0"),
+    "max_steps": (lambda v: v >= -1, "at least 0, or -1 to follow epochs"),
+    "epochs": (lambda v: v > 0, "above 0"),
+    "batch_size": (lambda v: v >= 1, "at least 1"),
+    "micro_batch_size": (lambda v: v >= 1, "at least 1"),
+    "max_length": (lambda v: v >= 2, "at least 2"),
+    "clip_norm": (lambda v: v is None or v > 0, "above 0, or null"),
+    "loss.beta": (lambda v: v > 0, "above 0"),
+    "sft.max_steps": (lambda v: v is None or v >= 0, "at least 0, or null"),
+    "sft.batch_size": (lambda v: v >= 1, "at least 1"),
+    "sft.lr": (lambda v: v > 0, "above 0"),
+    "log.every_n_steps": (lambda v: v >= 1, "at least 1"),
+    "eval.every_n_steps": (lambda v: v >= 0, "at least 0"),
+    "eval.batch_size": (lambda v: v >= 1, "at least 1"),
+    "eval.max_new_tokens": (lambda v: v >= 1, "at least 1"),
+    "eval.max_rows": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "checkpoint.every_n_steps": (lambda v: v >= 0, "at least 0"),
+    "checkpoint.monitor": (lambda v: v is None or isinstance(v, str), "a number's name, or null"),
+    "checkpoint.mode": (lambda v: v in ("min", "max"), "min or max"),
+    "optimizer.lr": (lambda v: v >= 0, "at least 0"),
+    "optimizer.warmup": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "optimizer.schedule": (
+        lambda v: v in ("constant", "linear", "cosine"),
+        "constant, linear or cosine",
+    ),
+    "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
+    "data.eval_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "data.chunk_rows": (lambda v: v >= 1, "at least 1"),
+    "data.tokens_per_batch": (lambda v: v is None or v >= 2, "at least 2, or null"),
+    "hardware.logits_mib": (lambda v: v >= 1, "at least 1"),
+    "data.on_mismatch": (lambda v: v in ("split", "drop", "error"), "split, drop or error"),
+    "data.drop_high_ches": (lambda v: v is None or 0 <= v < 1, "at least 0 and below 1, or null"),
+    "cache.max_gb": (lambda v: v > 0, "above 0"),
+    "steps": (lambda v: v >= 1, "at least 1"),
+    "warmup": (lambda v: v >= 1, "at least 1"),
+    "repetitions": (lambda v: v >= 1, "at least 1"),
+    "only": (lambda v: v is None or isinstance(v, ListConfig), "a list of names, [...], or null"),
+    "samples": (lambda v: v >= 2, "at least 2"),
+    "temperature": (lambda v: v > 0, "above 0"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "prompts.max_rows": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "sweep.parallel": (lambda v: v >= 1, "at least 1"),
+    "sweep.objective": (
+        lambda v: v is None or {*v} == {"maximise", "keep", "within"},
+        "{maximise: NAME, keep: NAME, within: NUMBER}, or null",
+    ),
+    "strategy.most": (lambda v: v >= 1, "at least 1"),
+    "sweep.table": (lambda v: v is None or isinstance(v, str), "the path of a csv file"),
+    "sweep.resume": (lambda v: v is None or isinstance(v, str), "the directory of a sweep"),
+    "ckpt_path": (lambda v: v is None or isinstance(v, str), "last, or the path of a checkpoint"),
+    "model.lora.rank": (lambda v: v >= 0, "at least 0"),
+    "model.pretrained": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
+    "model.reference": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
+    "hardware.devices": (lambda v: v >= 1, "at least 1"),
+    "hardware.strategy": (lambda v: v in ("auto", "ddp_spawn"), "auto or ddp_spawn"),
+    "hardware.threads": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "hardware.precision": (
+        lambda v: v in ("32-true", "bf16-mixed", "bf16-true", "64-true"),
+        "32-true, bf16-mixed, bf16-true or 64-true (fp16 needs loss scaling, which fights "
+        "clipping and several gradients per step)",
+    ),
+    **{f"diagnostics.{d}.every_n_steps": (lambda v: v >= 0, "at least 0") for d in DIAGNOSTICS},
+    "diagnostics.displacement.share": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "diagnostics.displacement.tolerance": (lambda v: v >= 0, "at least 0"),
+    "diagnostics.displacement.window": (lambda v: v >= 1, "at least 1"),
+    "diagnostics.overoptimisation.entropy_tolerance": (lambda v: v >= 0, "at least 0"),
+    "diagnostics.overoptimisation.mass_tolerance": (lambda v: v >= 0, "at least 0"),
+    "diagnostics.overoptimisation.patience": (lambda v: v >= 1, "at least 1"),
+    "diagnostics.probes.rows": (lambda v: v >= 2, "at least 2"),
+    "diagnostics.probes.share": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+}
