@@ -113,7 +113,7 @@ class Processes:
         HydraConfig.instance().set_config(config)  # for what the directory's name is made of
         try:
             place = Path(config.hydra.sweep.dir).absolute() / str(config.hydra.sweep.subdir)
-            said = list(OmegaConf.to_container(config.hydra.overrides.task))  # type: ignore
+            said: Any = OmegaConf.to_container(config.hydra.overrides.task)
         finally:
             HydraConfig.instance().cfg = before
         said = [word for word in said if not word.startswith("sweep.")]
