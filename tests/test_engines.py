@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import SMALL, command, end, start
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.engines  # in an environment of their own: Hydra looks at every plugin
 JOBS = ("loss=dpo", "max_steps=2", "loss.beta=0.1,0.2,0.3", "hydra.sweep.dir=sweep")
 
 
