@@ -28,6 +28,7 @@ def run(config_name: str, work: Callable[..., Any]) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     from spo_lightning import knobs, rundir
 
@@ -43,10 +44,12 @@ def run(config_name: str, work: Callable[..., Any]) -> None:
             return work(cfg, Path(settings.runtime.output_dir), knobs.given())
         except BaseException as error:  # one job's end must not end the sweep
             code, message = verdict(error)
-            said = " ".join(rundir.words_without_secrets(list(settings.overrides.task)))
+            words: Any = OmegaConf.to_container(settings.overrides.task)  # one may hold a ${...}
+            said = " ".join(rundir.words_without_secrets(words))
             number = settings.job.num if settings.mode == RunMode.MULTIRUN else 0
             told = f"job {number} ({said}) failed: {message}"
             if os.getpid() != mine:  # a launcher's process, which hands the error on
+                log.error("%s", message)
                 error.add_note(told)
                 raise
             failures.append(error)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fitting import config
 
-from spo_lightning.train import built
+from spo_lightning.command import built
 
 
 @pytest.fixture(scope="module")
