@@ -13,6 +13,7 @@ from spo_lightning.errors import UserError
 KNOBS = ("what=knobs", *TINY, *SHORT, "steps=2", "warmup=1", "repetitions=2", "lr=0.01")
 
 
+@pytest.mark.slow
 def test_what_it_leaves_behind(tmp_path):
     few = "only=[spo,micro_batch_size,logits_mib,padded,bf16]"
     numbers = measured(tmp_path / "run", *KNOBS, few, "memory=false")

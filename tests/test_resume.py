@@ -347,7 +347,8 @@ def test_a_signal_ends_a_sweep(tmp_path, cache):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     done = end(process)
-    assert done.code == 143 and done.err.startswith("stopped by SIGTERM. Go on with: ")
-    assert done.err.count("\n") == 1
+    job, sweep = done.err.splitlines()
+    assert done.code == 143 and job == "job 0 (seed=0) interrupted: stopped by SIGTERM"
+    assert sweep.startswith("stopped by SIGTERM. Go on with: ")
     assert status(tmp_path / "sweep/0")["state"] == "interrupted"
     assert not (tmp_path / "sweep/1").exists()

@@ -148,6 +148,7 @@ def test_parts_and_turns():
     ]
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with(tmp_path, cache):
     """The same pairs as without a kill, none twice; they train through data=pairs."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

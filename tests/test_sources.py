@@ -451,3 +451,27 @@ def test_the_page_shows_counts_lengths_and_one_pair(source):
     assert re.search(r"lower-level rows +40\n", page(train, held, tokenizer, task))
     empty = Encoded([], train.counts)
     assert "no pair is left to show" in page(empty, empty, tokenizer, task)
+
+
+@pytest.mark.parametrize("name", ["slips", "mixture"])
+def test_pairs_of_a_file_train_in_place_of_the_sources_own(source, tmp_path, name):
+    task = source(f"data={name}")
+    pair = {"chosen": "1", "rejected": "2"}
+    held = {"prompt": task.held_out[0]["prompt"], **pair}
+    given = [{"prompt": f"q{n}", **pair} for n in range(5)]
+    path = write(tmp_path / "p.jsonl", [*given, held])
+    found = source(f"data={name}", f"data.pairs={path}")
+    assert found.train == given and found.answer_of is task.answer_of
+    assert (found.held_out, found.sft) == (task.held_out, task.sft)
+    few = source(f"data={name}", f"data.pairs={path}", "data.max_rows=2").train
+    assert len(few) == 2 and all(row in given for row in few)
+    write(path, [held])
+    assert "every prompt is held out" in refusal(source, f"data={name}", f"data.pairs={path}")
+    write(path, [{"prompt": "q", "chosen": "1"}])
+    told = refusal(source, f"data={name}", f"data.pairs={path}")
+    assert f"{path}, row 1: no field 'rejected'" in told
+
+
+def test_pairs_where_the_data_samples_its_own(source):
+    told = refusal(source, "data=arithmetic", "data.pairs=absent.jsonl")
+    assert told.startswith("data.pairs=absent.jsonl: the data samples its pairs from the policy")

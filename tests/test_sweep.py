@@ -88,6 +88,7 @@ def test_what_ends_one_job_leaves_the_others_alone(tmp_path, cache):
     assert plain.code == 0 and rows(tmp_path / "plain") == rows(tmp_path / "sweep/0")
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_with(tmp_path, cache):
     words = ("-m", *SMALL, cache, *LONG, "seed=0,1,2", "sweep.parallel=2")
     process = start(tmp_path, *words)
@@ -111,6 +112,7 @@ def test_stopped_and_gone_on_with(tmp_path, cache):
     assert f"{numbers['exact_match']:.4f}" in done.out
 
 
+@pytest.mark.slow
 def test_jobs_end_with_their_sweep(tmp_path, cache):
     process = start(tmp_path, "-m", *SMALL, cache, *LONG, "seed=0,1")
     pid = training(process, tmp_path / "sweep/0", 20)
@@ -125,6 +127,7 @@ def test_jobs_end_with_their_sweep(tmp_path, cache):
     assert done.code == 0 and states(tmp_path) == ["finished"] * 2
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_train_one_warm_start(tmp_path):
     words = ("-m", *SMALL, f"cache.dir={tmp_path / 'cache'}", "loss=dpo", "max_steps=1")
     both = [start(tmp_path, *words, "loss.beta=0.1,0.2", f"hydra.sweep.dir={n}") for n in "ab"]
@@ -154,6 +157,7 @@ def test_refused_in_one_line(tmp_path, words, says):
     assert not list(tmp_path.rglob("sweep.json"))
 
 
+@pytest.mark.slow
 def test_a_directory_holds_one_sweep(tmp_path):
     words = ("-m", "seed=-1,-2", "hydra.sweep.dir=sweep")
     assert command(tmp_path, *words).code == 3
@@ -189,6 +193,7 @@ def test_a_stopped_job_fails_its_sweep(tmp_path, cache):
     assert states(tmp_path) == ["interrupted", "finished"]
 
 
+@pytest.mark.slow
 def test_a_whole_tree_is_stopped_once(tmp_path, cache):
     process = start(tmp_path, "-m", *SMALL, cache, *LONG, "seed=0,1")
     job = training(process, tmp_path / "sweep/0", 10)
@@ -199,6 +204,7 @@ def test_a_whole_tree_is_stopped_once(tmp_path, cache):
     assert (tmp_path / "sweep/0/checkpoints/last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_studies_are_swept_and_gone_on_with(tmp_path):
     words = ("-m", "experiment=solvers_on_a_quadratic", "sweep.parallel=2", "seed=0,1")
     done = command(tmp_path, *words, "hydra.sweep.dir=sweep")
@@ -227,6 +233,7 @@ def test_questions_are_found_by_name(tmp_path):
     assert done.code == 0 and done.out.strip() == "outputs/two_axes"
 
 
+@pytest.mark.slow
 def test_a_table_is_made_in_pieces(tmp_path, cache):
     """What has its row is left out, whatever names no number; what changes one has another row."""
     words = ("-m", *SMALL, cache, "loss=dpo", "max_steps=1", "sweep.table=docs/table.csv")

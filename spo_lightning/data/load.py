@@ -6,11 +6,20 @@ from dataclasses import replace
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from spo_lightning.data.rows import Task, completion_rows, read, without
+from spo_lightning.data.rows import (
+    Task,
+    completion_rows,
+    limit,
+    preference_rows,
+    read,
+    without,
+)
 from spo_lightning.errors import UserError
 
 # read here, by the encoding and by the warm start; a source that names one of them gets it
-ELSEWHERE = ("sft", "strict", "on_mismatch", "drop_high_ches", "sft_steps", "tokens_per_batch")
+ELSEWHERE = (
+    *("sft", "pairs", "strict", "on_mismatch", "drop_high_ches", "sft_steps", "tokens_per_batch"),
+)
 OWN = "own"  # data.sft: the source's own SFT rows
 
 
@@ -34,7 +43,24 @@ def load(node: Any) -> Task:
         raise UserError(
             f"{place}: no row is left to train on: give more rows or lower data.eval_fraction"
         )
-    return _with_lower(task, plain)
+    return _with_lower(_with_pairs(task, plain), plain)
+
+
+def _with_pairs(task: Task, node: dict[str, Any]) -> Task:
+    """The task with the training pairs that ``data.pairs`` names; all else stays the source's."""
+    named = node.get("pairs")
+    if named is None:
+        return task
+    _check_kind(named, (str, NoneType), "data.pairs")
+    if task.samples or task.chunks is not None:
+        why = "samples its pairs from the policy" if task.samples else "is streamed"
+        raise UserError(f"data.pairs={named}: the data {why}: take a source of given pairs")
+    raw = read(named, split=node.get("split", "train"), where="data.pairs")
+    rows = without(preference_rows(raw, named, node.get("separator")), task.held_out)
+    if not rows:
+        raise UserError(f"data.pairs={named}: every prompt is held out: name a file of others")
+    rows = limit(rows, node.get("max_rows"), node.get("seed", 0))
+    return replace(task, train=rows, counts={"in data.pairs": len(raw)})
 
 
 def _with_lower(task: Task, node: dict[str, Any]) -> Task:
