@@ -7,6 +7,7 @@ import pytest
 from conftest import SMALL, command
 from omegaconf import OmegaConf
 
+from spo_lightning.report.__main__ import main as report_main
 from spo_lightning.report.table import finished, settings
 
 MODULE = ("-m", "spo_lightning.report")
@@ -68,3 +69,65 @@ def test_keys_that_follow_the_seed_do_not_tell_settings_apart(tmp_path):
 def test_a_seed_of_its_own_tells_settings_apart(tmp_path):
     found = runs(tmp_path, [{"seed": s, "data": {"seed": d}} for s in (0, 1) for d in (0, 7)])
     assert set(found) == {"data.seed=0", "data.seed=7"}
+
+
+JOBS = [  # words; init and final exact match, then win rate
+    ("loss=dpo solver=none seed=0", (0.9, 0.2), (0.5, 0.8)),
+    ("loss=dpo solver=none seed=1", (0.8, 0.4), (0.4, 0.7)),
+    ("loss=dpo solver=penalty seed=1", (0.8, 0.7), (0.4, 0.9)),
+    ("loss=dpo solver=penalty seed=0", (0.9, 0.9), (0.5, 0.8)),
+    ("loss=sft solver=none seed=0", (0.9, 0.9), (0.5, 0.6)),
+    ("loss=sft solver=none seed=1", (0.8, 0.8), (0.4, 0.6)),
+    ("loss=sft solver=alternating solver.weight=1e9 data.sft=own seed=0", (0.9, 1), (0.5, 0.5)),
+    ("loss=dpo solver=penalty optimizer.lr=3e-5 solver.weight=3 seed=0", (0.9, 0.8), (0.5, 0.7)),
+]
+
+
+def jobs_table(path):
+    names = ("exact_match", "win_rate", "displacement/rate", "displacement/chosen")
+    head = [f"{when}/{name}" for when in ("init", "final") for name in names]
+    lines = [",".join(["config", "words", *head])]
+    for number, (words, match, won) in enumerate(JOBS):
+        cells = [match[0], won[0], 0, 0, match[1], won[1], 0.5, -1]
+        lines.append(",".join(map(str, [number, f"data=a {words}", *cells])))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_methods_of_a_table_of_jobs(tmp_path, monkeypatch, capsys):
+    path = jobs_table(tmp_path / "t.csv")
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    report_main()
+    text = capsys.readouterr().out
+    assert text == path.with_suffix(".md").read_text()
+    rows = {
+        cells[0]: cells[1:]
+        for line in text.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) > 2
+    }
+    order = ["init", "SFT on chosen", "SFT on the SFT set", "DPO", "DPO + SPO"]
+    assert [name for name in rows if name in order] == order
+    # two values' interval: 12.706 * half their difference
+    assert rows["init"][:3] == ["2", "0.850 ± 0.635", "0.450 ± 0.635"]
+    assert rows["SFT on the SFT set"][:3] == ["1", "1.000", "0.500"]
+    assert rows["DPO + SPO"][:3] == ["2", "0.800 ± 1.271", "0.850 ± 0.635"]
+    # by seed .9 - .2, .7 - .4 and .8 - .8, .9 - .7; of SFT 0, -.1 and .2, .3
+    assert rows["DPO + SPO"][5:7] == ["+0.500 ± 2.541", "+0.100 ± 1.271"]
+    assert rows["DPO + SPO"][7:] == ["-0.050 ± 0.635", "+0.250 ± 0.635"]
+    assert rows["DPO"][5:] == ["", "", "", ""]
+    assert rows["DPO + SPO, lr 3e-5, weight 3"][:3] == ["1", "0.800", "0.700"]
+    for kind in ("png", "svg"):
+        assert path.with_suffix(f".{kind}").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "config,words\n"])
+def test_a_csv_of_no_jobs(tmp_path, monkeypatch, capsys, text):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        report_main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told == (
+        f"error: {path}: no row of a job: name a file that sweep.table wrote\n"
+    )

@@ -463,8 +463,8 @@ def test_pairs_of_a_file_train_in_place_of_the_sources_own(source, tmp_path, nam
     found = source(f"data={name}", f"data.pairs={path}")
     assert found.train == given and found.answer_of is task.answer_of
     assert (found.held_out, found.sft) == (task.held_out, task.sft)
-    few = source(f"data={name}", f"data.pairs={path}", "data.max_rows=2").train
-    assert len(few) == 2 and all(row in given for row in few)
+    few = source(f"data={name}", f"data.pairs={path}", "data.max_rows=4").train
+    assert len(few) == 4 and all(row in given for row in few)
     write(path, [held])
     assert "every prompt is held out" in refusal(source, f"data={name}", f"data.pairs={path}")
     write(path, [{"prompt": "q", "chosen": "1"}])

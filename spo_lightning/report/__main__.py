@@ -1,10 +1,14 @@
-"""``python -m spo_lightning.report DIR [DIR ...]``: the table of a run, of several, of a sweep."""
+"""``python -m spo_lightning.report DIR [DIR ...]``: the table of a run, of several, of a sweep.
+
+Of a csv that ``sweep.table`` wrote: the tables and pictures of its methods.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from spo_lightning.report import steps
+from spo_lightning.errors import UserError
+from spo_lightning.report import paper, steps
 from spo_lightning.report.table import finished, run_table, sweep_table
 
 NAMES = (
@@ -18,10 +22,30 @@ NAMES = (
 )
 
 
+def table_of_jobs(path: Path) -> None:
+    try:
+        text, files = paper.report(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(text, end="")
+    for file in files:
+        print(f"written to {file}", file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="spo-report", description=__doc__)
-    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="run or sweep directory")
+    parser.add_argument(
+        "dirs",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="run or sweep directory, or a sweep.table csv",
+    )
     args = parser.parse_args()
+    if len(args.dirs) == 1 and args.dirs[0].suffix == ".csv":
+        table_of_jobs(args.dirs[0])
+        return
     for directory in args.dirs:
         if not directory.is_dir():
             print(f"error: no such directory: {directory}", file=sys.stderr)

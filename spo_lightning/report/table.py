@@ -116,7 +116,7 @@ def sweep_table(directories: Sequence[Path], names: Sequence[str]) -> str:
     head = ["| run | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
     lines = list(head)
     for label, some in rows.items():
-        cells = [_cell([n[name] for n in some if name in n]) for name in shown]
+        cells = [cell([n[name] for n in some if name in n]) for name in shown]
         lines.append(f"| {label} | {len(some)} | " + " | ".join(cells) + " |")
     differences = _differences(found, shown)
     if differences:
@@ -139,12 +139,13 @@ def _differences(found: Mapping[str, Mapping[int, Any]], shown: Sequence[str]) -
         cells = []
         for name in shown:
             pairs = [(left[s]["final"].get(name), right[s]["final"].get(name)) for s in seeds]
-            cells.append(_cell([b - a for a, b in pairs if a is not None and b is not None]))
+            cells.append(cell([b - a for a, b in pairs if a is not None and b is not None]))
         lines.append(f"| {other} less {one} | {len(seeds)} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _cell(values: Sequence[float]) -> str:
+def cell(values: Sequence[float]) -> str:
+    """A mean and its 95% interval."""
     if not values:
         return ""
     mean, half = interval(values)
