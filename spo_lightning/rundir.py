@@ -20,12 +20,12 @@ INSIDE = re.compile(r"(api_?key|token|secret|password)['\"]?\s*[:=]", re.IGNOREC
 REMOVED = "<removed>"
 CHOICES = "# choices: "  # opens config.yaml; the groups' options, as json
 STATUS_SECONDS = 1.0  # between writes of status.json within a stage
-MAY_DIFFER = ("log", "logger", "hardware", "ckpt_path", "sweep")
+MAY_DIFFER = ("log", "logger", "hardware", "ckpt_path", "sweep", "report")
 
 
 def without_secrets(node: Any) -> Any:
     """The same tree; values under secret-looking keys, and values of such variables, removed."""
-    hidden = _secrets()
+    hidden = secrets()
 
     def cleaned(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -54,12 +54,13 @@ def remove_secrets(path: Path) -> None:
     """The values of secret-looking variables, out of a file that is not ours."""
     if path.exists():
         text = path.read_text(encoding="utf-8")
-        for secret in _secrets():
+        for secret in secrets():
             text = text.replace(secret, REMOVED)
         write_text(path, text)
 
 
-def _secrets() -> set[str]:
+def secrets() -> set[str]:
+    """Values of environment variables whose names look secret."""
     return {v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8}
 
 

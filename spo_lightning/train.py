@@ -34,11 +34,24 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> Any:
     if cfg.ckpt_path is not None:
         cfg, choices = rundir.resumed(cfg, run_dir, line.touched, line.choices)
     numbers = train(cfg, run_dir, choices)
+    if cfg.report.enabled and cfg.study is None:
+        report(Path(run_dir))
     if cfg.sweep.objective is None:
         return numbers
     from spo_lightning.sweep.objective import score
 
     return score(numbers, **cfg.sweep.objective)
+
+
+def report(run_dir: Path) -> None:
+    """The page of a finished run, which stands whether or not its page can be made."""
+    from spo_lightning.errors import UserError
+    from spo_lightning.report.build import build
+
+    try:
+        log.info("Report: %s", build([run_dir], stills=False)[0])
+    except (OSError, UserError) as error:
+        log.warning("No report: %s", error)
 
 
 def train(

@@ -42,7 +42,8 @@ def test_a_directory_without_a_finished_run_is_refused_and_kept(tmp_path):
     (tmp_path / "study/table.md").write_text("mine")
     done = command(tmp_path, "study", module=MODULE)
     assert (done.code, done.out) == (2, "")
-    assert done.err.strip() == "error: no finished run (metrics.json) in study"
+    wanted = "error: no run (status.json, metrics.json or metrics.csv) in study"
+    assert done.err.strip() == wanted
     assert (tmp_path / "study/table.md").read_text() == "mine"
 
 

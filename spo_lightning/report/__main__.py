@@ -1,76 +1,91 @@
-"""``python -m spo_lightning.report DIR [DIR ...]``: the table of a run, of several, of a sweep.
+"""``python -m spo_lightning.report DIR [DIR ...]``: the page of a run, of several, of a sweep.
 
-Of a csv that ``sweep.table`` wrote: the tables and pictures of its methods.
+Written into the first directory: report.html, table.md and figures/. Of a csv that ``sweep.table``
+wrote: the tables and pictures of its methods.
 """
 
 import argparse
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from spo_lightning.errors import UserError
-from spo_lightning.report import paper, steps
-from spo_lightning.report.table import finished, run_table, sweep_table
-
-NAMES = (
-    "exact_match",
-    "win_rate",
-    "nll/chosen",
-    "rewards/accuracies",
-    "preference/accuracy",
-    "displacement/rate",
-    "displacement/chosen",
-)
+from spo_lightning.report.table import finished
 
 
-def table_of_jobs(path: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="spo-report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    told = "run or sweep directory, or a sweep.table csv"
+    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help=told)
+    watch = "serve the page on this machine only, made anew as the runs go on; Ctrl-C ends it"
+    parser.add_argument("--watch", action="store_true", help=watch)
+    parser.add_argument("--port", type=int, default=0, help="of --watch; 0: a free one")
+    args = parser.parse_args()
     try:
-        text, files = paper.report(path)
+        report(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def report(args: argparse.Namespace) -> None:
+    if len(args.dirs) == 1 and args.dirs[0].suffix == ".csv":
+        return of_jobs(args.dirs[0])
+    for directory in args.dirs:
+        if not directory.is_dir():
+            raise UserError(f"no such directory: {directory}")
+    if args.watch:
+        return watched(args.dirs, args.port)
+    from spo_lightning.report.build import build, markdown
+
+    files = [*evolutions(args.dirs), *build(args.dirs)]
+    print(markdown(args.dirs) or "no run has come to its numbers yet")
+    for file in files:
+        print(f"written to {file}", file=sys.stderr)
+    return None
+
+
+def of_jobs(path: Path) -> None:
+    from spo_lightning.report import paper
+
+    text, files = paper.report(path)
     print(text, end="")
     for file in files:
         print(f"written to {file}", file=sys.stderr)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="spo-report", description=__doc__)
-    parser.add_argument(
-        "dirs",
-        nargs="+",
-        type=Path,
-        metavar="DIR",
-        help="run or sweep directory, or a sweep.table csv",
-    )
-    args = parser.parse_args()
-    if len(args.dirs) == 1 and args.dirs[0].suffix == ".csv":
-        table_of_jobs(args.dirs[0])
-        return
-    for directory in args.dirs:
-        if not directory.is_dir():
-            print(f"error: no such directory: {directory}", file=sys.stderr)
-            sys.exit(2)
-    runs = finished(args.dirs)
-    if not runs:
-        where = ", ".join(map(str, args.dirs))
-        print(f"error: no finished run (metrics.json) in {where}", file=sys.stderr)
-        sys.exit(2)
-    watched = {
+def watched(directories: Sequence[Path], port: int) -> None:
+    from spo_lightning.report.build import sections
+    from spo_lightning.report.watch import serve
+
+    sections(directories)  # refuses directories without a run
+    try:
+        server = serve(directories, port)
+    except OSError as error:
+        raise UserError(f"--port {port}: {error.strerror}: name another") from error
+    print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
+def evolutions(directories: Sequence[Path]) -> list[Path]:
+    """Every step as predicted and measured, where a run watched it."""
+    from spo_lightning.report import steps
+
+    runs = {
         f"loss={numbers['choices']['loss']} solver={numbers['choices']['solver']}\n{run.name}": run
-        for run, numbers, _ in runs
+        for run, numbers, _ in finished(directories)
         if (run / "evolution.csv").is_file()
     }
-    if watched:
-        for path in steps.report(watched, args.dirs[0]):
-            print(f"written to {path}", file=sys.stderr)
-    if len(runs) == 1:
-        print(run_table(runs[0][1]))
-        return
-    table = sweep_table(args.dirs, NAMES)
-    print(table)
-    where = args.dirs[0] / "table.md"
-    where.write_text(table, encoding="utf-8")
-    print(f"written to {where}", file=sys.stderr)
+    return steps.report(runs, directories[0]) if runs else []
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ HEADINGS = {
     "displacement/chosen": "change of log pi(y_w), nats",
 }
 # words that make a method; words that vary along one method's front; the rest is the setting
+MOVED = ("displacement/rate", "displacement/chosen")
 METHOD, FRONT = ("loss", "solver", "data.sft"), ("optimizer.lr", "solver.weight")
 
 
@@ -47,13 +48,21 @@ class Part:
         numbers = next(iter(next(iter(self.methods.values())).values()))
         return WIN_RATE if f"final/{WIN_RATE}" in numbers else ACCURACY
 
+    @property
+    def bases(self) -> list[str]:
+        """Objectives that ran bare and with SPO."""
+        bare = [method.removesuffix(SPO) for method in self.methods if method.endswith(SPO)]
+        return [base for base in bare if base in self.methods]
+
     def values(self, method: str, name: str) -> dict[int, float]:
         """By seed; ``INIT`` is the policy before training, whatever was trained then."""
-        if method != INIT:
-            return {s: row[f"final/{name}"] for s, row in self.methods[method].items()}
-        return {
-            s: row[f"init/{name}"] for rows in self.methods.values() for s, row in rows.items()
-        }
+        wanted = self.methods.values() if method == INIT else [self.methods[method]]
+        key = f"init/{name}" if method == INIT else f"final/{name}"
+        return {seed: row[key] for rows in wanted for seed, row in rows.items() if key in row}
+
+    def has(self, name: str) -> bool:
+        """Whether some job has the number."""
+        return any(self.values(method, name) for method in self.methods)
 
     def less(self, method: str, other: str, name: str) -> list[float]:
         """Differences of two methods at the seeds that both have."""
@@ -68,7 +77,7 @@ def report(path: Path) -> tuple[str, list[Path]]:
 
     Raises ``UserError`` where the file is no table of jobs.
     """
-    main, front = parts(read(path))
+    main, front = parts(jobs(read(path)))
     text = "\n\n".join([*map(table, main), *map(along, front)]) + "\n"
     where = path.with_suffix(".md")
     where.write_text(text, encoding="utf-8")
@@ -86,15 +95,35 @@ def read(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def parts(rows: Sequence[Mapping[str, str]]) -> tuple[list[Part], list[Part]]:
+Job = tuple[Mapping[str, str], int, Mapping[str, float]]  # words, seed, numbers
+
+
+def jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
+    """The rows of the file, taken apart."""
+    found = []
+    for row in rows:
+        words: dict[str, str] = {}
+        for word in row["words"].split():
+            key, _, value = word.lstrip("+~").partition("=")
+            words[key] = value
+        numbers = {name: float(value) for name, value in row.items() if "/" in name and value}
+        found.append((words, int(words.pop("seed", 0)), numbers))
+    return found
+
+
+def numbers_of(init: Mapping[str, float], final: Mapping[str, float]) -> dict[str, float]:
+    """Under the names of a table's columns."""
+    both = {"init": init, "final": final}
+    return {f"{when}/{name}": v for when, found in both.items() for name, v in found.items()}
+
+
+def parts(jobs: Sequence[Job]) -> tuple[list[Part], list[Part]]:
     """The settings with their methods, and those along whose front a method was followed."""
     main: dict[str, dict[str, dict[int, Any]]] = {}
     front: dict[str, dict[str, dict[int, Any]]] = {}
-    for row in rows:
-        words = dict(word.lstrip("+~").partition("=")[::2] for word in row["words"].split())
-        numbers = {name: float(value) for name, value in row.items() if "/" in name and value}
-        seed, method = int(words.get("seed", 0)), method_of(words)
-        kept = (f"{k}={v}" for k, v in words.items() if k not in (*METHOD, *FRONT, "seed"))
+    for words, seed, numbers in jobs:
+        method = method_of(words)
+        kept = (f"{k}={v}" for k, v in words.items() if k not in (*METHOD, *FRONT))
         setting = " ".join(kept)
         if "optimizer.lr" in words:
             at = ", ".join(f"{k.split('.')[1]} {words[k]}" for k in FRONT if k in words)
@@ -119,27 +148,34 @@ def place(item: tuple[str, Any]) -> tuple[int, str]:
     return (order.index(item[0]) if item[0] in order else len(order), item[0])
 
 
-def table(part: Part) -> str:
-    """Markdown: means and 95% intervals over seeds, and + SPO's differences, paired by seed."""
-    columns = [CAPABILITY, part.preference, "displacement/rate", "displacement/chosen"]
-    pair = columns[:2]
+def cells(part: Part) -> tuple[list[str], list[list[str]]]:
+    """Means and 95% intervals over seeds, and + SPO's differences, paired by seed."""
+    columns = [name for name in (CAPABILITY, part.preference, *MOVED) if part.has(name)]
+    pair = [name for name in columns if name not in MOVED]
     head = ["method", "seeds", *(HEADINGS[name] for name in columns)]
     head += [f"{HEADINGS[name]}, less {other}" for other in ("bare", CHOSEN) for name in pair]
-    lines = [f"**{part.name}**", "", _line(head), "|---" * len(head) + "|"]
+    rows = []
     for method in (INIT, *part.methods):
         shown = columns if method != INIT else pair
-        cells = [cell([*part.values(method, name).values()]) for name in shown]
-        cells += [""] * (len(columns) - len(shown))
+        row = [cell([*part.values(method, name).values()]) for name in shown]
+        row += [""] * (len(columns) - len(shown))
         for other in (method.removesuffix(SPO), CHOSEN):
             given = method.endswith(SPO)
-            cells += [signed(part.less(method, other, name)) if given else "" for name in pair]
-        lines.append(_line([method, str(len(part.values(method, CAPABILITY))), *cells]))
-    return "\n".join(lines)
+            row += [signed(part.less(method, other, name)) if given else "" for name in pair]
+        rows.append([method, str(len(part.values(method, columns[0]))), *row])
+    return head, rows
+
+
+def table(part: Part) -> str:
+    """The same as markdown."""
+    head, rows = cells(part)
+    lines = [f"**{part.name}**", "", _line(head), "|---" * len(head) + "|"]
+    return "\n".join([*lines, *map(_line, rows)])
 
 
 def along(part: Part) -> str:
     """Markdown: a row per point of a front."""
-    columns = [CAPABILITY, part.preference, "displacement/rate", "displacement/chosen"]
+    columns = [CAPABILITY, part.preference, *MOVED]
     head = ["method", "seeds", *(HEADINGS[name] for name in columns)]
     lines = [f"**Front, {part.name}**", "", _line(head), "|---" * len(head) + "|"]
     for method, rows in part.methods.items():
@@ -178,11 +214,9 @@ def methods(part: Part, axis: Any) -> None:
     """The controls in grey; every objective from its bare form to the one with SPO."""
     for method, marker in ((INIT, "D"), (CHOSEN, "s"), (SFT_SET, "^")):
         if method == INIT or method in part.methods:
-            axis.plot(*_point(part, method), marker, color=OTHER, label=method)
-    for base in BASES.values():
-        if base not in part.methods or base + SPO not in part.methods:
-            continue
-        bare, held = _point(part, base), _point(part, base + SPO)
+            axis.plot(*point(part, method), marker, color=OTHER, label=method)
+    for base in part.bases:
+        bare, held = point(part, base), point(part, base + SPO)
         axis.annotate("", held, bare, arrowprops={"arrowstyle": "->", "color": "#999999"})
         axis.plot(*bare, "o", color=FELL, mfc="white", label="bare")
         axis.plot(*held, "o", color=GREW, label="+ SPO")
@@ -193,11 +227,11 @@ def methods(part: Part, axis: Any) -> None:
 
 def points(part: Part, axis: Any) -> None:
     """The points of a front, with the words that made them."""
-    axis.plot(*_point(part, INIT), "D", color=OTHER, label=INIT)
+    axis.plot(*point(part, INIT), "D", color=OTHER, label=INIT)
     for method in part.methods:
         held = SPO in method
         axis.plot(
-            *_point(part, method),
+            *point(part, method),
             "o",
             color=GREW if held else FELL,
             mfc=GREW if held else "white",
@@ -205,7 +239,7 @@ def points(part: Part, axis: Any) -> None:
         )
         axis.annotate(
             method.partition(", ")[2],
-            _point(part, method),
+            point(part, method),
             (4, 3),
             textcoords="offset points",
             fontsize=6,
@@ -215,7 +249,7 @@ def points(part: Part, axis: Any) -> None:
     axis.legend(named.values(), named.keys(), fontsize=7)
 
 
-def _point(part: Part, method: str) -> tuple[float, float]:
+def point(part: Part, method: str) -> tuple[float, float]:
     """Preference and capability in the mean."""
     x, y = ([*part.values(method, name).values()] for name in (part.preference, CAPABILITY))
     return sum(x) / len(x), sum(y) / len(y)

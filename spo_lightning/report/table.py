@@ -1,11 +1,12 @@
 """metrics.json in, tables out: one run's init and final; many runs' means over seeds."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+from spo_lightning.report.reading import dotted, runs_of
 
 # two-sided 95% points of Student's t by degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
@@ -15,7 +16,7 @@ def run_table(numbers: Mapping[str, Any]) -> str:
     """init, final and difference of the held-out numbers, as plain text."""
     lines = [f"{'held-out':<28}{'init':>12}{'final':>12}{'difference':>12}"]
     lines.append("-" * len(lines[0]))
-    for name, before in numbers["init"].items():
+    for name, before in (numbers.get("init") or {}).items():
         after = numbers["final"].get(name)
         if after is not None:
             lines.append(f"{name:<28}{before:>12.4f}{after:>12.4f}{after - before:>+12.4f}")
@@ -46,58 +47,53 @@ Run = tuple[Path, dict[str, Any], dict[str, Any]]  # directory, metrics, config
 
 
 def finished(directories: Sequence[Path]) -> list[Run]:
-    """Every finished run at or below the directories."""
-    import yaml
-
-    found = []
-    for top in directories:
-        for path in sorted(top.rglob("metrics.json")):
-            numbers = json.loads(path.read_text(encoding="utf-8"))
-            config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
-            if numbers.get("final"):
-                found.append((path.parent, numbers, config))
-    return found
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        name: leaf
-        for key, sub in tree.items()
-        for name, leaf in _leaves(sub, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+    """Every run at or below the directories that has come to its final numbers."""
+    runs = runs_of(directories)
+    return [(r.path, r.numbers, r.config) for r in runs if r.final and r.config]
 
 
 GROUPS = ("data", "model", "loss", "solver")
 
 
-def settings(runs: Sequence[Run]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Setting -> seed -> metrics; a setting is what distinguishes runs besides their seed."""
-    leaves = {path: _leaves(config) for path, _, config in runs}
+def told_apart(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
+    """By directory, what distinguishes a run besides its seed: options of groups, then keys."""
+    leaves = {path: dotted(config) for path, _, config in runs}
     chosen = {
         path: {group: numbers.get("choices", {}).get(group) for group in GROUPS}
         for path, numbers, _ in runs
     }
-    told = [group for group in GROUPS if len({c[group] for c in chosen.values()}) > 1]
-    seed = {path: config["seed"] for path, _, config in runs}
+    groups = [group for group in GROUPS if len({c[group] for c in chosen.values()}) > 1]
+    seed = {path: config.get("seed", 0) for path, _, config in runs}
     follows = {  # keys that have the run's seed wherever they stand, such as sft.seed
         name
         for name in set().union(*leaves.values())
         if all(found.get(name, seed[path]) == seed[path] for path, found in leaves.items())
     }
+    alike: dict[str, list[Path]] = {}
+    for path in leaves:
+        alike.setdefault(repr(chosen[path]), []).append(path)
+    found: dict[Path, dict[str, Any]] = {}
+    for paths in alike.values():
+        names = set().union(*(leaves[path] for path in paths)) - follows
+        differing = sorted(
+            name for name in names if len({repr(leaves[path].get(name)) for path in paths}) > 1
+        )
+        for path in paths:
+            found[path] = {group: chosen[path][group] for group in groups}
+            found[path] |= {name: leaves[path].get(name) for name in differing}
+    return {path: found[path] for path in leaves}
+
+
+def label(told: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in told.items()) or "run"
+
+
+def settings(runs: Sequence[Run]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Setting -> seed -> metrics; a setting is what distinguishes runs besides their seed."""
+    apart = told_apart(runs)
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for path, numbers, config in runs:
-        alike = [leaves[other] for other in leaves if chosen[other] == chosen[path]]
-        differing = sorted(
-            name
-            for name in leaves[path]
-            if name not in follows and len({repr(some.get(name)) for some in alike}) > 1
-        )
-        parts = [f"{group}={chosen[path][group]}" for group in told]
-        parts += [f"{name}={leaves[path][name]}" for name in differing]
-        label = " ".join(parts) or "run"
-        found.setdefault(label, {})[config["seed"]] = numbers
+        found.setdefault(label(apart[path]), {})[config.get("seed", 0)] = numbers
     return found
 
 
@@ -107,10 +103,8 @@ def sweep_table(directories: Sequence[Path], names: Sequence[str]) -> str:
     found = settings(runs)
     rows = {label: [run["final"] for run in seeds.values()] for label, seeds in found.items()}
     for data in sorted({_data(run) for seeds in found.values() for run in seeds.values()}):
-        every = (seeds for seeds in found.values())
-        inits = {
-            s: run["init"] for seeds in every for s, run in seeds.items() if _data(run) == data
-        }
+        every = [(seed, run) for seeds in found.values() for seed, run in seeds.items()]
+        inits = {seed: run.get("init") or {} for seed, run in every if _data(run) == data}
         rows = {f"init (data={data})": list(inits.values())} | rows
     shown = [name for name in names if any(name in n for some in rows.values() for n in some)]
     head = ["| run | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]

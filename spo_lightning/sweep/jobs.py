@@ -63,6 +63,7 @@ class Sweep:
     cwd: str
     jobs: list[Job] = field(default_factory=list)
     started: float = field(default_factory=time.time)
+    reported: bool = False  # whether a page is made of it at its end
 
     @property
     def failed(self) -> list[Job]:

@@ -102,7 +102,7 @@ class Processes:
         self.alone = alone(directory)
         self.earlier = jobs.read(directory)["jobs"] if self.resume else []
         words = [word for word in sys.argv[1:] if not word.startswith("sweep.resume=")]
-        sweep = Sweep(directory, words, os.getcwd())
+        sweep = Sweep(directory, words, os.getcwd(), reported=self.config.report.enabled)
         self.sweeps.append(sweep)
         return sweep
 
@@ -132,6 +132,7 @@ class Processes:
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
+            config.report.enabled = False  # one page for all
         return config
 
     def _refuse_shared(self) -> None:

@@ -17,7 +17,9 @@ from spo_lightning.rundir import write_text
 from spo_lightning.sweep.jobs import Job
 
 # keys of a job's configuration that change none of its numbers; of hardware, all but precision
-IDLE = ("hydra", "sweep", "log", "logger", "hardware", "cache", "checkpoint", "ckpt_path")
+IDLE = (
+    *("hydra", "sweep", "report", "log", "logger", "hardware", "cache", "checkpoint", "ckpt_path"),
+)
 NUMBERS = (
     *("exact_match", "win_rate", "nll/chosen", "displacement/rate", "displacement/chosen"),
     *("preference/accuracy", "rewards/margins"),

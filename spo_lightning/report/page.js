@@ -1,0 +1,117 @@
+"use strict";
+(() => {
+  const drawings = JSON.parse(document.getElementById("drawings").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+
+  function themed(layout) {
+    const style = getComputedStyle(document.documentElement);
+    const ink = style.getPropertyValue("--ink").trim();
+    const line = style.getPropertyValue("--line").trim();
+    const axis = { gridcolor: line, zerolinecolor: line, linecolor: line };
+    return {
+      ...layout,
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { color: ink, family: "system-ui, sans-serif", size: 12 },
+      xaxis: { ...layout.xaxis, ...axis }, yaxis: { ...layout.yaxis, ...axis },
+      margin: { l: 60, r: 15, t: 15, b: 50 },
+      legend: { orientation: "h", y: -0.22, yanchor: "top" },
+    };
+  }
+
+  function draw(place) {
+    const { data, layout, high } = drawings[place.dataset.chart];
+    const lines = data.length > 1 ? Math.ceil(data.length / Math.max(1, place.clientWidth / 220)) : 0;
+    const whole = { ...themed(layout), height: high + 22 * Math.min(lines, 12), showlegend: data.length > 1 && data.length <= 24 };
+    if (data.length === 1 && data[0].type === "heatmap") data[0].colorbar = { thickness: 12 };
+    return Plotly.react(place, data, whole, { responsive: true, displayModeBar: false }).then(() => place.classList.add("drawn"));
+  }
+
+  const places = [...document.querySelectorAll(".chart")];
+  const seen = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries)
+      if (isIntersecting) { seen.unobserve(target); draw(target); }
+  }, { rootMargin: "300px" });
+  for (const place of places) { place.style.minHeight = drawings[place.dataset.chart].high + "px"; seen.observe(place); }
+  dark.addEventListener("change", () => places.filter((p) => p.classList.contains("drawn")).forEach(draw));
+  window.drawAll = () => Promise.all(places.map(draw));  // before printing
+  addEventListener("beforeprint", () => { window.drawAll(); });
+
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, column) => head.addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "descending";
+      heads.forEach((one) => one.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "ascending" : "descending");
+      const value = (row) => {
+        const cell = row.cells[column];
+        const given = cell.dataset.value ?? cell.textContent;
+        const number = parseFloat(given);
+        return Number.isNaN(number) ? given : number;
+      };
+      const rows = [...table.tBodies[0].rows];
+      rows.sort((one, two) => {
+        const a = value(one), b = value(two);
+        if (a === "" || b === "") return (a === "") - (b === "");  // empty cells stay last
+        const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+        return down ? order : -order;
+      });
+      table.tBodies[0].append(...rows);
+    }));
+  }
+
+  const COLUMNS = [["prompt", "prompt"], ["reference", "reference"], ["before", "before"], ["after", "after"],
+    ["chosen_delta", "chosen, nats"], ["rejected_delta", "rejected, nats"]];
+  const KEPT = {
+    right: (r) => r.after_ok === true, wrong: (r) => r.after_ok === false,
+    lost: (r) => r.before_ok === true && r.after_ok === false,
+    won: (r) => r.before_ok === false && r.after_ok === true,
+    changed: (r) => r.before !== r.after,
+  };
+  for (const room of document.querySelectorAll(".samples")) {
+    const rows = JSON.parse(room.querySelector("script").textContent);
+    const [search, select, output] = ["input", "select", "output"].map((n) => room.querySelector(n));
+    const more = room.querySelector("button"), body = room.querySelector("tbody");
+    const words = rows.map((r) => COLUMNS.map(([key]) => r[key] ?? "").join("\n").toLowerCase());
+    const head = room.querySelector("thead").insertRow();
+    for (const [, title] of COLUMNS) { const th = document.createElement("th"); th.textContent = title; head.append(th); }
+    let most = 25;
+    function show() {
+      const wanted = search.value.toLowerCase(), rule = KEPT[select.value] ?? (() => true);
+      const found = rows.filter((row, n) => rule(row) && words[n].includes(wanted));
+      body.replaceChildren(...found.slice(0, most).map((row) => {
+        const tr = document.createElement("tr");
+        for (const [key] of COLUMNS) {
+          const td = tr.insertCell(), div = document.createElement("div"), value = row[key];
+          div.textContent = typeof value === "number" ? value.toFixed(2) : value ?? "";
+          div.dir = "auto";
+          if (typeof value === "number") td.className = "number";
+          const ok = row[key + "_ok"];
+          if (typeof ok === "boolean") div.className = ok ? "right" : "wrong";
+          td.append(div);
+        }
+        return tr;
+      }));
+      output.textContent = `${found.length} of ${rows.length}`;
+      more.hidden = found.length <= most;
+    }
+    search.addEventListener("input", () => { most = 25; show(); });
+    select.addEventListener("change", () => { most = 25; show(); });
+    more.addEventListener("click", () => { most += 100; show(); });
+    show();
+  }
+
+  if (AGAIN !== null) {
+    let now = null;
+    setInterval(async () => {
+      try {
+        const state = await (await fetch("state", { cache: "no-store" })).text();
+        if (now !== null && state !== now) {
+          sessionStorage.setItem("place", String(scrollY));
+          location.reload();
+        }
+        now = state;
+      } catch { /* the server has stopped; what is shown stays */ }
+    }, 1000 * AGAIN);
+    scrollTo(0, Number(sessionStorage.getItem("place") ?? 0));
+  }
+})();
