@@ -241,10 +241,6 @@ def _loggers(cfg: DictConfig, run: RunDir) -> list[Any]:
 def _finish(trainer: Trainer, failed: bool) -> None:
     for logger in trainer.loggers:
         logger.finalize("failed" if failed else "success")
-        if type(logger).__name__ == "WandbLogger":
-            import wandb
-
-            wandb.finish(exit_code=int(failed))
 
 
 def _from_rank(error: BaseException, stages: Stages) -> BaseException:

@@ -1,12 +1,22 @@
 """The ``logger`` config in, Lightning loggers out: W&B and TensorBoard besides metrics.csv."""
 
+import json
 import logging
 import netrc
 import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spo_lightning.rundir import choices_of, write_text
+
 log = logging.getLogger(__name__)
+
+TAGGED = ("data", "model", "loss", "solver")  # groups whose options are tags of a run
+PLACE = "wandb"  # the run directory's folder of W&B
+LOGGED = "logged.json"  # in it: the run's id and the last step that was logged
+SWEEP = ("sweep.json", "multirun.yaml")  # a sweep's directory holds one of them
 
 
 def has_login() -> bool:
@@ -24,27 +34,115 @@ def wandb(
     project: str,
     name: str | None,
     group: str | None,
+    job_type: str,
     tags: list[str],
     mode: str | None,
     run_dir: Path,
     config: dict[str, Any],
 ) -> Any:
-    """Offline without a login, and never a prompt."""
-    from lightning.pytorch.loggers import WandbLogger
+    """Offline without a login, and never a prompt. A run that goes on keeps its id."""
+    from wandb import Settings
 
     mode = mode or os.environ.get("WANDB_MODE") or ("online" if has_login() else "offline")
+    before = _read(run_dir)
     if mode == "offline":
-        log.info("W&B is offline: `wandb sync %s/wandb/offline-run-*` uploads the run", run_dir)
+        # those of tries before this one, then whatever this one makes
+        earlier = sorted(map(str, (run_dir / PLACE).glob("offline-run-*")))
+        folders = " ".join([*earlier, f"{run_dir}/{PLACE}/offline-run-*"])
+        log.info("W&B is offline: `wandb sync %s` uploads the run", folders)
     os.environ.setdefault("WANDB_SILENT", "true")
-    return WandbLogger(
+    number = before.get("id") or os.urandom(4).hex()
+    options = choices_of(run_dir / "config.yaml")
+    return _logger_class()(
+        first=before.get("step", -1),
+        record=run_dir / PLACE / LOGGED,
         project=project,
         name=name or run_dir.name,
-        group=group,
-        tags=list(tags),
+        group=group or _sweep_of(run_dir),
+        job_type=job_type,
+        tags=[*tags, *(f"{key}:{options[key]}" for key in TAGGED if key in options)],
         save_dir=run_dir,
         config=config,
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
+        id=number,
+        resume="allow" if mode == "online" else None,
+        # the command line may hold a secret, and no file of ours does
+        settings=Settings(x_disable_meta=True, console="off", disable_git=True, save_code=False),
     )
+
+
+def _logger_class() -> Any:
+    """Made when asked for, as Lightning is slow to import."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    class StepwiseLogger(WandbLogger):
+        """Logs a step once, though a run that goes on repeats those after its checkpoint."""
+
+        def __init__(self, *, first: int, record: Path, **kwargs: Any):
+            super().__init__(**kwargs)
+            self.last, self.record, self.number = first, record, kwargs["id"]
+
+        def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+            if step is not None:
+                if step <= self.last:
+                    return
+                self.last = step
+            super().log_metrics(metrics, step=step)  # type: ignore[arg-type]
+            if step is not None:
+                write_text(self.record, json.dumps({"id": self.number, "step": step}) + "\n")
+
+    return StepwiseLogger
+
+
+def _read(run_dir: Path) -> dict[str, Any]:
+    """The id of a run that goes on and its last logged step."""
+    try:
+        return json.loads((run_dir / PLACE / LOGGED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _sweep_of(run_dir: Path) -> str | None:
+    """The name of the sweep that the run is a job of."""
+    for parent in run_dir.absolute().parents[:3]:
+        if any((parent / name).is_file() for name in SWEEP):
+            return parent.name
+    return None
+
+
+def tell(numbers: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+    """What a run came to, where W&B watches it: summary numbers, a table of the samples, and the
+    change of log pi(y_w) of every held-out pair as a histogram."""
+    run = _open_run()
+    if run is None:
+        return
+    import wandb
+
+    for when in ("init", "final"):
+        for name, value in (numbers.get(when) or {}).items():
+            run.summary[f"{when}/{name}"] = value
+    columns = list(samples[0]) if samples else []
+    logged: dict[str, Any] = {}
+    if columns:
+        rows = [[row.get(name) for name in columns] for row in samples]
+        logged["samples"] = wandb.Table(columns=columns, data=rows)
+    moved = [row["chosen_delta"] for row in samples if row.get("chosen_delta") is not None]
+    if moved:
+        logged["displacement/pairs"] = wandb.Histogram(moved)
+    if logged:
+        run.log(logged)
+
+
+def close(code: int) -> None:
+    """End the run of W&B, if there is one, with an exit code that says whether it failed."""
+    if _open_run() is not None:
+        import wandb
+
+        wandb.finish(exit_code=code)
+
+
+def _open_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def tensorboard(*, run_dir: Path, config: dict[str, Any]) -> Any:

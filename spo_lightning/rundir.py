@@ -186,7 +186,7 @@ def resumed(
     path = directory / "config.yaml"
     if not path.exists():
         return cfg, dict(choices)
-    chosen = _choices(path)
+    chosen = choices_of(path)
     named = {key.replace("/", "."): key for key in choices}
     for key in (named[key] for key in touched if key in named):
         if key.split("/")[0] in MAY_DIFFER:
@@ -196,7 +196,8 @@ def resumed(
     return _going_on(cfg, path, touched), chosen
 
 
-def _choices(path: Path) -> dict[str, str]:
+def choices_of(path: Path) -> dict[str, str]:
+    """The groups' options, from the head of a run's config.yaml."""
     with path.open(encoding="utf-8") as file:
         head = file.readline()
     return json.loads(head.removeprefix(CHOICES)) if head.startswith(CHOICES) else {}

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo_lightning import command, knobs
+from spo_lightning import command, knobs, loggers
 from spo_lightning.errors import verdict
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def train(
             numbers = Run(cfg, run, stages, choices or {}).go()
     except BaseException as error:
         code, message = verdict(error)
+        loggers.close(code)
         stopped = code in (130, 143)
         run.note_status(state="interrupted" if stopped else "failed", error=message)
         if code == 2:
@@ -89,6 +90,7 @@ def train(
 
         for number, handler in before.items():
             signal.signal(number, handler)
+    loggers.close(0)
     run.note_status(state="finished", stage="done")
     return numbers
 
@@ -154,7 +156,9 @@ class Run:
         self.save()
         numbers |= {"final": after.numbers, "steps": steps}
         self.run.note_metrics(numbers)
-        self.run.note_samples(self.samples(before, after))
+        samples = self.samples(before, after)
+        self.run.note_samples(samples)
+        loggers.tell(numbers, samples)
         log.info("\n%s\n", run_table(numbers))
         log.info("Model: %s", self.run.model)
         log.info("Numbers and samples: %s", self.run.path)
