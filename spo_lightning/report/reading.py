@@ -86,15 +86,18 @@ class Run:
         path = self.path / "metrics.csv"
         if not path.is_file():
             return {}
+        import numpy as np
+
         columns, told = _columns(path)
         if told:
             self.problems.append(told)
-        steps = columns.pop("step", [])
+        steps = columns.pop("step", np.array([]))
         found = {}
         for name, values in columns.items():
-            kept = [(s, v) for s, v in zip(steps, values) if s is not None and v is not None]
-            if kept:
-                found[name] = _thinned([s for s, _ in kept], [v for _, v in kept])
+            kept = np.flatnonzero(np.isfinite(values) & np.isfinite(steps))
+            if len(kept):
+                kept = kept[_thinned(len(kept))]
+                found[name] = steps[kept].tolist(), values[kept].tolist()
         return found
 
     @cached_property
@@ -182,8 +185,9 @@ def _numbers(found: Any) -> dict[str, float]:
     return {name: v for name, v in found.items() if isinstance(v, (int, float))}
 
 
-def _columns(path: Path) -> tuple[dict[str, list[Any]], str | None]:
-    """Columns of metrics.csv, and what is wrong with it; row by row where Arrow refuses."""
+def _columns(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Columns of metrics.csv, nan where a field is empty, and what is wrong with the file; row by
+    row where Arrow refuses it."""
     import pyarrow as pa
     import pyarrow.csv as arrow
 
@@ -203,7 +207,7 @@ def _columns(path: Path) -> tuple[dict[str, list[Any]], str | None]:
             parse_options=arrow.ParseOptions(invalid_row_handler=skip),
             convert_options=arrow.ConvertOptions(column_types=kinds),
         )
-        columns = {name: table[name].to_pylist() for name in table.column_names}
+        columns = {name: table[name].to_numpy() for name in table.column_names}
     except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error):
         columns, lost = _row_by_row(path)
         return columns, f"metrics.csv: {lost} unreadable row(s) left out" if lost else None
@@ -211,28 +215,27 @@ def _columns(path: Path) -> tuple[dict[str, list[Any]], str | None]:
     return columns, told
 
 
-def _row_by_row(path: Path) -> tuple[dict[str, list[Any]], int]:
-    columns: dict[str, list[Any]] = {}
+def _row_by_row(path: Path) -> tuple[dict[str, Any], int]:
+    import numpy as np
+
+    columns: dict[str, list[float]] = {}
     lost = 0
     text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
     for row in csv.DictReader(text.splitlines()):
         try:
-            values = {name: float(cell) if cell else None for name, cell in row.items() if name}
+            values = {name: float(cell or "nan") for name, cell in row.items() if name}
         except (TypeError, ValueError):
             lost += 1
             continue
         for name, value in values.items():
             columns.setdefault(name, []).append(value)
-    return columns, lost
+    return {name: np.array(values) for name, values in columns.items()}, lost
 
 
-def _thinned(steps: list[float], values: list[float]) -> Curve:
-    """At most ``POINTS`` of them: every so many, and the last."""
-    every = -(-len(steps) // POINTS)
-    if every == 1:
-        return steps, values
-    kept = sorted({*range(0, len(steps), every), len(steps) - 1})
-    return [steps[n] for n in kept], [values[n] for n in kept]
+def _thinned(count: int) -> list[int]:
+    """At most ``POINTS`` places of ``count``: every so many, and the last."""
+    every = -(-count // POINTS)
+    return sorted({*range(0, count, every), count - 1})
 
 
 def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
