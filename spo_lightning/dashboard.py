@@ -110,7 +110,7 @@ def workspace(project: str, entity: str | None) -> Any:
 
 def report(project: str, entity: str | None) -> Any:
     """One page of a sweep: the grid first, then the curves."""
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2.interface as wr
 
     whose = entity or default_entity()
     runs = [wr.Runset(entity=whose, project=project)]
@@ -127,13 +127,13 @@ def report(project: str, entity: str | None) -> Any:
 
 
 def lines(panels: Any) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2.interface as wr
 
     return [wr.LinePlot(title=title, x=STEP, y=list(drawn)) for title, drawn in panels]
 
 
 def held_out() -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2.interface as wr
 
     return [
         wr.BarPlot(title=f"{name}, final", metrics=[wr.SummaryMetric(f"final/{name}")])
@@ -143,7 +143,7 @@ def held_out() -> list[Any]:
 
 def grid() -> list[Any]:
     """A point per run at its beta and weight, coloured by what it came to."""
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2.interface as wr
 
     beta, weight = (wr.Config(name) for name in GRID)
     found: list[Any] = [
@@ -164,7 +164,7 @@ def grid() -> list[Any]:
 
 def texts() -> list[Any]:
     """Answers before and after, and how far each pair moved."""
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2.interface as wr
 
     return [
         wr.WeavePanelSummaryTable(table_name=SAMPLES),

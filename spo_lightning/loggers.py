@@ -121,10 +121,10 @@ def tell(numbers: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> No
     for when in ("init", "final"):
         for name, value in (numbers.get(when) or {}).items():
             run.summary[f"{when}/{name}"] = value
-    columns = list(samples[0]) if samples else []
+    columns: list[Any] = list(samples[0]) if samples else []
     logged: dict[str, Any] = {}
     if columns:
-        rows = [[row.get(name) for name in columns] for row in samples]
+        rows: list[Any] = [[row.get(name) for name in columns] for row in samples]
         logged["samples"] = wandb.Table(columns=columns, data=rows)
     moved = [row["chosen_delta"] for row in samples if row.get("chosen_delta") is not None]
     if moved:

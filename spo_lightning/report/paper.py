@@ -215,12 +215,15 @@ def methods(part: Part, axis: Any) -> None:
     for method, marker in ((INIT, "D"), (CHOSEN, "s"), (SFT_SET, "^")):
         if method == INIT or method in part.methods:
             axis.plot(*point(part, method), marker, color=OTHER, label=method)
-    for base in part.bases:
+    for number, base in enumerate(part.bases):
         bare, held = point(part, base), point(part, base + SPO)
         axis.annotate("", held, bare, arrowprops={"arrowstyle": "->", "color": "#999999"})
         axis.plot(*bare, "o", color=FELL, mfc="white", label="bare")
         axis.plot(*held, "o", color=GREW, label="+ SPO")
-        axis.annotate(base, bare, (3, 4), textcoords="offset points", fontsize=7, color=INK)
+        x, side = (5, "left") if number % 2 else (-5, "right")  # neighbours' names apart
+        axis.annotate(
+            base, bare, (x, 3), textcoords="offset points", ha=side, fontsize=7, color=INK
+        )
     named = dict(zip(*reversed(axis.get_legend_handles_labels())))
     axis.legend(named.values(), named.keys(), fontsize=7)
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from spo_lightning.report import paper
@@ -373,8 +372,3 @@ def differing(sweep: Sweep) -> Table:
     names = keys(sweep)
     rows = [[str(s.told.get(name, "")) for name in names] for s in sweep.settings]
     return Table("config", names or ["setting"], rows if names else [["all alike"]])
-
-
-def question(directory: Path) -> str:
-    """What a page of several runs is called."""
-    return f"Sweep {directory.absolute().name}"
