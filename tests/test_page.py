@@ -117,6 +117,8 @@ def test_a_run(tmp_path):
     (lost,) = [b for b in found["Pair by pair"] if hasattr(b, "head")]
     assert [row[0] for row in lost.rows] == ["2+2=?", "1+1=?"]  # the worst first
     assert [c.title for c in found["Diagnostics"]] == ["ches/mean"]
+    (held,) = [s for s in found["Where the probability goes"][3].series if s.dash == "dash"]
+    assert (held.x, held.y) == ([0, 50, 100], [0.0, -0.5, -1.0])  # from init on
     written_files = build([room])
     assert [path.name for path in written_files] == ["report.html", "table.md", "figures"]
     stills = {path.stem for path in (room / "figures").iterdir()}

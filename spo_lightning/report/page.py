@@ -171,7 +171,8 @@ def _cell(cell: Cell, digits: int) -> str:
         return f'<td class="number" data-value="{cell!r}">{cell:.{digits}f}</td>'
     if isinstance(cell, int):
         return f'<td class="number" data-value="{cell}">{cell}</td>'
-    return f'<td dir="auto">{text(cell)}</td>'
+    whole = cell.replace(" ± ", "\u00a0±\u00a0")  # never broken over two lines
+    return f'<td dir="auto">{text(whole)}</td>'
 
 
 def _place(chart: Drawing) -> str:

@@ -109,6 +109,8 @@ def lines(run: Run, key: str, title: str, names: Sequence[str]) -> list[Chart]:
             curve = run.curves.get(f"{split}/{name}")
             if curve is None:
                 continue
+            if split == "eval" and name in run.init and curve[0][0] > 0:
+                curve = [0, *curve[0]], [run.init[name], *curve[1]]
             shown = {"mode": "lines+markers", "dash": "dash"} if split == "eval" else {}
             series.append(Series(f"{split}/{name}", *curve, **shown))  # type: ignore[arg-type]
     if not series:
