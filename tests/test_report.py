@@ -67,6 +67,12 @@ def test_keys_that_follow_the_seed_do_not_tell_settings_apart(tmp_path):
     assert all(set(seeds) == {3, 4} for seeds in found.values())
 
 
+def test_keys_that_follow_another_are_not_named(tmp_path):
+    """solver.beta is the loss's."""
+    configs = [{"seed": 0, "loss": {"beta": b}, "solver": {"beta": b}} for b in (0.1, 0.5)]
+    assert list(runs(tmp_path, configs)) == ["loss.beta=0.1", "loss.beta=0.5"]
+
+
 def test_a_seed_of_its_own_tells_settings_apart(tmp_path):
     found = runs(tmp_path, [{"seed": s, "data": {"seed": d}} for s in (0, 1) for d in (0, 7)])
     assert set(found) == {"data.seed=0", "data.seed=7"}

@@ -75,9 +75,12 @@ def told_apart(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
     found: dict[Path, dict[str, Any]] = {}
     for paths in alike.values():
         names = set().union(*(leaves[path] for path in paths)) - follows
-        differing = sorted(
-            name for name in names if len({repr(leaves[path].get(name)) for path in paths}) > 1
-        )
+        columns: dict[tuple[str, ...], str] = {}
+        for name in sorted(names):  # of keys that vary alike, as solver.beta does, the first
+            column = tuple(repr(leaves[path].get(name)) for path in paths)
+            if len(set(column)) > 1:
+                columns.setdefault(column, name)
+        differing = columns.values()
         for path in paths:
             found[path] = {group: chosen[path][group] for group in groups}
             found[path] |= {name: leaves[path].get(name) for name in differing}
