@@ -101,14 +101,14 @@ def _whole(job: Callable[[], Any], failures: list[BaseException], failed_jobs: l
         failed_jobs += getattr(error, "__notes__", [])
     for sweep in (sweep for sweep in Processes.sweeps if sweep.jobs):
         print(f"\n{sweep.table()}\n\nRuns: {sweep.directory}")
-        if sweep.reported and any(job.path.exists() for job in sweep.jobs):
-            from spo_lightning.report.build import build
-
-            print(f"Report: {build([sweep.directory], stills=False)[0]}")
         failed_jobs += [
             f"job {one.number} ({sweep.varying(one)}) {one.state}: {one.error}"
             for one in sweep.failed
         ]
+        if sweep.reported and any(job.path.exists() for job in sweep.jobs):
+            from spo_lightning.report.build import attempted
+
+            print(attempted(sweep.directory))
 
 
 def built(node: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import netrc
 import os
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.rundir import choices_of, write_text
+from spo_lightning.rundir import choices_of
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ def wandb(
     """Offline without a login, and never a prompt. A run that goes on keeps its id."""
     from wandb import Settings
 
+    from spo_lightning.wandb_logger import StepwiseLogger
+
     mode = mode or os.environ.get("WANDB_MODE") or ("online" if has_login() else "offline")
     before = _read(run_dir)
     if mode == "offline":
@@ -51,10 +54,10 @@ def wandb(
         folders = " ".join([*earlier, f"{run_dir}/{PLACE}/offline-run-*"])
         log.info("W&B is offline: `wandb sync %s` uploads the run", folders)
     os.environ.setdefault("WANDB_SILENT", "true")
-    number = before.get("id") or os.urandom(4).hex()
+    number = before.get("id") or os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex()
     options = choices_of(run_dir / "config.yaml")
-    return _logger_class()(
-        first=before.get("step", -1),
+    return StepwiseLogger(
+        last=before.get("step", -1),
         record=run_dir / PLACE / LOGGED,
         project=project,
         name=name or run_dir.name,
@@ -69,29 +72,6 @@ def wandb(
         # the command line may hold a secret, and no file of ours does
         settings=Settings(x_disable_meta=True, console="off", disable_git=True, save_code=False),
     )
-
-
-def _logger_class() -> Any:
-    """Made when asked for, as Lightning is slow to import."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    class StepwiseLogger(WandbLogger):
-        """Logs a step once, though a run that goes on repeats those after its checkpoint."""
-
-        def __init__(self, *, first: int, record: Path, **kwargs: Any):
-            super().__init__(**kwargs)
-            self.last, self.record, self.number = first, record, kwargs["id"]
-
-        def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-            if step is not None:
-                if step <= self.last:
-                    return
-                self.last = step
-            super().log_metrics(metrics, step=step)  # type: ignore[arg-type]
-            if step is not None:
-                write_text(self.record, json.dumps({"id": self.number, "step": step}) + "\n")
-
-    return StepwiseLogger
 
 
 def _read(run_dir: Path) -> dict[str, Any]:
@@ -110,10 +90,10 @@ def _sweep_of(run_dir: Path) -> str | None:
     return None
 
 
-def tell(numbers: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+def tell(run_dir: Path, numbers: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
     """What a run came to, where W&B watches it: summary numbers, a table of the samples, and the
     change of log pi(y_w) of every held-out pair as a histogram."""
-    run = _open_run()
+    run = _open_run(run_dir)
     if run is None:
         return
     import wandb
@@ -126,23 +106,25 @@ def tell(numbers: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> No
     if columns:
         rows: list[Any] = [[row.get(name) for name in columns] for row in samples]
         logged["samples"] = wandb.Table(columns=columns, data=rows)
-    moved = [row["chosen_delta"] for row in samples if row.get("chosen_delta") is not None]
-    if moved:
-        logged["displacement/pairs"] = wandb.Histogram(moved)
+    moved = [row.get("chosen_delta") for row in samples]
+    finite = [value for value in moved if value is not None and math.isfinite(value)]
+    if finite:
+        logged["displacement/pairs"] = wandb.Histogram(finite)
     if logged:
         run.log(logged)
 
 
-def close(code: int) -> None:
-    """End the run of W&B, if there is one, with an exit code that says whether it failed."""
-    if _open_run() is not None:
-        import wandb
+def close(run_dir: Path, code: int) -> None:
+    """End the directory's run of W&B, if one is open, with a code that says whether it failed."""
+    run = _open_run(run_dir)
+    if run is not None:
+        run.finish(exit_code=code)
 
-        wandb.finish(exit_code=code)
 
-
-def _open_run() -> Any:
-    return getattr(sys.modules.get("wandb"), "run", None)
+def _open_run(run_dir: Path) -> Any:
+    """The run that we began: a notebook may have one of its own."""
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    return run if run is not None and run.id == _read(run_dir).get("id") else None
 
 
 def tensorboard(*, run_dir: Path, config: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """What a run leaves behind: config.yaml, status.json, metrics.csv, metrics.json, samples.jsonl."""
 
 import csv
+import html
 import json
 import os
 import re
@@ -21,6 +22,8 @@ REMOVED = "<removed>"
 CHOICES = "# choices: "  # opens config.yaml; the groups' options, as json
 STATUS_SECONDS = 1.0  # between writes of status.json within a stage
 MAY_DIFFER = ("log", "logger", "hardware", "ckpt_path", "sweep", "report")
+# keys of a configuration that change none of a run's numbers; of hardware, all but precision
+IDLE = (*MAY_DIFFER, "hydra", "cache", "checkpoint")
 
 
 def without_secrets(node: Any) -> Any:
@@ -62,6 +65,21 @@ def remove_secrets(path: Path) -> None:
 def secrets() -> set[str]:
     """Values of environment variables whose names look secret."""
     return {v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8}
+
+
+def private(text: str) -> str:
+    """Without the values of secret-looking variables, as they stand or inside JSON or HTML; the
+    home folder is ``~``."""
+    for secret in secrets():
+        forms = {
+            secret,
+            html.escape(secret),
+            *(json.dumps(secret, ensure_ascii=a)[1:-1] for a in (True, False)),
+        }
+        for form in forms:
+            text = text.replace(form, REMOVED)
+    home = os.path.expanduser("~")
+    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
 def write_text(path: Path, text: str) -> None:

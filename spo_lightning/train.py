@@ -27,31 +27,24 @@ def main() -> None:
 
 def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> Any:
     """One job of the command: refuse bad input, then train; what a search maximises, or all."""
+    from omegaconf import OmegaConf
+
     from spo_lightning import rundir
+    from spo_lightning.report.build import attempted
 
     knobs.check(cfg, line)
     choices = line.choices
     if cfg.ckpt_path is not None:
         cfg, choices = rundir.resumed(cfg, run_dir, line.touched, line.choices)
     numbers = train(cfg, run_dir, choices)
-    if cfg.report.enabled and cfg.study is None:
-        report(Path(run_dir))
+    # a run that goes on may be older than its report
+    if OmegaConf.select(cfg, "report.enabled", default=True) and cfg.study is None:
+        log.info("%s", attempted(Path(run_dir)))
     if cfg.sweep.objective is None:
         return numbers
     from spo_lightning.sweep.objective import score
 
     return score(numbers, **cfg.sweep.objective)
-
-
-def report(run_dir: Path) -> None:
-    """The page of a finished run, which stands whether or not its page can be made."""
-    from spo_lightning.errors import UserError
-    from spo_lightning.report.build import build
-
-    try:
-        log.info("Report: %s", build([run_dir], stills=False)[0])
-    except (OSError, UserError) as error:
-        log.warning("No report: %s", error)
 
 
 def train(
@@ -77,11 +70,11 @@ def train(
             numbers = Run(cfg, run, stages, choices or {}).go()
     except BaseException as error:
         code, message = verdict(error)
-        loggers.close(code)
         stopped = code in (130, 143)
         run.note_status(state="interrupted" if stopped else "failed", error=message)
         if code == 2:
             run.withdraw()
+        loggers.close(run.path, code)
         if run.last.exists() and not stopped and (code != 2 or run.stage == "training"):
             log.error("The last good checkpoint is %s. %s", run.last, how)
         raise
@@ -90,8 +83,8 @@ def train(
 
         for number, handler in before.items():
             signal.signal(number, handler)
-    loggers.close(0)
     run.note_status(state="finished", stage="done")
+    loggers.close(run.path, 0)
     return numbers
 
 
@@ -158,7 +151,7 @@ class Run:
         self.run.note_metrics(numbers)
         samples = self.samples(before, after)
         self.run.note_samples(samples)
-        loggers.tell(numbers, samples)
+        loggers.tell(self.run.path, numbers, samples)
         log.info("\n%s\n", run_table(numbers))
         log.info("Model: %s", self.run.model)
         log.info("Numbers and samples: %s", self.run.path)

@@ -16,7 +16,6 @@ from spo_lightning.report import charts, sweep_page
 from spo_lightning.report.build import build, sections
 from spo_lightning.report.page import visible
 from spo_lightning.report.reading import POINTS, Run, runs_of
-from spo_lightning.report.run_page import alarm
 from spo_lightning.report.watch import serve
 from spo_lightning.rundir import CHOICES
 
@@ -136,7 +135,7 @@ def test_curves_are_thinned_and_keep_their_ends(tmp_path):
     assert len(steps) <= POINTS + 1 and (steps[0], steps[-1]) == (1, 10_001)
     assert values[-1] == pytest.approx(0.2)
     assert run.curves["eval/mass/top10"][0][:2] == [50, 100]
-    assert alarm(run) == pytest.approx(5001, abs=30)
+    assert run.alarm == 5001
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -197,17 +196,94 @@ def test_runs_that_are_broken_are_named(tmp_path):
     assert Run(odd, "odd").curves["train/loss"] == ([1.0, 3.0], [0.5, 0.3])
 
 
+def test_values_of_other_kinds_than_expected(tmp_path):
+    """Nothing in a run's files ends its page, or that of its sweep."""
+    for number, (name, value) in enumerate(
+        [
+            ("status.json", {"state": ["a"], "error": {"b": 1}, "step": None}),
+            ("metrics.json", {"init": None, "final": {"exact_match": "1"}, "seconds": [1]}),
+            ("metrics.json", {"init": {}, "final": {"exact_match": None}, "choices": None}),
+            ("metrics.json", {"final": {"win_rate": float("nan"), "exact_match": True}}),
+            ("metrics.json", {"final": {"win_rate": 0.5}, "choices": {"loss": ["a"]}}),
+            ("samples.jsonl", {"prompt": ["a", 1], "chosen_delta": float("nan"), "after": 3}),
+        ]
+    ):
+        room = written(tmp_path / f"sweep/{number}", final=FINAL, seed=number)
+        (room / name).write_text(json.dumps(value) + "\n")
+        html_of(room)
+    room = written(tmp_path / "sweep/deep", final=FINAL, config={"seed": [1]})
+    for name in ("samples.jsonl", "status.json"):
+        (room / name).write_text("[" * 200_000)
+    (room / "metrics.csv").write_text("step,train/loss,train/loss\n1,2,3\n")
+    html_of(room)
+    secret = tmp_path / "private.txt"
+    secret.write_text("nobody's business")
+    (room / "train.log").symlink_to(secret)
+    assert "nobody's business" not in html_of(room)
+    html_of(tmp_path / "sweep")
+
+
+def test_jobs_that_only_their_sweep_knows(tmp_path):
+    """One was killed in mid-run and could not say so; one never began. The sweep was moved."""
+    top = tmp_path / "sweep"
+    killed = written(top / "0", final=None, state="running")
+    written(top / "1", final=FINAL)
+    jobs = [
+        {
+            "directory": "/elsewhere/sweep/0",
+            "words": ["a=1"],
+            "state": "died",
+            "error": "signal 9",
+        },
+        {"directory": "/elsewhere/sweep/1", "words": ["a=2"], "state": "finished", "error": None},
+        {"directory": "/elsewhere/sweep/2", "words": ["a=3"], "state": "failed", "error": "a: no"},
+    ]
+    (top / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    found = blocks([top])
+    assert [row[:2] for row in found["Runs"][0].rows] == [
+        ["0", "died"],
+        ["1", "finished"],
+        ["2", "failed"],
+    ]
+    notes = [b.text for b in found["The answer"]]
+    assert "0: a=1: signal 9" in notes and "2: a=3: a: no" in notes
+    assert (killed / "report.html").exists() is False
+
+
+def test_what_changes_no_number_tells_no_settings_apart(tmp_path):
+    """A job that was gone on with has its checkpoint in its configuration."""
+    for seed, path in enumerate((None, "last")):
+        config = {
+            "ckpt_path": path,
+            "report": {"enabled": not seed},
+            "log": {"every_n_steps": seed},
+        }
+        written(tmp_path / f"sweep/{seed}", seed=seed, final=FINAL, config=config)
+    (table,) = blocks([tmp_path / "sweep"])["Ranking"]
+    assert [row[1:3] for row in table.rows] == [["run", 2]]
+
+
+def test_preferences_without_capability_or_methods_without_both(tmp_path):
+    """The paper's layout needs two numbers; without them the rest of the page stands."""
+    for seed in (0, 1):
+        written(tmp_path / f"sweep/{seed}", seed=seed, final={"rewards/margins": 0.1})
+    assert "Methods, bare and with SPO" in blocks([tmp_path / "sweep"])
+    html_of(tmp_path / "sweep")
+
+
 def test_secrets_and_the_home_folder_stay_out(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "key-of-wandb-123")
-    monkeypatch.setenv("HF_TOKEN", "hf_token-456")
+    monkeypatch.setenv("HF_TOKEN", 'hf_token-456<"&')
+    monkeypatch.setenv("OTHER_TOKEN", "undefined")  # a word of the plots' library
     monkeypatch.setenv("HOME", str(tmp_path))
     config = {"logger": {"api_key": "plain-secret-789"}, "note": "uses key-of-wandb-123"}
-    rows = [sample(f"hf_token-456 {tmp_path}/data")]
+    rows = [sample(f'hf_token-456<"& {tmp_path}/data {tmp_path}er')]
     room = written(tmp_path / "run", final=FINAL, config=config, samples=rows)
     text = html_of(room)
-    for secret in ("key-of-wandb-123", "hf_token-456", "plain-secret-789", str(tmp_path)):
+    for secret in ("key-of-wandb-123", "hf_token-456", "plain-secret-789", f"{tmp_path}/"):
         assert secret not in text
-    assert "~/run" in text and "~/data" in text
+    assert "~/run" in text and "~/data" in text and f"{tmp_path}er" in text
+    assert text.count("undefined") > 100
 
 
 def grid(top):
@@ -276,7 +352,7 @@ def test_a_page_that_is_watched(tmp_path):
     try:
         top = f"http://127.0.0.1:{server.server_port}"
         html, state = (urllib.request.urlopen(f"{top}/{name}").read() for name in ("", "state"))
-        assert b"const AGAIN = 3;" in html and b"state running" in html
+        assert b'const STATE = "' + state + b'";' in html and b"state running" in html
         assert urllib.request.urlopen(f"{top}/state").read() == state
         path = room / "status.json"
         path.write_text(path.read_text().replace("running", "finished"))

@@ -13,6 +13,8 @@ from pathlib import Path
 from spo_lightning.errors import UserError
 from spo_lightning.report.table import finished
 
+TITLED = ("loss", "solver")  # groups that a picture's title names
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -43,7 +45,12 @@ def report(args: argparse.Namespace) -> None:
         return watched(args.dirs, args.port)
     from spo_lightning.report.build import build, markdown
 
-    files = [*evolutions(args.dirs), *build(args.dirs)]
+    try:
+        files = [*evolutions(args.dirs), *build(args.dirs)]
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}: the report is not written"
+        ) from error
     print(markdown(args.dirs) or "no run has come to its numbers yet")
     for file in files:
         print(f"written to {file}", file=sys.stderr)
@@ -66,8 +73,8 @@ def watched(directories: Sequence[Path], port: int) -> None:
     sections(directories)  # refuses directories without a run
     try:
         server = serve(directories, port)
-    except OSError as error:
-        raise UserError(f"--port {port}: {error.strerror}: name another") from error
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {port}: {error}: name another") from error
     print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -81,7 +88,7 @@ def evolutions(directories: Sequence[Path]) -> list[Path]:
     from spo_lightning.report import steps
 
     runs = {
-        f"loss={numbers['choices']['loss']} solver={numbers['choices']['solver']}\n{run.name}": run
+        " ".join(f"{k}={numbers['choices'].get(k)}" for k in TITLED) + f"\n{run.name}": run
         for run, numbers, _ in finished(directories)
         if (run / "evolution.csv").is_file()
     }

@@ -9,7 +9,7 @@ from spo_lightning.report.charts import Chart, Drawing, Heat, Histogram, still
 from spo_lightning.report.page import Section, page
 from spo_lightning.report.reading import runs_of
 from spo_lightning.report.table import finished, run_table, sweep_table
-from spo_lightning.rundir import write_text
+from spo_lightning.rundir import private, write_text
 
 PAGE, TABLE, FIGURES = "report.html", "table.md", "figures"
 
@@ -38,7 +38,7 @@ def build(directories: Sequence[Path], *, stills: bool = True) -> list[Path]:
     text = markdown(directories)
     if text:
         written.append(room / TABLE)
-        write_text(written[-1], text)
+        write_text(written[-1], private(text))
     if stills:
         folder = room / FIGURES
         folder.mkdir(exist_ok=True)
@@ -46,6 +46,15 @@ def build(directories: Sequence[Path], *, stills: bool = True) -> list[Path]:
             still(chart, folder)
         written.append(folder)
     return written
+
+
+def attempted(directory: Path) -> str:
+    """One line: where the page of a finished run or sweep is, or why there is none. What was
+    computed stands whether or not its page can be made."""
+    try:
+        return f"Report: {build([directory], stills=False)[0]}"
+    except Exception as error:
+        return f"No report: {type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def drawings(content: Sequence[Section]) -> list[Drawing]:

@@ -121,14 +121,15 @@ def coloured(series: Sequence[Series]) -> list[Series]:
 def plotly(chart: Drawing) -> dict[str, Any]:
     """``data`` and ``layout`` of a plotly figure. Text is given as text, never as markup."""
     layout: dict[str, Any] = {
-        "xaxis": {"title": {"text": chart.x}, "automargin": True},
+        "xaxis": {"title": {"text": plain(chart.x)}, "automargin": True},
         "yaxis": {"automargin": True},
     }
     if isinstance(chart, Heat):
         layout["xaxis"] |= {"type": "category"}
-        layout["yaxis"] |= {"title": {"text": chart.y}, "type": "category"}
+        layout["yaxis"] |= {"title": {"text": plain(chart.y)}, "type": "category"}
         shown = [["" if v is None else f"{v:.3f}" for v in row] for row in chart.z]
-        heat = {"type": "heatmap", "x": chart.columns, "y": chart.rows, "z": chart.z}
+        across, up = ([plain(name) for name in names] for names in (chart.columns, chart.rows))
+        heat = {"type": "heatmap", "x": across, "y": up, "z": chart.z}
         heat |= {
             "text": shown,
             "texttemplate": "%{text}",
@@ -145,7 +146,7 @@ def plotly(chart: Drawing) -> dict[str, Any]:
             for n, (label, values) in enumerate(chart.values.items())
         ]
         return {"data": data, "layout": layout}
-    layout["yaxis"] |= {"title": {"text": chart.y}}
+    layout["yaxis"] |= {"title": {"text": plain(chart.y)}}
     lines = [
         {"type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1}
         | {"line": {"color": COLOURS[1], "dash": "dot", "width": 1.5}}

@@ -100,18 +100,16 @@
     show();
   }
 
-  if (AGAIN !== null) {
-    let now = null;
+  if (STATE !== null) {  // a server has newer pages
     setInterval(async () => {
       try {
         const state = await (await fetch("state", { cache: "no-store" })).text();
-        if (now !== null && state !== now) {
+        if (state !== STATE) {
           sessionStorage.setItem("place", String(scrollY));
           location.reload();
         }
-        now = state;
       } catch { /* the server has stopped; what is shown stays */ }
-    }, 1000 * AGAIN);
+    }, 3000);
     scrollTo(0, Number(sessionStorage.getItem("place") ?? 0));
   }
 })();

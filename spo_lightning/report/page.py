@@ -5,7 +5,6 @@ as text.
 """
 
 import html
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,7 +14,7 @@ from typing import Any
 
 from spo_lightning.errors import UserError
 from spo_lightning.report.charts import Drawing, Heat, embedded, plotly
-from spo_lightning.rundir import REMOVED, secrets
+from spo_lightning.rundir import private
 
 Cell = str | float | int | None
 CONTROL = {n: chr(0x2400 + n) for n in range(32) if n not in (9, 10)} | {127: "\u2421"}
@@ -68,8 +67,8 @@ class Section:
     about: str = ""
 
 
-def page(title: str, sections: Sequence[Section], *, again: int | None = None) -> str:
-    """The file. ``again``: seconds after which an open page asks its server for a newer one."""
+def page(title: str, sections: Sequence[Section], *, state: str | None = None) -> str:
+    """The file. ``state``: of what it was made from, where a server has newer ones."""
     shown = [section for section in sections if section.blocks]
     drawings: dict[str, Any] = {}
     body = [f'<h1 dir="auto">{text(title)}</h1>', _contents(shown)]
@@ -84,16 +83,15 @@ def page(title: str, sections: Sequence[Section], *, again: int | None = None) -
             drawings |= {chart.key: _drawing(chart) for chart in grid}
         body.append("</section>")
     room = files("spo_lightning.report")
-    made = _PAGE.format(
-        title=text(title),
+    return _PAGE.format(
+        title=text(private(title)),
         style=room.joinpath("page.css").read_text(encoding="utf-8"),
-        body="\n".join(body),
-        drawings=embedded(drawings),
-        again="null" if again is None else int(again),
+        body=private("\n".join(body)),
+        drawings=private(embedded(drawings)),
+        state=embedded(state),
         plotly=_library() if drawings else "",
         script=room.joinpath("page.js").read_text(encoding="utf-8"),
     )
-    return _private(made)
 
 
 _PAGE = """<!doctype html>
@@ -105,7 +103,7 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; conn
 <link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head>
 <body><main>{body}</main>
 <script type="application/json" id="drawings">{drawings}</script>
-<script>const AGAIN = {again};</script>
+<script>const STATE = {state};</script>
 <script>{plotly}</script><script>{script}</script></body></html>
 """
 
@@ -195,11 +193,3 @@ def _library() -> str:
         raise UserError("the page's plots need plotly: pip install plotly")
     path = Path(found.origin).parent / "package_data/plotly.min.js"
     return path.read_text(encoding="utf-8").replace("</script", "<\\/script")
-
-
-def _private(made: str) -> str:
-    """Without the values of secret-looking variables; the home folder is ``~``."""
-    for secret in secrets():
-        made = made.replace(html.escape(secret), REMOVED)
-    home = str(Path(os.path.expanduser("~")))
-    return made.replace(home, "~") if len(home) > 1 else made

@@ -105,7 +105,7 @@ def jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
         words: dict[str, str] = {}
         for word in row["words"].split():
             key, _, value = word.lstrip("+~").partition("=")
-            words[key] = value
+            words[key] = value.replace("\\", "")  # Hydra's, before braces
         numbers = {name: float(value) for name, value in row.items() if "/" in name and value}
         found.append((words, int(words.pop("seed", 0)), numbers))
     return found

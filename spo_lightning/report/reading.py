@@ -1,54 +1,84 @@
-"""Run directories in, what they hold out: finished or not, whole or not. Nothing is executed."""
+"""Run directories in, what they hold out: finished or not, whole or not. Nothing is executed.
+
+What stands in the files is of any kind; here it becomes what the pages count on.
+"""
 
 import csv
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.rundir import CHOICES, without_secrets
+from spo_lightning.rundir import CHOICES, private, without_secrets
 
 POINTS = 400  # of a curve at most; a longer one is thinned
-ENDED = ("finished", "failed", "interrupted", "died")
+ALARM = "train/displacement/alarm"
+MARKS = ("status.json", "metrics.json", "metrics.csv")  # a run has one of them
+SWEEP = "sweep.json"
+ENDED_BADLY = ("failed", "interrupted", "died")
 
 Curve = tuple[list[float], list[float]]  # steps, values
 
 
 @dataclass
 class Run:
-    """One run directory. ``problems``: a line per file that could not be read as it should be."""
+    """One run directory. ``job``: what its sweep says of it, which outlives a killed process.
+
+    ``problems``: a line per file that could not be read as it should be.
+    """
 
     path: Path
     name: str
+    job: Mapping[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @cached_property
-    def status(self) -> dict[str, Any]:
-        return self._json("status.json")
+    def status(self) -> dict[str, str]:
+        """status.json, as text."""
+        return {name: str(v) for name, v in self._json("status.json").items() if v is not None}
 
     @cached_property
-    def numbers(self) -> dict[str, Any]:
-        """metrics.json: init, final, choices, steps, seconds."""
+    def _metrics(self) -> dict[str, Any]:
         return self._json("metrics.json")
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """metrics.json: init, final, choices, seconds."""
+        parts: dict[str, Any] = {"init": self.init, "final": self.final}
+        return parts | {"choices": self.choices, "seconds": self.seconds}
+
+    @cached_property
+    def final(self) -> dict[str, float]:
+        return _numbers(self._metrics.get("final"))
+
+    @cached_property
+    def init(self) -> dict[str, float]:
+        return _numbers(self._metrics.get("init"))
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """By stage."""
+        return _numbers(self._metrics.get("seconds"))
 
     @cached_property
     def _config(self) -> tuple[dict[str, Any], dict[str, str]]:
         import yaml
 
         text = self._text("config.yaml")
-        choices: Any = {}
+        config, choices = None, None
         try:
             config = yaml.load(text, Loader=_loader()) if text else {}
             first = text.partition("\n")[0]
             if first.startswith(CHOICES):
                 choices = json.loads(first.removeprefix(CHOICES))
-        except (yaml.YAMLError, ValueError) as error:
+            kept = without_secrets(config) if isinstance(config, dict) else {}
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             self.problems.append(f"config.yaml: unreadable ({str(error).splitlines()[0]})")
-            config = {}
-        kept = config if isinstance(config, dict) else {}
-        return without_secrets(kept), choices if isinstance(choices, dict) else {}
+            kept = {}
+        return kept, _texts(choices)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -57,48 +87,61 @@ class Run:
     @property
     def choices(self) -> dict[str, str]:
         """The option of each config group."""
-        return self._config[1] or self.numbers.get("choices") or {}
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """Every key of the configuration by its dotted name."""
-        return dotted(self.config)
+        return self._config[1] or _texts(self._metrics.get("choices"))
 
     @property
     def seed(self) -> int:
-        return self.config.get("seed", 0)
+        return seed_of(self.config)
 
     @property
     def state(self) -> str:
-        return self.status.get("state") or ("finished" if self.numbers else "unknown")
+        if self.job.get("state") in ENDED_BADLY:  # a killed process left its last word
+            return self.job["state"]
+        return self.status.get("state") or ("finished" if self.final else "unknown")
 
     @property
-    def final(self) -> dict[str, float]:
-        return _numbers(self.numbers.get("final"))
-
-    @property
-    def init(self) -> dict[str, float]:
-        return _numbers(self.numbers.get("init"))
+    def error(self) -> str | None:
+        """Why it ended, in one line."""
+        told = self.status.get("error")
+        return told if told or self.state not in ENDED_BADLY else self.job.get("error")
 
     @cached_property
-    def curves(self) -> dict[str, Curve]:
-        """By the names of metrics.csv; rows without the number are left out."""
+    def _columns(self) -> dict[str, Any]:
         path = self.path / "metrics.csv"
-        if not path.is_file():
+        if not path.is_file() or self._elsewhere(path):
             return {}
-        import numpy as np
-
         columns, told = _columns(path)
         if told:
             self.problems.append(told)
-        steps = columns.pop("step", np.array([]))
+        return columns
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        """By the names of metrics.csv, thinned; rows without the number are left out."""
         found = {}
-        for name, values in columns.items():
-            kept = np.flatnonzero(np.isfinite(values) & np.isfinite(steps))
-            if len(kept):
-                kept = kept[_thinned(len(kept))]
+        for name in self._columns:
+            steps, values = self._logged(name)
+            kept = _thinned(len(steps))
+            if kept and name != "step":
                 found[name] = steps[kept].tolist(), values[kept].tolist()
         return found
+
+    @cached_property
+    def alarm(self) -> int | None:
+        """The first step at which the displacement alarm sounded."""
+        steps, values = self._logged(ALARM)
+        loud = steps[values > 0] if len(steps) else []
+        return int(loud[0]) if len(loud) else None
+
+    def _logged(self, name: str) -> tuple[Any, Any]:
+        import numpy as np
+
+        nothing = np.array([])
+        steps, values = (self._columns.get(key, nothing) for key in ("step", name))
+        if len(steps) != len(values):
+            return nothing, nothing
+        kept = np.isfinite(values) & np.isfinite(steps)
+        return steps[kept], values[kept]
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
@@ -109,7 +152,7 @@ class Run:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):
                 found.append(row)
@@ -125,17 +168,21 @@ class Run:
 
     def read(self) -> "Run":
         """All of it, so that ``problems`` is complete."""
-        _ = (self.status, self.numbers, self.config, self.curves, self.samples)
+        _ = (self.status, self.final, self.config, self.curves, self.samples)
         if not self.curves:
             self.problems.append("metrics.csv: no row yet")
         return self
 
+    def _elsewhere(self, path: Path) -> bool:
+        """Whether it is a link to a file that is not the run's."""
+        return not path.resolve().is_relative_to(self.path.resolve())
+
     def _text(self, name: str) -> str:
         path = self.path / name
-        if not path.is_file():
+        if not path.is_file() or self._elsewhere(path):
             return ""
         try:
-            return path.read_text(encoding="utf-8", errors="replace")
+            return private(path.read_text(encoding="utf-8", errors="replace"))
         except OSError as error:
             self.problems.append(f"{name}: unreadable ({error.strerror})")
             return ""
@@ -146,7 +193,7 @@ class Run:
             return {}
         try:
             found = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             self.problems.append(f"{name}: unreadable: it was cut off, or is no object")
@@ -155,16 +202,59 @@ class Run:
 
 
 def runs_of(directories: Sequence[Path]) -> list[Run]:
-    """Every run at or below the directories, in the order of their names."""
+    """Every run at or below the directories, in the order of their names, and a sweep's jobs that
+    never came to a directory."""
     found: dict[Path, Run] = {}
     for top in directories:
-        for path in sorted({p.parent for n in MARKS for p in top.rglob(n)}, key=_natural):
+        jobs = _jobs(top)
+        places = {path.parent for name in MARKS for path in top.rglob(name)}
+        inside = {p for p in places if "checkpoints" not in p.relative_to(top).parts}
+        for path in sorted(inside | jobs.keys(), key=_natural):
             name = str(path.relative_to(top)) if path != top else path.absolute().name
-            found.setdefault(path.absolute(), Run(path, name))
-    return [run for run in found.values() if "checkpoints" not in run.path.parts]
+            found.setdefault(path.resolve(), Run(path, name, jobs.get(path, {})))
+    return list(found.values())
 
 
-MARKS = ("status.json", "metrics.json", "metrics.csv")  # a run has one of them
+def _jobs(top: Path) -> dict[Path, dict[str, Any]]:
+    """What sweep.json says of every job that began, by its directory under ``top``."""
+    try:
+        record = json.loads(private((top / SWEEP).read_text(encoding="utf-8")))
+        began = Path(record["jobs"][0]["directory"]) if record["jobs"] else top
+        jobs = [job for job in record["jobs"] if job["state"] in ENDED_BADLY]
+        # the sweep may have been moved since: what stays is the place of a job within it
+        home = next((p for p in began.parents if p.name == top.absolute().name), began.parent)
+        return {
+            top / Path(job["directory"]).relative_to(home): {
+                "state": str(job["state"]),
+                "error": f"{' '.join(job['words'])}: {job['error']}",
+            }
+            for job in jobs
+        }
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return {}
+
+
+def seed_of(config: Mapping[str, Any]) -> int:
+    seed = config.get("seed", 0)
+    return seed if isinstance(seed, int) else 0
+
+
+def _numbers(found: Any) -> dict[str, float]:
+    """What is a number in it."""
+    if not isinstance(found, dict):
+        return {}
+    kinds = (int, float)
+    return {
+        str(name): value
+        for name, value in found.items()
+        if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _texts(found: Any) -> dict[str, str]:
+    if not isinstance(found, dict):
+        return {}
+    return {str(key): value for key, value in found.items() if isinstance(value, str)}
 
 
 def _natural(path: Path) -> list[Any]:
@@ -177,12 +267,6 @@ def _loader() -> Any:
     import yaml
 
     return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-def _numbers(found: Any) -> dict[str, float]:
-    if not isinstance(found, dict):
-        return {}
-    return {name: v for name, v in found.items() if isinstance(v, (int, float))}
 
 
 def _columns(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -208,7 +292,7 @@ def _columns(path: Path) -> tuple[dict[str, Any], str | None]:
             convert_options=arrow.ConvertOptions(column_types=kinds),
         )
         columns = {name: table[name].to_numpy() for name in table.column_names}
-    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error):
+    except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError, csv.Error):
         columns, lost = _row_by_row(path)
         return columns, f"metrics.csv: {lost} unreadable row(s) left out" if lost else None
     told = f"metrics.csv: {len(broken)} row(s) cut off, left out" if broken else None
@@ -234,8 +318,8 @@ def _row_by_row(path: Path) -> tuple[dict[str, Any], int]:
 
 def _thinned(count: int) -> list[int]:
     """At most ``POINTS`` places of ``count``: every so many, and the last."""
-    every = -(-count // POINTS)
-    return sorted({*range(0, count, every), count - 1})
+    every = max(1, -(-count // POINTS))
+    return sorted({*range(0, count, every), count - 1} - {-1})
 
 
 def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:

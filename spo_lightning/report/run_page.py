@@ -1,14 +1,14 @@
 """One run's files in, the sections of its page out."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from spo_lightning.report.charts import GREY, Chart, Histogram, Series, unit
 from spo_lightning.report.page import Folded, Note, Samples, Section, Table
-from spo_lightning.report.reading import Curve, Run
+from spo_lightning.report.reading import ALARM, Curve, Run
 
-ALARM = "train/displacement/alarm"
 WORST = 20  # pairs in the table of those that lost most
 LAST_LINES = 200  # of train.log
 # charts everybody looks at: key, title, what is drawn; the rest of metrics.csv follows
@@ -57,33 +57,26 @@ ABOUT = (
 
 def told(run: Run) -> list[Any]:
     """Its state and what went wrong."""
-    status, seconds = run.status, run.numbers.get("seconds") or {}
+    status = run.status
     parts = [f"{group} {option}" for group, option in sorted(run.choices.items())]
     parts += [f"seed {run.seed}", f"state {run.state}"]
     if "step" in status:
         parts.append(f"step {status['step']} of {status.get('max_steps')}")
-    if seconds:
-        whole = sum(v for v in seconds.values() if isinstance(v, (int, float)))
-        parts.append(f"{whole:.0f} s")
+    if run.seconds:
+        parts.append(f"{sum(run.seconds.values()):.0f} s")
     found: list[Any] = [Note(", ".join(parts) + ".")]
-    if status.get("error"):
-        found.append(Note(f"Error: {status['error']}", alarm=True))
-    if at := alarm(run):
+    if run.error:
+        found.append(Note(f"Error: {run.error}", alarm=True))
+    if run.alarm is not None:
         found.append(
             Note(
-                f"Step {at:g}: the alarm sounded. Chosen answers lost probability while the "
+                f"Step {run.alarm}: the alarm sounded. Chosen answers lost probability while the "
                 "margin rose. Remedies: loss=spo or solver=penalty, a higher solver.weight, a "
                 "lower optimizer.lr.",
                 alarm=True,
             )
         )
     return found + [Note(problem, alarm=True) for problem in run.problems]
-
-
-def alarm(run: Run) -> float | None:
-    """The first step at which it sounded."""
-    steps, values = run.curves.get(ALARM, ([], []))
-    return next((step for step, value in zip(steps, values) if value), None)
 
 
 def numbers(run: Run) -> list[Any]:
@@ -115,8 +108,7 @@ def lines(run: Run, key: str, title: str, names: Sequence[str]) -> list[Chart]:
             series.append(Series(f"{split}/{name}", *curve, **shown))  # type: ignore[arg-type]
     if not series:
         return []
-    at = alarm(run)
-    upright = {} if at is None else {at: "alarm"}
+    upright = {} if run.alarm is None else {float(run.alarm): "alarm"}
     return [Chart(key, title, "outer step", unit(names[0]), _paired(series, names), upright)]
 
 
@@ -181,6 +173,8 @@ def spread(run: Run) -> list[Any]:
 
 def _against(run: Run) -> list[Chart]:
     rows = [r for r in run.samples if _is_number(r, "chosen_delta", "rejected_delta")]
+    if not rows:
+        return []
     groups = {
         "right after": [row for row in rows if row.get("after_ok") is True],
         "wrong after": [row for row in rows if row.get("after_ok") is False],
@@ -205,7 +199,8 @@ def _against(run: Run) -> list[Chart]:
 
 
 def _is_number(row: dict[str, Any], *names: str) -> bool:
-    return all(isinstance(row.get(name), (int, float)) for name in names)
+    values = [row.get(name) for name in names]
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
 
 
 def lost(run: Run) -> list[Any]:
@@ -227,8 +222,7 @@ def lost(run: Run) -> list[Any]:
 
 
 def _number(row: dict[str, Any]) -> float | None:
-    value = row.get("rejected_delta")
-    return float(value) if isinstance(value, (int, float)) else None
+    return float(row["rejected_delta"]) if _is_number(row, "rejected_delta") else None
 
 
 def _written(value: Any) -> str:
@@ -271,7 +265,7 @@ def environment(run: Run) -> list[Any]:
     found: list[Any] = []
     known = ("version", "git", "started", "updated")
     rows = [[name, str(run.status[name])] for name in known if run.status.get(name)]
-    rows += [[f"seconds/{k}", str(v)] for k, v in (run.numbers.get("seconds") or {}).items()]
+    rows += [[f"seconds/{stage}", str(value)] for stage, value in run.seconds.items()]
     if rows:
         found.append(
             Table(

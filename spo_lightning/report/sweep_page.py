@@ -9,7 +9,6 @@ from spo_lightning.report import paper
 from spo_lightning.report.charts import COLOURS, DASHES, GREY, Chart, Heat, Series, unit
 from spo_lightning.report.page import Note, Section, Table
 from spo_lightning.report.reading import Run
-from spo_lightning.report.run_page import alarm
 from spo_lightning.report.table import interval, label, told_apart
 
 # which number ranks, the first that the runs have; more is better
@@ -99,7 +98,11 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("Ranking", ranking(sweep), RANKING),
         Section("Differences by seed", differences(sweep), DIFFERENCES),
         Section("Methods, bare and with SPO", methods(sweep)),
-        Section("Over the grid", heats(sweep), "Means over seeds; an empty field has no run."),
+        Section(
+            "Over the grid",
+            heats(sweep),
+            "Means over seeds, and over whatever else varies; an empty field has no run.",
+        ),
         Section("Quality against displacement", front(sweep), FRONT),
         Section("Curves", curves(sweep), "Means over seeds at each logged step."),
         Section("Runs", jobs(runs)),
@@ -144,21 +147,26 @@ def answer(sweep: Sweep) -> list[Note]:
 
 
 def less(one: Setting, other: Setting, number: str) -> list[float]:
-    """Differences at the seeds that both have."""
+    """Differences at the seeds that both have; none between data that differ."""
+    if one.told.get("data") != other.told.get("data"):
+        return []
     left, right = one.values(number), other.values(number)
     return [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
 
 
 def verdict(apart: Sequence[float]) -> str:
     if len(apart) < 2:
-        return "fewer than two seeds in common, so nothing can be said of significance"
+        return "fewer than two seeds on the same data, so nothing can be said of significance"
     mean, half = interval(apart)
     word = "significant" if abs(mean) > half else "not significant"
     return f"difference {mean:+.3f} ± {half:.3f} over {len(apart)} seeds, {word} at 95%"
 
 
 def shown(values: Any) -> str:
-    mean, half = interval([*values])
+    found = [*values]
+    if not found:
+        return "unknown"
+    mean, half = interval(found)
     return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else " (one seed)")
 
 
@@ -169,9 +177,7 @@ def troubles(runs: Sequence[Run]) -> list[Note]:
         counts[run.state] = counts.get(run.state, 0) + 1
     states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     found = [Note(f"{len(runs)} runs: {states}.")]
-    found += [
-        Note(f"{r.name}: {r.status['error']}", alarm=True) for r in runs if r.status.get("error")
-    ]
+    found += [Note(f"{run.name}: {run.error}", alarm=True) for run in runs if run.error]
     return found + [Note(f"{r.name}: {line}", alarm=True) for r in runs for line in r.problems]
 
 
@@ -183,7 +189,7 @@ def ranking(sweep: Sweep) -> list[Table]:
         head += [name, "±"]
     rows = []
     for place, setting in enumerate(sweep.ranked, 1):
-        row: list[Any] = [place, setting.name, len(setting.runs)]
+        row: list[Any] = [place, setting.name, len({run.seed for run in setting.runs})]
         for name in sweep.names:
             values = [*setting.values(name).values()]
             mean, half = interval(values) if values else (None, None)
@@ -357,13 +363,8 @@ def mean_curve(setting: Setting, name: str) -> tuple[list[float], list[float]] |
 def jobs(runs: Sequence[Run]) -> list[Table]:
     rows = []
     for run in runs:
-        seconds = (run.numbers.get("seconds") or {}).values()
-        whole = sum(v for v in seconds if isinstance(v, (int, float)))
-        at = alarm(run)
-        rows.append(
-            [run.name, run.state, float(whole) if whole else None, None if at is None else int(at)]
-            + [run.status.get("error") or ""]
-        )
+        whole = float(sum(run.seconds.values())) or None
+        rows.append([run.name, run.state, whole, run.alarm, run.error or ""])
     return [Table("runs", ["run", "state", "seconds", "alarm at step", "error"], rows, digits=0)]
 
 

@@ -6,7 +6,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.report.reading import dotted, runs_of
+from spo_lightning.report.reading import dotted, runs_of, seed_of
+from spo_lightning.rundir import IDLE
 
 # two-sided 95% points of Student's t by degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
@@ -49,7 +50,7 @@ Run = tuple[Path, dict[str, Any], dict[str, Any]]  # directory, metrics, config
 def finished(directories: Sequence[Path]) -> list[Run]:
     """Every run at or below the directories that has come to its final numbers."""
     runs = runs_of(directories)
-    return [(r.path, r.numbers, r.config) for r in runs if r.final and r.config]
+    return [(run.path, run.numbers, run.config) for run in runs if run.final and run.config]
 
 
 GROUPS = ("data", "model", "loss", "solver")
@@ -57,13 +58,13 @@ GROUPS = ("data", "model", "loss", "solver")
 
 def told_apart(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
     """By directory, what distinguishes a run besides its seed: options of groups, then keys."""
-    leaves = {path: dotted(config) for path, _, config in runs}
+    leaves = {path: dotted(_telling(config)) for path, _, config in runs}
     chosen = {
         path: {group: numbers.get("choices", {}).get(group) for group in GROUPS}
         for path, numbers, _ in runs
     }
     groups = [group for group in GROUPS if len({c[group] for c in chosen.values()}) > 1]
-    seed = {path: config.get("seed", 0) for path, _, config in runs}
+    seed = {path: seed_of(config) for path, _, config in runs}
     follows = {  # keys that have the run's seed wherever they stand, such as sft.seed
         name
         for name in set().union(*leaves.values())
@@ -87,6 +88,14 @@ def told_apart(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
     return {path: found[path] for path in leaves}
 
 
+def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration decides numbers."""
+    hardware = config.get("hardware")
+    precision = hardware.get("precision") if isinstance(hardware, dict) else None
+    kept = {key: value for key, value in config.items() if key not in IDLE}
+    return kept | ({"hardware": {"precision": precision}} if precision else {})
+
+
 def label(told: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in told.items()) or "run"
 
@@ -96,7 +105,7 @@ def settings(runs: Sequence[Run]) -> dict[str, dict[int, dict[str, Any]]]:
     apart = told_apart(runs)
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for path, numbers, config in runs:
-        found.setdefault(label(apart[path]), {})[config.get("seed", 0)] = numbers
+        found.setdefault(label(apart[path]), {})[seed_of(config)] = numbers
     return found
 
 
@@ -114,7 +123,8 @@ def sweep_table(directories: Sequence[Path], names: Sequence[str]) -> str:
     lines = list(head)
     for label, some in rows.items():
         cells = [cell([n[name] for n in some if name in n]) for name in shown]
-        lines.append(f"| {label} | {len(some)} | " + " | ".join(cells) + " |")
+        named = label.replace("|", "\\|")
+        lines.append(f"| {named} | {len(some)} | " + " | ".join(cells) + " |")
     differences = _differences(found, shown)
     if differences:
         lines += ["", "Differences between runs of the same seed, mean and 95% interval:", ""]

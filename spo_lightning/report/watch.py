@@ -1,5 +1,6 @@
 """The page of runs that go on, served on loopback and made anew when their files change."""
 
+import html
 import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,10 @@ from spo_lightning.report.build import sections
 from spo_lightning.report.page import page
 from spo_lightning.report.reading import MARKS
 
-EVERY_SECONDS = 3
+WAITING = (
+    '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="3">'
+    "<title>report</title><p>The page cannot be made now ({}). It is tried again.</p>"
+)
 
 
 def serve(directories: Sequence[Path], port: int) -> ThreadingHTTPServer:
@@ -25,9 +29,9 @@ def serve(directories: Sequence[Path], port: int) -> ThreadingHTTPServer:
             elif self.path in ("/", "/report.html"):
                 with made:
                     if state not in kept:
-                        html = page(*sections(directories), again=EVERY_SECONDS)
+                        body = fresh(directories, state)
                         kept.clear()
-                        kept[state] = html.encode("utf-8", "replace")
+                        kept[state] = body.encode("utf-8", "replace")
                     body = kept[state]
                 self._send(body, "text/html; charset=utf-8")
             else:
@@ -44,6 +48,14 @@ def serve(directories: Sequence[Path], port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None: ...
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+def fresh(directories: Sequence[Path], state: str) -> str:
+    """The page as the files are now; one that tries again where they cannot be read."""
+    try:
+        return page(*sections(directories), state=state)
+    except Exception as error:  # a run may be writing; a server must not end for it
+        return WAITING.format(html.escape(f"{type(error).__name__}: {error}"))
 
 
 def state_of(directories: Sequence[Path]) -> str:

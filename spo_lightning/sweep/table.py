@@ -13,13 +13,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from spo_lightning.errors import UserError
-from spo_lightning.rundir import write_text
+from spo_lightning.rundir import IDLE, write_text
 from spo_lightning.sweep.jobs import Job
 
-# keys of a job's configuration that change none of its numbers; of hardware, all but precision
-IDLE = (
-    *("hydra", "sweep", "report", "log", "logger", "hardware", "cache", "checkpoint", "ckpt_path"),
-)
 NUMBERS = (
     *("exact_match", "win_rate", "nll/chosen", "displacement/rate", "displacement/chosen"),
     *("preference/accuracy", "rewards/margins"),
