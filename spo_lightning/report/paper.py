@@ -194,13 +194,14 @@ def drawn(main: Sequence[Part], front: Sequence[Part], path: Path) -> list[Path]
         columns = min(PANELS, len(panels))
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(4.3 * columns, 3.7 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flat
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for (part, draw), axis in zip(panels, axes):
             draw(part, axis)
-            axis.set_title("\n".join(textwrap.wrap(part.name, 46)))
+            title = f"front: {part.name}" if draw is points else part.name
+            axis.set_title("\n".join(textwrap.wrap(title, 46)))
             axis.set_xlabel(f"{HEADINGS[part.preference]}, held out")
             axis.set_ylabel("exact match, held out")
-        for axis in list(axes)[len(panels) :]:
+        for axis in axes[len(panels) :]:
             axis.remove()
         found = [path.with_suffix(f".{kind}") for kind in ("png", "svg")]
         for file in found:
@@ -229,27 +230,28 @@ def methods(part: Part, axis: Any) -> None:
 
 
 def points(part: Part, axis: Any) -> None:
-    """The points of a front, with the words that made them."""
+    """A front: a line per weight through the rates, marked by rate."""
     axis.plot(*point(part, INIT), "D", color=OTHER, label=INIT)
-    for method in part.methods:
-        held = SPO in method
-        axis.plot(
-            *point(part, method),
-            "o",
-            color=GREW if held else FELL,
-            mfc=GREW if held else "white",
-            label=method.partition(",")[0],
-        )
-        axis.annotate(
-            method.partition(", ")[2],
-            point(part, method),
-            (4, 3),
-            textcoords="offset points",
-            fontsize=6,
-            color=INK,
-        )
-    named = dict(zip(*reversed(axis.get_legend_handles_labels())))
-    axis.legend(named.values(), named.keys(), fontsize=7)
+    lines: dict[str, list[tuple[str, str]]] = {}
+    for method in part.methods:  # "DPO + SPO, lr 3e-5, weight 1"
+        name, rate, *weight = method.split(", ")
+        lines.setdefault(", ".join([name, *weight]), []).append((rate, method))
+    rates = sorted({rate for line in lines.values() for rate, _ in line}, key=_rate)
+    for number, (name, line) in enumerate(lines.items()):
+        line.sort(key=lambda at: _rate(at[0]))
+        at = [point(part, method) for _, method in line]
+        colour = GREW if SPO in name else FELL
+        dash = ("-", "--", ":", "-.")[number % 4]
+        axis.plot(*zip(*at), dash, color=colour, label=name, linewidth=1)
+        for (rate, _), (x, y) in zip(line, at):
+            axis.plot(x, y, "osv^"[rates.index(rate) % 4], color=colour, markersize=4)
+    for rate in rates:
+        axis.plot([], [], "osv^"[rates.index(rate) % 4], color=INK, label=rate, markersize=4)
+    axis.legend(fontsize=7)
+
+
+def _rate(text: str) -> float:
+    return float(text.split()[-1])
 
 
 def point(part: Part, method: str) -> tuple[float, float]:
