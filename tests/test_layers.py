@@ -24,6 +24,7 @@ ROOMS = (
         "progress",
         "rundir",
         "tabular",
+        "wandb_logger",
         "loggers",
         "observation",
         "module",
@@ -36,7 +37,7 @@ ROOMS = (
     ),
     *("shards", "tokens", "reference", "ranges", "knobs", "pairing", "prepare", "fit"),
     *("sampling", "report", "sweep", "command"),
-    *("train", "eval", "inspect", "sample", "bench"),
+    *("train", "eval", "inspect", "sample", "bench", "dashboard"),
 )
 # what the rooms that know least may import besides themselves
 NARROW = {
@@ -51,7 +52,7 @@ NARROW = {
     "observation": {"models", "metrics"},
     "shards": {"progress"},
     "tabular": {"models", "losses", "solvers", "rundir", "errors"},
-    "report": {"errors"},
+    "report": {"errors", "rundir"},
     "sweep": {"errors", "rundir", "progress", "prepare", "fit"},  # the last two: imported early
 }
 COMMANDS = (
@@ -64,6 +65,7 @@ COMMANDS = (
         "command",
         "knobs",
         "report.__main__",
+        "dashboard",
     ),
 )
 HEAVY = {"torch", "lightning", "transformers", "datasets"}

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from omegaconf import OmegaConf
 
-from spo_lightning.report import charts, sweep_page
+from spo_lightning.report import charts, sweep_charts, sweep_page
 from spo_lightning.report.build import build, sections
 from spo_lightning.report.page import visible
 from spo_lightning.report.reading import POINTS, Run, runs_of
@@ -331,7 +331,7 @@ def test_a_sweep(tmp_path):
 
 def test_the_front_by_hand():
     points = [(0.0, 1.0), (1.0, 0.0), (0.5, 0.5), (0.4, 0.4), (0.0, 0.9)]
-    beaten = [p for p in points if any(sweep_page.beats(q, p) for q in points)]
+    beaten = [p for p in points if any(sweep_charts.beats(q, p) for q in points)]
     assert beaten == [(0.4, 0.4), (0.0, 0.9)]
 
 

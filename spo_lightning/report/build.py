@@ -8,6 +8,7 @@ from spo_lightning.report import run_page, sweep_page
 from spo_lightning.report.charts import Chart, Drawing, Heat, Histogram, still
 from spo_lightning.report.page import Section, page
 from spo_lightning.report.reading import runs_of
+from spo_lightning.report.settings import SHOWN
 from spo_lightning.report.table import finished, run_table, sweep_table
 from spo_lightning.rundir import private, write_text
 
@@ -69,4 +70,4 @@ def markdown(directories: Sequence[Path]) -> str | None:
         return None
     if len(runs) == 1:
         return run_table(runs[0][1])
-    return sweep_table(directories, sweep_page.SHOWN)
+    return sweep_table(directories, SHOWN)
