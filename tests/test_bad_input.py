@@ -358,6 +358,7 @@ def test_a_series_that_diverges(home, cache):
     assert (status["state"], status["error"]) == ("failed", line.removeprefix("error: "))
 
 
+@pytest.mark.slow
 def test_a_sweep_finishes_the_other_jobs(home, cache):
     done = command(home, "-m", "seed=0,-1,1.5", *SMALL, cache, "max_steps=1", "hydra.sweep.dir=s")
     assert done.code == 3

@@ -171,6 +171,7 @@ def lengths_of_a_run():
 
 
 @pytest.mark.parametrize(("solver", "steps"), lengths_of_a_run())
+@pytest.mark.slow
 def test_memory_is_flat(solver, steps):
     class Count(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

@@ -184,6 +184,7 @@ def test_a_sweep_that_runs_is_waited_for(tmp_path, monkeypatch):
     os.waitpid(child, 0)
 
 
+@pytest.mark.slow
 def test_a_stopped_job_fails_its_sweep(tmp_path, cache):
     """As by a daemon that guards the memory."""
     process = start(tmp_path, "-m", *SMALL, cache, *LONG, "seed=0,1")
