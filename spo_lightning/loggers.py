@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.rundir import choices_of
+from spo_lightning.rundir import choices_of, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,15 @@ def wandb(
     return StepwiseLogger(
         last=before.get("step", -1),
         record=run_dir / PLACE / LOGGED,
-        project=project,
-        name=name or run_dir.name,
-        group=group or _sweep_of(run_dir),
-        job_type=job_type,
-        tags=[*tags, *(f"{key}:{options[key]}" for key in TAGGED if key in options)],
+        **without_secrets(
+            {
+                "project": project,
+                "name": name or run_dir.name,
+                "group": group or _sweep_of(run_dir),
+                "job_type": job_type,
+                "tags": [*tags, *(f"{key}:{options[key]}" for key in TAGGED if key in options)],
+            }
+        ),
         save_dir=run_dir,
         config=config,
         mode=mode,
