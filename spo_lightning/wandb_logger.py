@@ -23,7 +23,7 @@ class StepwiseLogger(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if step is not None and step <= self.last:
             return
-        super().log_metrics(metrics, step=step)  # type: ignore[arg-type]
+        super().log_metrics(metrics, step=step)
         if step is None:
             return
         self.last = step

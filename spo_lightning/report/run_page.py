@@ -104,8 +104,8 @@ def lines(run: Run, key: str, title: str, names: Sequence[str]) -> list[Chart]:
                 continue
             if split == "eval" and name in run.init and curve[0][0] > 0:
                 curve = [0, *curve[0]], [run.init[name], *curve[1]]
-            shown = {"mode": "lines+markers", "dash": "dash"} if split == "eval" else {}
-            series.append(Series(f"{split}/{name}", *curve, **shown))  # type: ignore[arg-type]
+            mode, dash = ("lines+markers", "dash") if split == "eval" else ("lines", "solid")
+            series.append(Series(f"{split}/{name}", *curve, mode=mode, dash=dash))
     if not series:
         return []
     upright = {} if run.alarm is None else {float(run.alarm): "alarm"}

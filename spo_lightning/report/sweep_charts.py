@@ -80,22 +80,19 @@ def front(sweep: Sweep) -> list[Chart]:
     for number in dict.fromkeys((quality, *(n for n in CAPABILITY if n in sweep.names))):
         at = [(s.mean(moved), s.mean(number), s.name) for s in sweep.settings]
         known = [(x, y, name) for x, y, name in at if x is not None and y is not None]
-        best = [p for p in known if not any(beats(q, p) for q in known)]
-        best.sort()
+        best = sorted(p for p in known if not any(beats(q, p) for q in known))
         rest = [p for p in known if p not in best]
-        series = [
-            Series(title, *(list(column) for column in zip(*some)), mode=mode, colour=colour)  # type: ignore[misc]
-            for title, some, mode, colour in (
-                ("beaten", [p[:2] for p in rest], "markers", GREY),
-                ("front", [p[:2] for p in best], "lines+markers", COLOURS[0]),
-            )
-            if some
-        ]
-        texts = {"beaten": [p[2] for p in rest], "front": [p[2] for p in best]}
-        named = [Series(s.label, s.x, s.y, s.mode, s.colour, texts=texts[s.label]) for s in series]
+        series = []
+        for name, some, mode, colour in (
+            ("beaten", rest, "markers", GREY),
+            ("front", best, "lines+markers", COLOURS[0]),
+        ):
+            x, y = [p[0] for p in some], [p[1] for p in some]
+            if some:
+                series.append(Series(name, x, y, mode, colour, texts=[p[2] for p in some]))
         title = f"{number} against displacement"
         key = f"front_{number.replace('/', '_')}"
-        found.append(Chart(key, title, unit(moved), f"{number}, {unit(number)}", named))
+        found.append(Chart(key, title, unit(moved), f"{number}, {unit(number)}", series))
     return found
 
 

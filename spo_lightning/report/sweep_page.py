@@ -111,7 +111,7 @@ def ranking(sweep: Sweep) -> list[Table]:
     return [Table("ranking", head, rows, digits=3)]
 
 
-def differences(sweep: Sweep) -> list[Table]:
+def differences(sweep: Sweep) -> list[Any]:
     if len(sweep.ranked) < 2:
         return []
     best, rows = sweep.ranked[0], []
@@ -124,7 +124,7 @@ def differences(sweep: Sweep) -> list[Table]:
             rows.append(row)
     head = [f"{best.name}, less", *sweep.names]
     note = Note("* the 95% interval does not hold zero.")
-    return [Table("differences", head, rows), note] if rows else []  # type: ignore[list-item]
+    return [Table("differences", head, rows), note] if rows else []
 
 
 def star(apart: Sequence[float]) -> str:
