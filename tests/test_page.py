@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from spo_lightning.report import charts, sweep_charts, sweep_page
+from spo_lightning.report.__main__ import main as report_main
 from spo_lightning.report.build import build, sections
 from spo_lightning.report.page import visible
 from spo_lightning.report.reading import POINTS, Run, runs_of
@@ -327,6 +328,19 @@ def test_a_sweep(tmp_path):
     assert (tmp_path / "sweep/report.html").exists() is False
     assert [p.name for p in build([tmp_path / "sweep"])] == ["report.html", "table.md", "figures"]
     assert (tmp_path / "sweep/figures/heat_win_rate.svg").exists()
+
+
+def test_a_comparison_leaves_each_runs_own_page(tmp_path, monkeypatch):
+    rooms = [written(tmp_path / name, final=FINAL) for name in ("one", "two")]
+    mine = html_of(rooms[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", "one", "two"])
+    report_main()
+    assert (rooms[0] / "report.html").read_text() == mine
+    assert "one and two" in (tmp_path / "report/report.html").read_text()
+    monkeypatch.setattr("sys.argv", ["report", "one", "--output", "there"])
+    report_main()
+    assert (tmp_path / "there/report.html").read_text() == mine
 
 
 def test_the_front_by_hand():

@@ -1,7 +1,7 @@
 """``python -m spo_lightning.report DIR [DIR ...]``: the page of a run, of several, of a sweep.
 
-Written into the first directory: report.html, table.md and figures/. Of a csv that ``sweep.table``
-wrote: the tables and pictures of its methods.
+Written into the directory, or of several into ./report: report.html, table.md and figures/. Of a
+csv that ``sweep.table`` wrote: the tables and pictures of its methods.
 """
 
 import argparse
@@ -24,6 +24,8 @@ def main() -> None:
     )
     told = "run or sweep directory, or a sweep.table csv"
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help=told)
+    where = "where the report is written; of one directory into it, of several into ./report"
+    parser.add_argument("--output", type=Path, metavar="DIR", help=where)
     watch = "serve the page on this machine only, made anew as the runs go on; Ctrl-C ends it"
     parser.add_argument("--watch", action="store_true", help=watch)
     parser.add_argument("--port", type=int, default=0, help="of --watch; 0: a free one")
@@ -46,7 +48,9 @@ def report(args: argparse.Namespace) -> None:
     from spo_lightning.report.build import build, markdown
 
     try:
-        files = [*evolutions(args.dirs), *build(args.dirs)]
+        # a run's own page is not written over by a comparison with another
+        room = args.output or (args.dirs[0] if len(args.dirs) == 1 else Path("report"))
+        files = [*build(args.dirs, room), *evolutions(args.dirs, room)]
     except OSError as error:
         raise UserError(
             f"{error.filename}: {error.strerror}: the report is not written"
@@ -83,7 +87,7 @@ def watched(directories: Sequence[Path], port: int) -> None:
         server.server_close()
 
 
-def evolutions(directories: Sequence[Path]) -> list[Path]:
+def evolutions(directories: Sequence[Path], room: Path) -> list[Path]:
     """Every step as predicted and measured, where a run watched it."""
     from spo_lightning.report import steps
 
@@ -92,7 +96,7 @@ def evolutions(directories: Sequence[Path]) -> list[Path]:
         for run, numbers, _ in finished(directories)
         if (run / "evolution.csv").is_file()
     }
-    return steps.report(runs, directories[0]) if runs else []
+    return steps.report(runs, room) if runs else []
 
 
 if __name__ == "__main__":

@@ -30,10 +30,13 @@ def title(directories: Sequence[Path]) -> str:
     return " and ".join(directory.absolute().name for directory in directories)
 
 
-def build(directories: Sequence[Path], *, stills: bool = True) -> list[Path]:
-    """Write the report of the directories into the first of them; what was written."""
+def build(
+    directories: Sequence[Path], room: Path | None = None, *, stills: bool = True
+) -> list[Path]:
+    """Write the report of the directories into ``room`` (the one directory); what was written."""
     named, content = sections(directories)
-    room = directories[0]
+    room = room or directories[0]
+    room.mkdir(parents=True, exist_ok=True)
     written = [room / PAGE]
     write_text(written[0], page(named, content))
     text = markdown(directories)
