@@ -3,7 +3,8 @@
 transformers knows it as an attention implementation of its own, ``IMPLEMENTATION``. A prompt
 attends to itself, causally; a response to its prompt and itself. What lies outside is never
 computed. Long stretches on the CPU get a call of sdpa each; otherwise two calls take the row, all
-prompts and then all responses, and padding exists inside them only.
+prompts and then all responses, and padding exists inside them only. ``FLEX`` is the same by
+FlexAttention: one call for the row, on a GPU, that passes over blocks nobody attends to.
 """
 
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spo_lightning.data.packing import Block, Tree
 
 IMPLEMENTATION = "spo_lightning_tree"
+FLEX = "spo_lightning_flex"
+PACKED = (IMPLEMENTATION, FLEX)  # those that take a row without padding
 PART = 64  # queries at once where attention matrices are kept
 STRETCH = 20  # mean tokens of a stretch from which on a call each is cheaper than padding
 # given beside a tree, so that transformers builds no mask; of a type that no mask has
@@ -44,17 +48,47 @@ def forward(
     Without a ``tree`` it is transformers' own sdpa.
     """
     if tree is None:
-        if attention_mask is not None and attention_mask.dtype == NO_MASK.dtype:
-            raise TypeError("its layers hand no keyword arguments to their attention")
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _without_a_tree(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("softcap") is not None:
         raise ValueError("sdpa has no soft cap of attention scores")
-    window = kwargs.get("sliding_window")
-    if window is not None and window >= tree.longest:
-        window = None  # it reaches everywhere
+    window = _window(tree, **kwargs)
     how = {"scale": kwargs.get("scaling"), "enable_gqa": query.shape[1] != key.shape[1]}
     way = _by_stretch if _long(query, tree) else _in_rectangles
     return way(query, key, value, tree, window, how)[None], None
+
+
+def flex_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    tree: Tree | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As ``forward``, by FlexAttention, which knows soft caps and has no backward on a CPU."""
+    if tree is None:
+        return _without_a_tree(module, query, key, value, attention_mask, **kwargs)
+    mask = tree.blocks(_window(tree, **kwargs))
+    return flex_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _without_a_tree(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if attention_mask is not None and attention_mask.dtype == NO_MASK.dtype:
+        raise TypeError("its layers hand no keyword arguments to their attention")
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _window(tree: Tree, sliding_window: int | None = None, **_: Any) -> int | None:
+    """None where it reaches everywhere."""
+    return None if sliding_window is None or sliding_window >= tree.longest else sliding_window
 
 
 def _long(query: Tensor, tree: Tree) -> bool:
@@ -135,5 +169,6 @@ def _rectangle(row: Tensor, there: Tensor) -> Tensor:
     return row.index_select(0, there.flatten()).view(*there.shape, *row.shape[1:]).transpose(1, 2)
 
 
-AttentionInterface.register(IMPLEMENTATION, forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+for _name, _forward in ((IMPLEMENTATION, forward), (FLEX, flex_forward)):
+    AttentionInterface.register(_name, _forward)
+    AttentionMaskInterface.register(_name, sdpa_mask)

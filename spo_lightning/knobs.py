@@ -190,6 +190,12 @@ def _check_whole(cfg: DictConfig, line: Given) -> None:
             "model.pretrained is not set, and this model has no config to be built from: "
             "name a directory or hub id"
         )
+    taken = (OmegaConf.select(cfg, key) for key in ("model.attention", "hardware.compile"))
+    if tuple(taken) == ("flex", True):
+        raise UserError(
+            "hardware.compile=true does not go with model.attention=flex, which compiles its own "
+            "kernel: leave one of them out"
+        )
     pairs, devices = (OmegaConf.select(cfg, key) for key in ("batch_size", "hardware.devices"))
     if _number(pairs) and _number(devices) and 1 <= pairs < devices:
         raise UserError(

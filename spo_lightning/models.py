@@ -131,7 +131,7 @@ class Scorer(nn.Module):
     @property
     def packs(self) -> bool:
         """Whether a batch is one row without padding."""
-        return self.model.config._attn_implementation == attention.IMPLEMENTATION
+        return self.model.config._attn_implementation in attention.PACKED
 
     def forward(self, batch: PairBatch) -> PairLogps:
         """Log-probabilities of every completion token. Differentiable."""

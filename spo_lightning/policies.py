@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from spo_lightning.attention import IMPLEMENTATION
+from spo_lightning.attention import FLEX, IMPLEMENTATION
 from spo_lightning.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+OWN = {"auto": IMPLEMENTATION, "flex": FLEX}  # batches without padding
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,21 @@ def load(
     """Build or load a policy of which every weight trains."""
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype} is not one of {', '.join(DTYPES)}")
-    if attention not in ("auto", "sdpa", "eager"):
-        raise UserError(f"model.attention={attention} is not auto, sdpa or eager")
-    own = attention == "auto"
-    settings = {"dtype": DTYPES[dtype], "attn_implementation": "sdpa" if own else attention}
+    if attention not in (*OWN, "sdpa", "eager"):
+        raise UserError(f"model.attention={attention} is not auto, flex, sdpa or eager")
+    if attention == "flex" and not torch.cuda.is_available():
+        raise UserError("model.attention=flex needs a CUDA GPU: use auto, which packs as well")
+    # what it is loaded with; sdpa has no soft cap of attention scores, FlexAttention has
+    plain = {"auto": "sdpa", "flex": "eager"}.get(attention, attention)
+    settings = {"dtype": DTYPES[dtype], "attn_implementation": plain}
     torch.manual_seed(seed)  # initial weights
     if pretrained is None:
         lm, tokenizer = _build(dict(config), settings)
     else:
         lm, tokenizer = _open(pretrained, revision, trust_remote_code, dict(config), settings)
     _no_dropout(lm)
-    if own:
-        lm.set_attn_implementation(IMPLEMENTATION)
+    if attention in OWN:
+        lm.set_attn_implementation(OWN[attention])
     return Policy(lm, lm, tokenizer, adapted=False, built=pretrained is None)
 
 

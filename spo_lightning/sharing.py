@@ -18,7 +18,7 @@ def sharing_refusal(config: Any, longest: int) -> str | None:
 
     Decided from the config: a sliding window passes on short rows and is wrong on long ones.
     """
-    own = config._attn_implementation == attention.IMPLEMENTATION
+    own = config._attn_implementation in attention.PACKED
     if config._attn_implementation not in ("sdpa", "eager") and not own:
         return f"attention implementation {config._attn_implementation} takes no 4-D mask"
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])

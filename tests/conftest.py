@@ -1,8 +1,11 @@
 """What tests of the commands share: a small run, and a command run in a process of its own."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 # Tests share the cores, a process each: read when torch is imported, which is after this file.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MODULE = ("-m", "spo_lightning.train")
 # one narrow layer, few rows: a run of seconds
@@ -73,6 +77,33 @@ def end(process: subprocess.Popen, timeout: float = 120) -> Ended:
 def command(cwd: Path, *words: object, module=MODULE, timeout: float = 120, **env: str) -> Ended:
     """A command of the package, run to its end."""
     return end(start(cwd, *words, module=module, **env), timeout)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lightning", "transformers", "datasets", "spo_lightning.prepare"])
+
+
+def forked(cwd: Path, *words: object, timeout: float = 120, **env: str) -> Ended:
+    """``train``, run to its end in a fork of a process that has imported the libraries."""
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        how = (cwd, [str(word) for word in words], environment(**env), out, err)
+        process = FORKS.Process(target=_train, args=how)
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        return Ended(process.exitcode, out.read_text(), err.read_text())
+
+
+def _train(cwd: Path, words: list[str], env: dict[str, str], out: Path, err: Path) -> None:
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["train", *words]
+    runpy.run_module("spo_lightning.train", run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture(scope="session")

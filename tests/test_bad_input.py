@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, command
+from conftest import SMALL, command, forked
 from safetensors.torch import save_file
 
 LEFT = {"train.log", "status.json"}
@@ -187,6 +187,11 @@ KNOBS = [
     Case("unknown interpolation", ("seed=${nope}",), "nope"),
     Case("no checkpoint named", ("model=pretrained",), "model.pretrained is not set"),
     Case("spo with no solver", ("loss=spo", "solver=none"), "use loss=dpo"),
+    Case(
+        "compiled twice",
+        ("model.attention=flex", "hardware.compile=true"),
+        "hardware.compile=true does not go with model.attention=flex",
+    ),
     Case("run directory in a file", ("hydra.run.dir=good.jsonl/run",), "cannot write"),
 ]
 # the constructors of losses, solvers and models refuse these: torch is imported first
@@ -293,7 +298,7 @@ def run_case(home: Path, case: Case):
     given = [*_base(case), *case.words, *where]
     if case in TOKENS:  # the case names its data itself
         given = [word for word in given if word not in ("data=slips",)]
-    return command(home, *given), place
+    return forked(home, *given), place
 
 
 @pytest.fixture(scope="module")

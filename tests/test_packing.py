@@ -9,9 +9,11 @@ from fitting import fitted, objective, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import gradients, in_float64, policy, random_pairs, slow_logps
+from torch.nn.attention import flex_attention
 
 from spo_lightning import attention
 from spo_lightning.data.batch import Pair, by_pairs, by_tokens, collate
+from spo_lightning.errors import UserError
 from spo_lightning.head import token_logps
 from spo_lightning.models import MathKernel, Scorer
 from spo_lightning.sharing import as_read_by, check_head, scorer_for
@@ -90,6 +92,62 @@ def test_a_window_is_packed_too(monkeypatch, calls, family, changes, window):
     expected = torch.cat([slow_logps(lm, pair) for pair in pairs])
     found = scorer(collate(pairs, PAD_ID)).logps
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.fixture
+def flex(monkeypatch):
+    """FlexAttention by its own uncompiled reference, its lack of a backward on a CPU looked past:
+    the reference has one, and it is the mask that is to be tested."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *states: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", {}),
+        ("llama-grouped", {}),
+        ("gpt2", {}),
+        ("mistral", {"sliding_window": 3}),
+        ("mistral", {"sliding_window": 100}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 3}),
+        ("gemma2", {"attn_logit_softcapping": 2.0, "sliding_window": 3}),
+    ],
+)
+def test_flex_attention_sees_the_same(monkeypatch, flex, family, changes):
+    in_float64(monkeypatch)
+    lm = policy(family, attention="eager", **changes).lm
+    pairs = [*random_pairs(5, longest=12), *SAME]
+    batch = collate(pairs, PAD_ID)
+    weights = torch.linspace(-1, 1, len(batch.targets)).double()
+    torch.cat([slow_logps(lm, pair) for pair in pairs]).mul(weights).sum().backward()
+    expected = gradients(lm)
+    lm.set_attn_implementation(attention.FLEX)
+    assert Scorer(lm, True).packs
+    for shared in (True, False):
+        lm.zero_grad()
+        (Scorer(lm, shared)(batch).logps * weights).sum().backward()
+        for name, value in gradients(lm).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_flex_attention_compiled():
+    lm = policy("llama-grouped", dtype="float32").lm
+    pairs = random_pairs(40, longest=30)
+    expected = Scorer(lm, True)(collate(pairs, PAD_ID)).logps.detach()
+    lm.set_attn_implementation(attention.FLEX)
+    with torch.no_grad():
+        found = Scorer(lm, True)(collate(pairs, PAD_ID)).logps
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_flex_attention_wants_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="model.attention=flex needs a CUDA GPU"):
+        policy("llama", attention="flex")
 
 
 @pytest.mark.parametrize("length, calls", [(12, 2), (40, 6)])

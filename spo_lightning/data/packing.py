@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,39 @@ class Tree:
     def seen(self) -> Tensor:
         """[R, 1, width, longest] True where a response may attend."""
         return (self._back >= 0)[:, None]
+
+    @cached_property
+    def _blocks(self) -> dict[int | None, BlockMask]:
+        return {}
+
+    def blocks(self, window: int | None) -> BlockMask:
+        """FlexAttention's mask of the row, made once per batch, not once per layer."""
+        if window not in self._blocks:
+            self._blocks[window] = self._block_mask(window)
+        return self._blocks[window]
+
+    def _block_mask(self, window: int | None) -> BlockMask:
+        length = torch.cat([self.prompts.length, self.responses.length])
+        stretch = torch.arange(len(length), device=length.device)
+        given = torch.cat([stretch[: len(self.prompts.length)], self.prompt_of])
+        # where a stretch begins, in the row and in its text
+        start = length.cumsum(0) - length
+        begins = torch.where(given == stretch, 0, self.prompts.length[given])
+        stretch, given, shift = (
+            values.repeat_interleave(length) for values in (stretch, given, begins - start)
+        )
+        depth = torch.arange(len(stretch), device=length.device) + shift
+
+        def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            mine = (stretch[query] == stretch[key]) | (given[query] == stretch[key])
+            # prompts stand before responses, so that later in the row is never seen
+            found = mine & (key <= query)
+            return found if window is None else found & (depth[query] - depth[key] < window)
+
+        width, compiled = len(stretch), length.device.type == "cuda"
+        return create_block_mask(
+            seen, None, None, width, width, device=str(length.device), _compile=compiled
+        )
 
     def seen_within(self, window: int) -> tuple[Tensor, Tensor]:
         """The masks of prompts, [width, width], and of responses where only so many tokens up to
