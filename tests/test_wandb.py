@@ -58,6 +58,19 @@ def run_of(folder):
     return next(r.run for r in records(folder) if r.WhichOneof("record_type") == "run")
 
 
+def summary_of(folder):
+    return {
+        name_of(item): json.loads(item.value_json)
+        for r in records(folder)
+        if r.WhichOneof("record_type") == "summary"
+        for item in r.summary.update
+    }
+
+
+def exits_of(folder):
+    return [r.exit.exit_code for r in records(folder) if r.WhichOneof("record_type") == "exit"]
+
+
 @pytest.mark.slow
 def test_an_offline_run_read_back(tmp_path, cache):
     """Of a sweep's job; nothing in its files is a secret."""
@@ -89,16 +102,10 @@ def test_an_offline_run_read_back(tmp_path, cache):
     first = json.loads(samples[0])
     assert dict(zip(kept["columns"], kept["data"][0])) == first
     assert len(kept["data"]) == len(samples)
-    summary = {
-        name_of(item): json.loads(item.value_json)
-        for r in records(folder)
-        if r.WhichOneof("record_type") == "summary"
-        for item in r.summary.update
-    }
+    summary = summary_of(folder)
     numbers = json.loads((tmp_path / "asked/0/metrics.json").read_text())
     assert summary["final/exact_match"] == numbers["final"]["exact_match"]
-    exits = [r.exit.exit_code for r in records(folder) if r.WhichOneof("record_type") == "exit"]
-    assert exits == [0]
+    assert exits_of(folder) == [0]
     # of SPO's run: whatever a panel shows is there, but for what slips have no judge for
     (folder,) = (tmp_path / "asked/1/wandb").glob("offline-run-*")
     kept = {name for row in history(folder) for name in row} | summary.keys()
@@ -175,8 +182,7 @@ def test_a_run_that_goes_on_keeps_its_id(tmp_path, cache):
     process.send_signal(signal.SIGTERM)
     assert end(process).code == 143
     (first,) = (tmp_path / "run/wandb").glob("offline-run-*")
-    exits = [r.exit.exit_code for r in records(first) if r.WhichOneof("record_type") == "exit"]
-    assert exits == [143]
+    assert exits_of(first) == [143]
     again = ("ckpt_path=last", "hydra.run.dir=run")
     done = command(tmp_path, *words, *more[1:], *again, WANDB_MODE="offline")
     assert done.code == 0, done.err
@@ -185,3 +191,21 @@ def test_a_run_that_goes_on_keeps_its_id(tmp_path, cache):
     assert len({run_of(folder).run_id for folder in both}) == 1 and len(both) == 2
     steps = [row["trainer/global_step"] for f in both for row in history(f) if "train/loss" in row]
     assert steps == list(range(1, 401))
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_has_its_summary(tmp_path, cache):
+    """Steps are logged by a rank, what comes after by the process that began it: one id."""
+    words = (*SMALL, cache, "loss=dpo", "max_steps=3", "logger=wandb", "hydra.run.dir=run")
+    more = ("hardware=ddp", "hardware.accelerator=cpu")
+    done = command(tmp_path, *words, *more, timeout=300, WANDB_MODE="offline")
+    assert done.code == 0, done.err
+    folders = list((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert len({run_of(folder).run_id for folder in folders}) == 1 and len(folders) == 2
+    rows = [row for folder in folders for row in history(folder)]
+    assert [r["trainer/global_step"] for r in rows if "train/loss" in r] == [1, 2, 3]
+    assert any("samples/ncols" in row or "samples/nrows" in row for row in rows), rows
+    numbers = json.loads((tmp_path / "run/metrics.json").read_text())
+    told = {name: value for folder in folders for name, value in summary_of(folder).items()}
+    assert told["final/exact_match"] == numbers["final"]["exact_match"]
+    assert [exits_of(folder) for folder in folders] == [[0], [0]]
