@@ -37,10 +37,13 @@ HOSTILE = {
 }
 
 
-def written(room, *, steps=100, seed=0, state="finished", final=None, config=None, samples=()):
+def written(
+    room, *, steps=100, seed=0, state="finished", final=None, config=None, samples=(), **options
+):
     """A run directory as a run leaves it."""
     room.mkdir(parents=True)
     choices = {"data": "arithmetic", "model": "llama", "loss": "dpo", "solver": "penalty"}
+    choices |= options
     plain = {"seed": seed, "sft": {"seed": seed}, "loss": {"beta": 0.1}, **(config or {})}
     head = f"{CHOICES}{json.dumps(choices)}\n"
     (room / "config.yaml").write_text(head + OmegaConf.to_yaml(OmegaConf.create(plain)))
@@ -264,6 +267,31 @@ def test_what_changes_no_number_tells_no_settings_apart(tmp_path):
     assert [row[1:3] for row in table.rows] == [["run", 2]]
 
 
+def test_the_papers_layout_knows_spo_from_other_solvers(tmp_path):
+    """Bare is solver=none, + SPO is the penalty; SFT on its own rows is the second control."""
+    for name, match, options, sft in (
+        ("bare", 0.1, {"solver": "none"}, None),
+        ("spo", 0.9, {"loss": "spo"}, None),
+        ("other", 0.5, {"solver": "unrolled"}, None),
+        ("chosen", 0.8, {"loss": "sft", "solver": "none"}, None),
+        ("own", 0.7, {"loss": "sft", "solver": "alternating"}, "own"),
+    ):
+        for seed in (0, 1):
+            final, config = {**FINAL, "exact_match": match}, {"data": {"sft": sft}}
+            room = tmp_path / f"sweep/{name}-{seed}"
+            written(room, seed=seed, final=final, config=config, **options)
+    _, table, _ = blocks([tmp_path / "sweep"])["Methods, bare and with SPO"]
+    assert {row[0]: row[2] for row in table.rows} == {
+        "init": "0.900 ± 0.000",
+        "SFT on chosen": "0.800 ± 0.000",
+        "SFT on the SFT set": "0.700 ± 0.000",
+        "DPO": "0.100 ± 0.000",
+        "DPO + SPO": "0.900 ± 0.000",
+        "DPO + unrolled": "0.500 ± 0.000",
+    }
+    assert table.head[6] == "exact match, less bare" and table.rows[4][6] == "+0.800 ± 0.000"
+
+
 def test_preferences_without_capability_or_methods_without_both(tmp_path):
     """The paper's layout needs two numbers; without them the rest of the page stands."""
     for seed in (0, 1):
@@ -394,6 +422,10 @@ addEventListener("load", async () => {
   const empty = (place) => !place.querySelector(".js-line, .point, .hm image");
   told.empty = [...document.querySelectorAll(".chart")].filter(empty).map((p) => p.dataset.chart);
   told.charts = document.querySelectorAll(".chart").length;
+  const title = (place) => place.querySelector(".xtitle")?.getBoundingClientRect().bottom ?? 0;
+  const legend = (place) => place.querySelector(".legend")?.getBoundingClientRect().top ?? 1e9;
+  const covered = (place) => legend(place) < title(place) - 1;
+  told.covered = [...document.querySelectorAll(".chart")].filter(covered).length;
   told.requests = performance.getEntriesByType("resource").length;
   told.harmed = window.harmed === 1;
   told.wide = document.documentElement.scrollWidth > innerWidth;
@@ -411,6 +443,9 @@ addEventListener("load", async () => {
     select.value = ""; select.dispatchEvent(new Event("change"));
     search.value = "2+2"; search.dispatchEvent(new Event("input")); told.searched = count();
   }
+  dispatchEvent(new Event("beforeprint")); await window.drawAll();
+  const width = (place) => place.querySelector(".main-svg").getBoundingClientRect().width;
+  told.printed = [...new Set([...document.querySelectorAll(".chart")].map(width))];
   document.documentElement.setAttribute("data-told", JSON.stringify(told));
 });
 </script></body>"""
@@ -449,6 +484,7 @@ def test_a_run_in_a_browser(tmp_path, size):
     told = browsed(build([room], stills=False)[0], tmp_path, f"--window-size={size}")
     assert told["errors"] == [] and told["requests"] == 0 and not told["harmed"]
     assert told["empty"] == [] and told["charts"] > 8 and not told["wide"]
+    assert told["covered"] == 0 and told["printed"] == [470]
     numbers, empty = [float(v) for v in told["down"] if v], [v for v in told["down"] if not v]
     assert numbers == sorted(numbers, reverse=True) and told["down"][len(numbers) :] == empty
     assert [float(v) for v in told["up"] if v] == numbers[::-1]
@@ -463,4 +499,5 @@ def test_a_sweep_in_a_browser(tmp_path, size):
     told = browsed(path, tmp_path, f"--window-size={size}")
     assert told["errors"] == [] and told["requests"] == 0
     assert told["empty"] == [] and told["charts"] >= 10 and not told["wide"]
+    assert told["covered"] == 0 and told["printed"] == [470]
     assert told["down"] == sorted(told["down"], reverse=True)

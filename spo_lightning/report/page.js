@@ -2,11 +2,12 @@
 (() => {
   const drawings = JSON.parse(document.getElementById("drawings").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
+  let printing = false;  // on white, at the width that two have on a sheet
 
   function themed(layout) {
     const style = getComputedStyle(document.documentElement);
-    const ink = style.getPropertyValue("--ink").trim();
-    const line = style.getPropertyValue("--line").trim();
+    const ink = printing ? "#1b1b1b" : style.getPropertyValue("--ink").trim();
+    const line = printing ? "#d5d8dd" : style.getPropertyValue("--line").trim();
     const axis = { gridcolor: line, zerolinecolor: line, linecolor: line };
     return {
       ...layout,
@@ -14,14 +15,17 @@
       font: { color: ink, family: "system-ui, sans-serif", size: 12 },
       xaxis: { ...layout.xaxis, ...axis }, yaxis: { ...layout.yaxis, ...axis },
       margin: { l: 60, r: 15, t: 15, b: 50 },
-      legend: { orientation: "h", y: -0.22, yanchor: "top" },
+      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" },
     };
   }
 
   function draw(place) {
     const { data, layout, high } = drawings[place.dataset.chart];
-    const lines = data.length > 1 ? Math.ceil(data.length / Math.max(1, place.clientWidth / 220)) : 0;
-    const whole = { ...themed(layout), height: high + 22 * Math.min(lines, 12), showlegend: data.length > 1 && data.length <= 24 };
+    const width = printing ? 470 : place.clientWidth;
+    const label = 60 + 7 * Math.max(...data.map(({ name }) => (name ?? "").length));  // px
+    const lines = data.length > 1 ? Math.ceil(data.length / Math.max(1, Math.floor((width - 75) / label))) : 0;
+    const whole = { ...themed(layout), height: high + 20 * Math.min(lines, 24), showlegend: data.length > 1 && data.length <= 24 };
+    if (printing) whole.width = width;
     if (data.length === 1 && data[0].type === "heatmap") data[0].colorbar = { thickness: 12 };
     return Plotly.react(place, data, whole, { responsive: true, displayModeBar: false }).then(() => place.classList.add("drawn"));
   }
@@ -33,8 +37,9 @@
   }, { rootMargin: "300px" });
   for (const place of places) { place.style.minHeight = drawings[place.dataset.chart].high + "px"; seen.observe(place); }
   dark.addEventListener("change", () => places.filter((p) => p.classList.contains("drawn")).forEach(draw));
-  window.drawAll = () => Promise.all(places.map(draw));  // before printing
-  addEventListener("beforeprint", () => { window.drawAll(); });
+  window.drawAll = () => Promise.all(places.map(draw));
+  for (const [event, begins] of [["beforeprint", true], ["afterprint", false]])
+    addEventListener(event, () => { printing = begins; window.drawAll(); });
 
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.tHead.rows[0].cells];

@@ -169,8 +169,8 @@ def _cell(cell: Cell, digits: int) -> str:
         return f'<td class="number" data-value="{cell!r}">{cell:.{digits}f}</td>'
     if isinstance(cell, int):
         return f'<td class="number" data-value="{cell}">{cell}</td>'
-    whole = cell.replace(" ± ", "\u00a0±\u00a0")  # never broken over two lines
-    return f'<td dir="auto">{text(whole)}</td>'
+    whole = ' class="whole"' if " ± " in cell else ""  # never broken over two lines
+    return f'<td dir="auto"{whole}>{text(cell)}</td>'
 
 
 def _place(chart: Drawing) -> str:

@@ -139,7 +139,8 @@ def method_of(words: Mapping[str, str]) -> str:
     loss, solver = words.get("loss", "spo"), words.get("solver", "none")
     if loss == "sft":
         return SFT_SET if words.get("data.sft") == "own" else CHOSEN
-    return BASES.get(loss, loss) + (SPO if solver == "penalty" else "")
+    base = BASES.get("dpo" if loss == "spo" else loss, loss)
+    return base + {"none": "", "penalty": SPO}.get(solver, f" + {solver}")
 
 
 def place(item: tuple[str, Any]) -> tuple[int, str]:

@@ -138,7 +138,9 @@ def methods(sweep: Sweep) -> list[Any]:
     for setting in sweep.settings:
         for run in setting.runs:
             told = {k: str(v) for k, v in setting.told.items() if k not in ("loss", "solver")}
-            words = {"loss": run.choices.get("loss", ""), "solver": run.choices.get("solver", "")}
+            words = {name: run.choices.get(name, "") for name in ("loss", "solver")}
+            data = run.config.get("data")
+            words["data.sft"] = str(data.get("sft")) if isinstance(data, dict) else ""
             rows.append((told | words, run.seed, paper.numbers_of(run.init, run.final)))
     found = []
     for part in paper.parts(rows)[0]:
