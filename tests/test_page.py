@@ -328,7 +328,8 @@ def grid(top):
                 }
                 config = {"loss": {"beta": beta}, "solver": {"weight": weight}}
                 name = f"{beta}-{weight}-{seed}"
-                written(top / name, seed=seed, final=final, config=config, steps=10)
+                more = {"final": final, "config": config, "steps": 10}
+                written(top / name, seed=seed, samples=[sample(f"{name}?")], **more)
     return top
 
 
@@ -349,6 +350,8 @@ def test_a_sweep(tmp_path):
     assert (heat.y, heat.rows) == ("solver.weight", ["1", "3"])
     assert [v for row in heat.z for v in row] == pytest.approx([0.53, 0.57, 0.55, 0.59])
     assert {c.key for c in found["Curves"]} >= {"curves_logps_chosen", "curves_loss"}
+    _, lost = found["Pair by pair, with the best setting"]
+    assert [row[0] for row in lost.rows] == ["0.1-3-0?"]
     (runs,) = found["Runs"]
     assert len(runs.rows) == 8 and runs.rows[0][1] == "finished"
     (config,) = found["What differs"]

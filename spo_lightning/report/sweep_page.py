@@ -6,6 +6,7 @@ from typing import Any
 from spo_lightning.report import paper
 from spo_lightning.report.page import Note, Section, Table
 from spo_lightning.report.reading import Run
+from spo_lightning.report.run_page import lost
 from spo_lightning.report.settings import CAPABILITY, LOSS, Sweep, kept, less
 from spo_lightning.report.sweep_charts import curves, front, heats, keys, points
 from spo_lightning.report.table import interval
@@ -26,6 +27,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         ),
         Section("Quality against displacement", front(sweep), FRONT),
         Section("Curves", curves(sweep), "Means over seeds at each logged step."),
+        pairs(sweep),
         Section("Runs", jobs(runs)),
         Section("What differs", [differing(sweep)] if sweep.settings else []),
     ]
@@ -153,6 +155,15 @@ def methods(sweep: Sweep) -> list[Any]:
             found.append(Table(f"methods {part.name}", head, cells))
             found.append(points(part, len(found)))
     return found
+
+
+def pairs(sweep: Sweep) -> Section:
+    """The pairs that the best setting cost most, as its first run has them."""
+    title = "Pair by pair, with the best setting"
+    if not sweep.ranked:
+        return Section(title, [])
+    run = sweep.ranked[0].runs[0]
+    return Section(title, lost(run), f"Held-out pairs of {run.name}: change in nats.")
 
 
 def jobs(runs: Sequence[Run]) -> list[Table]:
