@@ -338,7 +338,8 @@ def test_a_sweep(tmp_path):
     answer = found["The answer"][0].text
     assert "Best by win_rate: loss.beta=0.1 solver.weight=3, 0.550 ± 0.127." in answer
     assert "exact_match there: 0.905 ± 0.064, before 0.900 ± 0.000." in answer
-    assert "Next: loss.beta=0.1 solver.weight=1; difference +0.020" in answer
+    assert "Next: loss.beta=0.1 solver.weight=1; win_rate: difference +0.020" in answer
+    assert "exact_match: difference +0.000 ± 0.000 over 2 seeds, not significant" in answer
     assert "chosen answers gained 0.20 nats in the mean; 50% of pairs lost some" in answer
     (ranking,) = found["Ranking"]
     # beta 0.5 won more, and lost more capability than is allowed

@@ -14,7 +14,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#808080"  # what is compared with; readable on white and on black
 DASHES = ("solid", "dash", "dot", "dashdot")
 STILL_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-MARKS = {"circle": "o", "diamond": "D", "square": "s", "x": "x"}
+MARKS = {"circle": "o", "circle-open": "o", "diamond": "D", "square": "s", "x": "x"}
 SCALE = "Cividis"  # of heat maps: the same order to every eye
 WRAPPED = 60  # letters of a text beside a point
 
@@ -164,6 +164,7 @@ def plotly(chart: Drawing) -> dict[str, Any]:
 
 
 def _trace(one: Series) -> dict[str, Any]:
+    size = 12 if "open" in one.mark else 8  # a ring around a point
     found: dict[str, Any] = {
         "type": "scatter",
         "mode": one.mode,
@@ -171,7 +172,7 @@ def _trace(one: Series) -> dict[str, Any]:
         "x": one.x,
         "y": one.y,
         "line": {"color": one.colour, "dash": one.dash, "width": 1.8},
-        "marker": {"color": one.colour, "symbol": one.mark, "size": 8},
+        "marker": {"color": one.colour, "symbol": one.mark, "size": size},
     }
     if one.texts:
         found |= {"text": [plain(text) for text in one.texts], "textposition": "top right"}
@@ -249,7 +250,8 @@ def _still_lines(chart: Chart, axis: Any) -> None:
         line = STILL_DASHES[one.dash] if "lines" in one.mode else ""
         mark = MARKS[one.mark] if "markers" in one.mode else ""
         label = one.label[:WRAPPED]
-        axis.plot(one.x, one.y, line + mark, color=one.colour, label=label, markersize=5)
+        ring = {"mfc": "none", "markersize": 8} if "open" in one.mark else {"markersize": 5}
+        axis.plot(one.x, one.y, line + mark, color=one.colour, label=label, **ring)
         if "text" in one.mode:
             for x, y, text in zip(one.x, one.y, one.texts):
                 axis.annotate(text, (x, y), (3, 3), textcoords="offset points", fontsize=6)

@@ -149,13 +149,13 @@ def place(item: tuple[str, Any]) -> tuple[int, str]:
     return (order.index(item[0]) if item[0] in order else len(order), item[0])
 
 
-def cells(part: Part) -> tuple[list[str], list[list[str]]]:
+def cells(part: Part) -> tuple[list[str], list[list[Any]]]:
     """Means and 95% intervals over seeds, and + SPO's differences, paired by seed."""
     columns = [name for name in (CAPABILITY, part.preference, *MOVED) if part.has(name)]
     pair = [name for name in columns if name not in MOVED]
     head = ["method", "seeds", *(HEADINGS[name] for name in columns)]
     head += [f"{HEADINGS[name]}, less {other}" for other in ("bare", CHOSEN) for name in pair]
-    rows = []
+    rows: list[list[Any]] = []
     for method in (INIT, *part.methods):
         shown = columns if method != INIT else pair
         row = [cell([*part.values(method, name).values()]) for name in shown]
@@ -163,7 +163,7 @@ def cells(part: Part) -> tuple[list[str], list[list[str]]]:
         for other in (method.removesuffix(SPO), CHOSEN):
             given = method.endswith(SPO)
             row += [signed(part.less(method, other, name)) if given else "" for name in pair]
-        rows.append([method, str(len(part.values(method, columns[0]))), *row])
+        rows.append([method, len(part.values(method, columns[0])), *row])
     return head, rows
 
 
@@ -181,7 +181,7 @@ def along(part: Part) -> str:
     lines = [f"**Front, {part.name}**", "", _line(head), "|---" * len(head) + "|"]
     for method, rows in part.methods.items():
         cells = [cell([*part.values(method, name).values()]) for name in columns]
-        lines.append(_line([method, str(len(rows)), *cells]))
+        lines.append(_line([method, len(rows), *cells]))
     return "\n".join(lines)
 
 
@@ -261,8 +261,8 @@ def point(part: Part, method: str) -> tuple[float, float]:
     return sum(x) / len(x), sum(y) / len(y)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _line(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def signed(values: Sequence[float]) -> str:

@@ -22,6 +22,8 @@ def points(part: paper.Part, number: int) -> Chart:
         ends = [paper.point(part, base), paper.point(part, base + paper.SPO)]
         x, y = ([end[n] for end in ends] for n in (0, 1))
         series.append(Series(base, x, y, "lines+markers", texts=[base, base + paper.SPO]))
+    x, y = zip(*(paper.point(part, base) for base in part.bases))
+    series.append(Series("bare", x, y, "markers", GREY, mark="circle-open", texts=part.bases))
     names = (paper.HEADINGS[part.preference], "exact match")
     return Chart(f"methods_{number}", f"Bare to + SPO {part.name}", *names, series)
 

@@ -53,11 +53,7 @@ def answer(sweep: Sweep) -> list[Note]:
             lines.append(f"{name} there: {shown(best.values(name).values())}, before {before}.")
     if kept(best) is False:
         lines.append(f"No setting kept capability within {LOSS} of that before training.")
-    if len(sweep.ranked) > 1:
-        second = sweep.ranked[1]
-        lost = " (which lost capability)" if kept(second) is False else ""
-        apart = less(best, second, quality)
-        lines.append(f"Next: {second.name}{lost}; {verdict(apart)}.")
+    lines += runner_up(sweep)
     moved = best.mean("displacement/chosen")
     if moved is not None:
         share = best.mean("displacement/rate")
@@ -67,6 +63,21 @@ def answer(sweep: Sweep) -> list[Note]:
             f"With the best, chosen answers {word} {abs(moved):.2f} nats in the mean{rate}."
         )
     return [Note(" ".join(lines))]
+
+
+def runner_up(sweep: Sweep) -> list[str]:
+    """How far the best is ahead of the next, in what ranks and in capability."""
+    quality = sweep.quality
+    if quality is None or len(sweep.ranked) < 2:
+        return []
+    best, second, *_ = sweep.ranked
+    lost = " (which lost capability)" if kept(second) is False else ""
+    apart = verdict(less(best, second, quality))
+    lines = [f"Next: {second.name}{lost}; {quality}: {apart}."]
+    for name in CAPABILITY:
+        if name != quality and (found := less(best, second, name)):
+            lines.append(f"{name}: {verdict(found)}.")
+    return lines
 
 
 def verdict(apart: Sequence[float]) -> str:
