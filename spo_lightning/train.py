@@ -288,17 +288,20 @@ class Run:
             moved = (None, None)  # no pair of this row was scored
             if pair is not None and after.scores is not None:
                 moved = after.scores.chosen_delta[pair], after.scores.rejected_delta[pair]
-            reference = row.get("answer", row.get("chosen"))
+            texts = {name: row.get(name) for name in ("answer", "chosen", "rejected")}
+            texts = {name: text and shown(text) for name, text in texts.items()}
             rows.append(
                 {
                     "prompt": shown(row["prompt"]),
-                    "reference": reference if reference is None else shown(reference),
+                    "reference": texts["chosen"] if texts["answer"] is None else texts["answer"],
                     "before": before.answers.texts[place],
                     "after": after.answers.texts[place],
                     "before_ok": before.answers.right[place],
                     "after_ok": after.answers.right[place],
                     "chosen_delta": moved[0],
                     "rejected_delta": moved[1],
+                    "chosen": texts["chosen"],
+                    "rejected": texts["rejected"],
                 }
             )
         return rows

@@ -76,6 +76,7 @@ def written(
 
 def sample(prompt="1+1=?", moved=-1.0, **more):
     row = {"prompt": prompt, "reference": "2", "before": "2", "after": "3"}
+    row |= {"chosen": "1+1=2", "rejected": "1+1=3"}
     judged = {"before_ok": True, "after_ok": False}
     return {**row, **judged, "chosen_delta": moved, "rejected_delta": 2 * moved, **more}
 
@@ -289,7 +290,7 @@ def test_the_papers_layout_knows_spo_from_other_solvers(tmp_path):
         "DPO + SPO": "0.900 ± 0.000",
         "DPO + unrolled": "0.500 ± 0.000",
     }
-    assert table.head[6] == "exact match, less bare" and table.rows[4][6] == "+0.800 ± 0.000"
+    assert table.head[6] == "exact match, minus bare" and table.rows[4][6] == "+0.800 ± 0.000"
 
 
 def test_preferences_without_capability_or_methods_without_both(tmp_path):
@@ -340,7 +341,7 @@ def test_a_sweep(tmp_path):
     assert "exact_match there: 0.905 ± 0.064, before 0.900 ± 0.000." in answer
     assert "Next: loss.beta=0.1 solver.weight=1; win_rate: difference +0.020" in answer
     assert "exact_match: difference +0.000 ± 0.000 over 2 seeds, not significant" in answer
-    assert "chosen answers gained 0.20 nats in the mean; 50% of pairs lost some" in answer
+    assert "chosen answers gained log-probability in the mean: 0.200 ± 0.000 nats; 50%" in answer
     (ranking,) = found["Ranking"]
     # beta 0.5 won more, and lost more capability than is allowed
     assert [row[1] for row in ranking.rows] == [

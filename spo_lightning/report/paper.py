@@ -154,7 +154,7 @@ def cells(part: Part) -> tuple[list[str], list[list[Any]]]:
     columns = [name for name in (CAPABILITY, part.preference, *MOVED) if part.has(name)]
     pair = [name for name in columns if name not in MOVED]
     head = ["method", "seeds", *(HEADINGS[name] for name in columns)]
-    head += [f"{HEADINGS[name]}, less {other}" for other in ("bare", CHOSEN) for name in pair]
+    head += [f"{HEADINGS[name]}, minus {other}" for other in ("bare", CHOSEN) for name in pair]
     rows: list[list[Any]] = []
     for method in (INIT, *part.methods):
         shown = columns if method != INIT else pair

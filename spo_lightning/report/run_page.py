@@ -209,15 +209,22 @@ def lost(run: Run) -> list[Any]:
     rows = [r for r in sorted(rows, key=lambda r: r["chosen_delta"]) if r["chosen_delta"] < 0]
     if not rows:
         return []
-    head = ["prompt", "reference", "before", "after", "chosen, nats", "rejected, nats"]
-    names = ("prompt", "reference", "before", "after")
+    names = ("prompt", "reference", "chosen", "rejected", "before", "after")
     cells = [
-        [*(_written(row.get(n)) for n in names), float(row["chosen_delta"]), _number(row)]
+        [
+            *(_written(row.get(name)) for name in names),
+            float(row["chosen_delta"]),
+            _number(row),
+        ]
         for row in rows[:WORST]
     ]
+    told = sum(_is_number(row, "chosen_delta") for row in run.samples)
     return [
-        Note(f"The pairs that lost most, {len(cells)} of {len(rows)} that lost any:"),
-        Table("lost", head, cells, digits=2),
+        Note(
+            f"{len(rows)} of {told} held-out pairs lost log-probability of their chosen answer; "
+            f"the {len(cells)} that lost most, with the greedy answers before and after:"
+        ),
+        Table("lost", [*names, "chosen, nats", "rejected, nats"], cells, digits=2),
     ]
 
 

@@ -17,6 +17,20 @@ SHOWN = (
     *("rewards/margins", "nll/chosen", "displacement/rate", "displacement/chosen"),
 )
 
+MEANINGS = {
+    "exact_match": "share of prompts whose greedy answer is right; more is better",
+    "win_rate": "how often a sampled answer beats one of the policy before training, by the "
+    "data's judge, ties half; more is better",
+    "rougeL": "overlap of the greedy answer with the reference; more is better",
+    "preference/accuracy": "share of pairs whose chosen answer is the likelier one",
+    "rewards/accuracies": "share of pairs whose chosen answer gained more than the rejected one",
+    "rewards/margins": "gain of the chosen answer minus that of the rejected one, times beta",
+    "nll/chosen": "negative log-probability of the chosen answers; less is better",
+    "displacement/rate": "share of pairs whose chosen answer is less likely than before training",
+    "displacement/chosen": "change of the log-probability of the chosen answers, log pi(y_w); "
+    "below 0 it was lost to other answers",
+}
+
 
 @dataclass(frozen=True)
 class Setting:

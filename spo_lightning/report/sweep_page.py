@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from spo_lightning.report import paper
+from spo_lightning.report.charts import unit
 from spo_lightning.report.page import Note, Section, Table
 from spo_lightning.report.reading import Run
 from spo_lightning.report.run_page import lost
-from spo_lightning.report.settings import CAPABILITY, LOSS, Sweep, kept, less
+from spo_lightning.report.settings import CAPABILITY, LOSS, MEANINGS, Sweep, kept, less
 from spo_lightning.report.sweep_charts import curves, front, heats, keys, points
 from spo_lightning.report.table import interval
 
@@ -26,19 +27,27 @@ def sections(runs: Sequence[Run]) -> list[Section]:
             "Means over seeds, and over whatever else varies; an empty field has no run.",
         ),
         Section("Quality against displacement", front(sweep), FRONT),
-        Section("Curves", curves(sweep), "Means over seeds at each logged step."),
+        Section("Curves", curves(sweep), CURVES),
         pairs(sweep),
         Section("Runs", jobs(runs)),
         Section("What differs", [differing(sweep)] if sweep.settings else []),
+        Section("The numbers", [Table("meanings", ["number", "meaning"], meanings(sweep))]),
     ]
 
 
 RANKING = (
     "Mean ± 95% interval over seeds (Student's t). Settings that lost more than "
-    f"{LOSS} of capability come last. Click a heading to sort."
+    f"{LOSS} of capability (exact_match or rougeL against before training) come last. Click a "
+    "heading to sort."
 )
-DIFFERENCES = "The first of the ranking less each other, at the seeds that both have."
-FRONT = "Settings on the front are not beaten in both; right is less displacement, up is better."
+DIFFERENCES = "The first of the ranking minus each other, at the seeds that both have."
+FRONT = (
+    "Right is less displacement, up is better; no setting is better in both than one on the "
+    "front. Point at a dot for its setting."
+)
+CURVES = (
+    "On the training pairs; means over seeds at each logged step. Losses of objectives differ."
+)
 
 
 def answer(sweep: Sweep) -> list[Note]:
@@ -59,8 +68,10 @@ def answer(sweep: Sweep) -> list[Note]:
         share = best.mean("displacement/rate")
         rate = "" if share is None else f"; {share:.0%} of pairs lost some"
         word = "lost" if moved < 0 else "gained"
+        change = shown(best.values("displacement/chosen").values())
         lines.append(
-            f"With the best, chosen answers {word} {abs(moved):.2f} nats in the mean{rate}."
+            f"With the best, held-out chosen answers {word} log-probability in the mean: "
+            f"{change} nats{rate}."
         )
     return [Note(" ".join(lines))]
 
@@ -96,13 +107,24 @@ def shown(values: Any) -> str:
     return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else " (one seed)")
 
 
+def meanings(sweep: Sweep) -> list[list[str]]:
+    return [[name, f"{MEANINGS[name]} ({unit(name)})"] for name in sweep.names]
+
+
 def troubles(runs: Sequence[Run]) -> list[Note]:
     """Jobs that failed or wait, and files that could not be read."""
     counts: dict[str, int] = {}
     for run in runs:
         counts[run.state] = counts.get(run.state, 0) + 1
     states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    found = [Note(f"{len(runs)} runs: {states}.")]
+    shared = [
+        f"{group} {option}"
+        for group, option in runs[0].choices.items()
+        if all(run.choices.get(group) == option for run in runs)
+    ]
+    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+    alike = f" All: {', '.join(shared)}." if shared else ""
+    found = [Note(f"{len(runs)} runs: {states}.{alike} Seeds: {seeds}.")]
     found += [Note(f"{run.name}: {run.error}", alarm=True) for run in runs if run.error]
     return found + [Note(f"{r.name}: {line}", alarm=True) for r in runs for line in r.problems]
 
@@ -110,12 +132,13 @@ def troubles(runs: Sequence[Run]) -> list[Note]:
 def ranking(sweep: Sweep) -> list[Table]:
     if not sweep.ranked:
         return []
-    head = ["rank", "setting", "seeds"]
+    head = ["rank", "setting", "seeds", "capability"]
     for name in sweep.names:
         head += [name, "±"]
     rows = []
     for place, setting in enumerate(sweep.ranked, 1):
-        row: list[Any] = [place, setting.name, len({run.seed for run in setting.runs})]
+        word = {None: "", True: "kept", False: "lost"}[kept(setting)]
+        row: list[Any] = [place, setting.name, len({run.seed for run in setting.runs}), word]
         for name in sweep.names:
             values = [*setting.values(name).values()]
             mean, half = interval(values) if values else (None, None)
@@ -135,7 +158,7 @@ def differences(sweep: Sweep) -> list[Any]:
             row.append(paper.signed(apart) + star(apart) if len(apart) > 1 else "")
         if any(row[1:]):
             rows.append(row)
-    head = [f"{best.name}, less", *sweep.names]
+    head = [f"{best.name}, minus", *sweep.names]
     note = Note("* the 95% interval does not hold zero.")
     return [Table("differences", head, rows), note] if rows else []
 
@@ -182,7 +205,8 @@ def jobs(runs: Sequence[Run]) -> list[Table]:
     for run in runs:
         whole = float(sum(run.seconds.values())) or None
         rows.append([run.name, run.state, whole, run.alarm, run.error or ""])
-    return [Table("runs", ["run", "state", "seconds", "alarm at step", "error"], rows, digits=0)]
+    head = ["run", "state", "seconds, all stages", "displacement alarm at step", "error"]
+    return [Table("runs", head, rows, digits=0)]
 
 
 def differing(sweep: Sweep) -> Table:
