@@ -66,7 +66,7 @@ def flex_forward(
     tree: Tree | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``forward``, by FlexAttention, which knows soft caps and has no backward on a CPU."""
+    """As ``forward``, by FlexAttention, which has no backward on a CPU."""
     if tree is None:
         return _without_a_tree(module, query, key, value, attention_mask, **kwargs)
     mask = tree.blocks(_window(tree, **kwargs))

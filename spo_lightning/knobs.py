@@ -75,6 +75,16 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         for d in DIAGNOSTICS
     ),
 ]
+# what does not go with FlexAttention: key, values refused, why
+FLEX: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("hardware.accelerator", lambda v: v == "cpu", "it has no backward there: leave it out"),
+    ("hardware.compile", lambda v: bool(v), "it compiles its own kernel: leave one of them out"),
+    (
+        "diagnostics.evolution.every_n_steps",
+        lambda v: v > 0,
+        "it has no forward-mode derivative: leave one of them out",
+    ),
+]
 # what cannot be had of rows that are never all there: key, values refused, why
 STREAM: list[tuple[str, Callable[[Any], bool], str]] = [
     ("max_steps", lambda v: v < 0, "how many pairs an epoch has is not known: set it"),
@@ -156,6 +166,7 @@ def check(cfg: DictConfig, line: Given) -> None:
         value = OmegaConf.select(cfg, key)
         if (value is not None or key in line.touched) and not _holds(holds, value):
             raise UserError(f"{key}={value}: it must be {words}")
+    _check_attention(cfg)
     _check_looks(cfg)
     _check_stream(cfg)
     _check_sweep(line)
@@ -190,17 +201,19 @@ def _check_whole(cfg: DictConfig, line: Given) -> None:
             "model.pretrained is not set, and this model has no config to be built from: "
             "name a directory or hub id"
         )
-    taken = (OmegaConf.select(cfg, key) for key in ("model.attention", "hardware.compile"))
-    if tuple(taken) == ("flex", True):
-        raise UserError(
-            "hardware.compile=true does not go with model.attention=flex, which compiles its own "
-            "kernel: leave one of them out"
-        )
     pairs, devices = (OmegaConf.select(cfg, key) for key in ("batch_size", "hardware.devices"))
     if _number(pairs) and _number(devices) and 1 <= pairs < devices:
         raise UserError(
             f"batch_size={pairs} gives no pair to some of the {devices} devices: raise it"
         )
+
+
+def _check_attention(cfg: DictConfig) -> None:
+    if OmegaConf.select(cfg, "model.attention") == "flex":
+        for key, refused, why in FLEX:
+            value = OmegaConf.select(cfg, key)
+            if _holds(refused, value):
+                raise UserError(f"{key}={value} does not go with model.attention=flex: {why}")
 
 
 def _check_sweep(line: Given) -> None:

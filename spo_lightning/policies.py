@@ -96,8 +96,7 @@ def load(
         raise UserError(f"model.attention={attention} is not auto, flex, sdpa or eager")
     if attention == "flex" and not torch.cuda.is_available():
         raise UserError("model.attention=flex needs a CUDA GPU: use auto, which packs as well")
-    # what it is loaded with; sdpa has no soft cap of attention scores, FlexAttention has
-    plain = {"auto": "sdpa", "flex": "eager"}.get(attention, attention)
+    plain = "sdpa" if attention in OWN else attention
     settings = {"dtype": DTYPES[dtype], "attn_implementation": plain}
     torch.manual_seed(seed)  # initial weights
     if pretrained is None:

@@ -288,12 +288,15 @@ class Run:
             moved = (None, None)  # no pair of this row was scored
             if pair is not None and after.scores is not None:
                 moved = after.scores.chosen_delta[pair], after.scores.rejected_delta[pair]
-            texts = {name: row.get(name) for name in ("answer", "chosen", "rejected")}
+            # a sampled pair has its answers in a row of its own
+            whole = row if pair is None else given.task.held_out[given.held.pairs[pair].row]
+            texts = {name: whole.get(name) for name in ("chosen", "rejected")}
+            texts["reference"] = row.get("answer", row.get("chosen"))
             texts = {name: text and shown(text) for name, text in texts.items()}
             rows.append(
                 {
                     "prompt": shown(row["prompt"]),
-                    "reference": texts["chosen"] if texts["answer"] is None else texts["answer"],
+                    "reference": texts["reference"],
                     "before": before.answers.texts[place],
                     "after": after.answers.texts[place],
                     "before_ok": before.answers.right[place],

@@ -40,6 +40,8 @@ class StepwiseLogger(WandbLogger):
         """A rank of ddp_spawn ends its run with itself; the process that began it goes on with the
         run under the same id, for what is told after training."""
         super().finalize(status)
-        run = self.experiment
-        if os.getpid() != self.process:
-            run.finish(exit_code=int(status != "success"))
+        if os.getpid() == self.process:
+            if self.record.exists():  # something was logged, here or in a rank
+                _ = self.experiment
+        elif self._experiment is not None:
+            self._experiment.finish(exit_code=int(status != "success"))

@@ -14,7 +14,7 @@ import pytest
 # Tests share the cores, a process each: read when torch is imported, which is after this file.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 MODULE = ("-m", "spo_lightning.train")
 # one narrow layer, few rows: a run of seconds
@@ -87,6 +87,8 @@ def forked(cwd: Path, *words: object, timeout: float = 120, **env: str) -> Ended
     """``train``, run to its end in a fork of a process that has imported the libraries."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
+        out.touch()
+        err.touch()
         how = (cwd, [str(word) for word in words], environment(**env), out, err)
         process = FORKS.Process(target=_train, args=how)
         process.start()

@@ -190,7 +190,16 @@ KNOBS = [
     Case(
         "compiled twice",
         ("model.attention=flex", "hardware.compile=true"),
-        "hardware.compile=true does not go with model.attention=flex",
+        "hardware.compile=True does not go with model.attention=flex",
+    ),
+    Case(
+        "flex on a CPU", ("model.attention=flex", "hardware=cpu"), "no backward there", slow=True
+    ),
+    Case(
+        "flex looked through",
+        ("model.attention=flex", "diagnostics.evolution.every_n_steps=1"),
+        "diagnostics.evolution.every_n_steps=1 does not go with model.attention=flex",
+        slow=True,
     ),
     Case("run directory in a file", ("hydra.run.dir=good.jsonl/run",), "cannot write"),
 ]

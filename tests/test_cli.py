@@ -93,6 +93,8 @@ def test_a_run_from_another_directory(ran):
         "train.log",
     }
     assert {path.name for path in cwd.iterdir()} == {"run"}
+    first = json.loads((cwd / "run/samples.jsonl").read_text().splitlines()[0])
+    assert first["chosen"] and first["rejected"] and first["chosen"] != first["rejected"]
     status = json.loads((cwd / "run/status.json").read_text())
     assert (status["state"], status["step"], status["error"]) == ("finished", 2, None)
     assert "Model: " in done.out

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -133,6 +134,7 @@ def test_flex_attention_sees_the_same(monkeypatch, flex, family, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: g++")
 def test_flex_attention_compiled():
     lm = policy("llama-grouped", dtype="float32").lm
     pairs = random_pairs(40, longest=30)

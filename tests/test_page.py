@@ -12,10 +12,10 @@ from html.parser import HTMLParser
 import pytest
 from omegaconf import OmegaConf
 
-from spo_lightning.report import charts, sweep_charts, sweep_page
+from spo_lightning.report import charts, paper, sweep_charts, sweep_page
 from spo_lightning.report.__main__ import main as report_main
 from spo_lightning.report.build import build, sections
-from spo_lightning.report.page import visible
+from spo_lightning.report.page import Note, Table, visible
 from spo_lightning.report.reading import POINTS, Run, runs_of
 from spo_lightning.report.watch import serve
 from spo_lightning.rundir import CHOICES
@@ -293,11 +293,32 @@ def test_the_papers_layout_knows_spo_from_other_solvers(tmp_path):
     assert table.head[6] == "exact match, minus bare" and table.rows[4][6] == "+0.800 ± 0.000"
 
 
-def test_preferences_without_capability_or_methods_without_both(tmp_path):
-    """The paper's layout needs two numbers; without them the rest of the page stands."""
-    for seed in (0, 1):
-        written(tmp_path / f"sweep/{seed}", seed=seed, final={"rewards/margins": 0.1})
-    assert "Methods, bare and with SPO" in blocks([tmp_path / "sweep"])
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        ("loss=spo seed=1", "DPO + SPO"),
+        ("seed=1", "DPO + SPO"),
+        ("loss=dpo", "DPO"),
+        ("loss=dpo solver=penalty", "DPO + SPO"),
+        ("loss=cpo solver=implicit", "CPO + implicit"),
+    ],
+)
+def test_a_method_by_the_words_of_its_row(words, name):
+    ((told, _, _),) = paper.jobs([{"words": words}])
+    assert paper.method_of(told) == name
+
+
+@pytest.mark.parametrize(
+    "number, kinds", [("rewards/margins", []), ("preference/accuracy", [Note, Table])]
+)
+def test_methods_without_both_numbers(tmp_path, number, kinds):
+    """The paper's chart needs two numbers; without them the rest of the page stands."""
+    for loss, solver in (("spo", "penalty"), ("dpo", "none")):
+        for seed in (0, 1):
+            more = {"final": {number: 0.1}, "loss": loss, "solver": solver}
+            written(tmp_path / f"sweep/{loss}-{seed}", seed=seed, **more)
+    found = blocks([tmp_path / "sweep"])["Methods, bare and with SPO"]
+    assert [type(block) for block in found] == kinds
     html_of(tmp_path / "sweep")
 
 

@@ -5,6 +5,7 @@ as text.
 """
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +18,7 @@ from spo_lightning.report.charts import Drawing, Heat, embedded, plotly
 from spo_lightning.rundir import private
 
 Cell = str | float | int | None
+MEAN = re.compile(r"[+-]?[\d.]+ ± [\d.]+( \*)?")  # with its interval
 CONTROL = {n: chr(0x2400 + n) for n in range(32) if n not in (9, 10)} | {127: "\u2421"}
 # marks that turn the direction of all that follows; shown by their names
 TURNING = {n: f"[U+{n:04X}]" for n in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
@@ -169,7 +171,7 @@ def _cell(cell: Cell, digits: int) -> str:
         return f'<td class="number" data-value="{cell!r}">{cell:.{digits}f}</td>'
     if isinstance(cell, int):
         return f'<td class="number" data-value="{cell}">{cell}</td>'
-    whole = ' class="whole"' if " ± " in cell else ""  # never broken over two lines
+    whole = ' class="whole"' if MEAN.fullmatch(cell) else ""  # never broken over two lines
     return f'<td dir="auto"{whole}>{text(cell)}</td>'
 
 

@@ -136,7 +136,8 @@ def parts(jobs: Sequence[Job]) -> tuple[list[Part], list[Part]]:
 
 def method_of(words: Mapping[str, str]) -> str:
     """What the paper calls a job of these words."""
-    loss, solver = words.get("loss", "spo"), words.get("solver", "none")
+    loss = words.get("loss") or "spo"
+    solver = words.get("solver") or ("penalty" if loss == "spo" else "none")  # what loss=spo takes
     if loss == "sft":
         return SFT_SET if words.get("data.sft") == "own" else CHOSEN
     base = BASES.get("dpo" if loss == "spo" else loss, loss)
@@ -253,6 +254,11 @@ def points(part: Part, axis: Any) -> None:
 
 def _rate(text: str) -> float:
     return float(text.split()[-1])
+
+
+def both(part: Part, method: str) -> bool:
+    """Whether some job of the method has both numbers of a point."""
+    return all(part.values(method, name) for name in (part.preference, CAPABILITY))
 
 
 def point(part: Part, method: str) -> tuple[float, float]:

@@ -24,11 +24,13 @@ MEANINGS = {
     "rougeL": "overlap of the greedy answer with the reference; more is better",
     "preference/accuracy": "share of pairs whose chosen answer is the likelier one",
     "rewards/accuracies": "share of pairs whose chosen answer gained more than the rejected one",
-    "rewards/margins": "gain of the chosen answer minus that of the rejected one, times beta",
+    "rewards/margins": "gain of the chosen answer over the reference minus that of the rejected "
+    "one, times beta",
     "nll/chosen": "negative log-probability of the chosen answers; less is better",
-    "displacement/rate": "share of pairs whose chosen answer is less likely than before training",
-    "displacement/chosen": "change of the log-probability of the chosen answers, log pi(y_w); "
-    "below 0 it was lost to other answers",
+    "displacement/rate": "share of pairs whose chosen answer is less likely than under the "
+    "reference",
+    "displacement/chosen": "change of log pi(y_w), the log-probability of the chosen answers, "
+    "against the reference; below 0 it was lost to other answers",
 }
 
 

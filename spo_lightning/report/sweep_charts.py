@@ -11,8 +11,10 @@ CURVES = ("logps/chosen", "logps/rejected", "displacement/chosen", "rewards/marg
 MOST_LINES = 24  # settings in a chart of curves: more cannot be told apart
 
 
-def points(part: paper.Part, number: int) -> Chart:
-    """Capability over preference, from bare to + SPO."""
+def points(part: paper.Part, number: int) -> list[Chart]:
+    """Capability over preference, from bare to + SPO; none where jobs have not both numbers."""
+    if not all(paper.both(part, method) for method in (paper.INIT, *part.methods)):
+        return []
     series = []
     for method, mark in ((paper.INIT, "diamond"), (paper.CHOSEN, "square"), (paper.SFT_SET, "x")):
         if method == paper.INIT or method in part.methods:
@@ -25,7 +27,7 @@ def points(part: paper.Part, number: int) -> Chart:
     x, y = zip(*(paper.point(part, base) for base in part.bases))
     series.append(Series("bare", x, y, "markers", GREY, mark="circle-open", texts=part.bases))
     names = (paper.HEADINGS[part.preference], "exact match")
-    return Chart(f"methods_{number}", f"Bare to + SPO {part.name}", *names, series)
+    return [Chart(f"methods_{number}", f"Bare to + SPO {part.name}", *names, series)]
 
 
 def heats(sweep: Sweep) -> list[Heat]:

@@ -31,7 +31,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         pairs(sweep),
         Section("Runs", jobs(runs)),
         Section("What differs", [differing(sweep)] if sweep.settings else []),
-        Section("The numbers", [Table("meanings", ["number", "meaning"], meanings(sweep))]),
+        Section("The numbers", meanings(sweep)),
     ]
 
 
@@ -107,8 +107,9 @@ def shown(values: Any) -> str:
     return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else " (one seed)")
 
 
-def meanings(sweep: Sweep) -> list[list[str]]:
-    return [[name, f"{MEANINGS[name]} ({unit(name)})"] for name in sweep.names]
+def meanings(sweep: Sweep) -> list[Table]:
+    rows: list[list[Any]] = [[name, f"{MEANINGS[name]} ({unit(name)})"] for name in sweep.names]
+    return [Table("meanings", ["number", "meaning"], rows)] if rows else []
 
 
 def troubles(runs: Sequence[Run]) -> list[Note]:
@@ -117,14 +118,16 @@ def troubles(runs: Sequence[Run]) -> list[Note]:
     for run in runs:
         counts[run.state] = counts.get(run.state, 0) + 1
     states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    known = [run for run in runs if run.config]  # one that was refused left none
     shared = [
         f"{group} {option}"
-        for group, option in runs[0].choices.items()
-        if all(run.choices.get(group) == option for run in runs)
+        for group, option in (known[0].choices.items() if known else ())
+        if all(run.choices.get(group) == option for run in known)
     ]
-    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in known}))
     alike = f" All: {', '.join(shared)}." if shared else ""
-    found = [Note(f"{len(runs)} runs: {states}.{alike} Seeds: {seeds}.")]
+    alike += f" Seeds: {seeds}." if seeds else ""
+    found = [Note(f"{len(runs)} runs: {states}.{alike}")]
     found += [Note(f"{run.name}: {run.error}", alarm=True) for run in runs if run.error]
     return found + [Note(f"{r.name}: {line}", alarm=True) for r in runs for line in r.problems]
 
@@ -180,14 +183,14 @@ def methods(sweep: Sweep) -> list[Any]:
             rows.append((told | words, run.seed, paper.numbers_of(run.init, run.final)))
     found = []
     for part in paper.parts(rows)[0]:
-        if any(
+        if (part.has(paper.CAPABILITY) or part.has(part.preference)) and any(
             base in part.methods and base + paper.SPO in part.methods
             for base in paper.BASES.values()
         ):
             head, cells = paper.cells(part)
             found.append(Note(part.name or "All runs:"))
             found.append(Table(f"methods {part.name}", head, cells))
-            found.append(points(part, len(found)))
+            found += points(part, len(found))
     return found
 
 
