@@ -5,6 +5,7 @@ the policy before training and two controls, SFT on the chosen answers and SFT o
 """
 
 import csv
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,8 +131,14 @@ def parts(jobs: Sequence[Job]) -> tuple[list[Part], list[Part]]:
             front.setdefault(setting, {}).setdefault(f"{method}, {at}", {})[seed] = numbers
         else:
             main.setdefault(setting, {}).setdefault(method, {})[seed] = numbers
-    ordered = {name: dict(sorted(methods.items(), key=place)) for name, methods in main.items()}
+    names = sorted(main, key=by_number)
+    ordered = {name: dict(sorted(main[name].items(), key=place)) for name in names}
     return [Part(*item) for item in ordered.items()], [Part(*item) for item in front.items()]
+
+
+def by_number(name: str) -> list[str | int]:
+    """Letters by the alphabet, numbers by size."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def method_of(words: Mapping[str, str]) -> str:
