@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +65,17 @@ class Run:
 
     @cached_property
     def _config(self) -> tuple[dict[str, Any], dict[str, str]]:
-        import yaml
+        from yaml import YAMLError
 
         text = self._text("config.yaml")
         config, choices = None, None
         try:
-            config = yaml.load(text, Loader=_loader()) if text else {}
+            config = _loaded(text) if text else {}
             first = text.partition("\n")[0]
             if first.startswith(CHOICES):
                 choices = json.loads(first.removeprefix(CHOICES))
             kept = without_secrets(config) if isinstance(config, dict) else {}
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except (YAMLError, ValueError, RecursionError) as error:
             self.problems.append(f"config.yaml: unreadable ({str(error).splitlines()[0]})")
             kept = {}
         return kept, _texts(choices)
@@ -263,10 +263,11 @@ def _natural(path: Path) -> list[Any]:
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", str(path))]
 
 
-def _loader() -> Any:
+@lru_cache(maxsize=1000)  # the page and the table read the same runs
+def _loaded(text: str) -> Any:
     import yaml
 
-    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _columns(path: Path) -> tuple[dict[str, Any], str | None]:
