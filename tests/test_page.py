@@ -435,9 +435,10 @@ def test_a_page_that_is_watched(tmp_path):
 
 
 def test_runs_below_a_directory_in_their_order(tmp_path):
-    for name in ("10", "9", "1/deeper"):
+    for name in ("10", "b0.5", "9", "b0.05", "1/deeper"):
         written(tmp_path / name)
-    assert [run.name for run in runs_of([tmp_path])] == ["1/deeper", "9", "10"]
+    found = [run.name for run in runs_of([tmp_path])]
+    assert found == ["1/deeper", "9", "10", "b0.05", "b0.5"]
 
 
 PROBE = """

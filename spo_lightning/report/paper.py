@@ -5,7 +5,6 @@ the policy before training and two controls, SFT on the chosen answers and SFT o
 """
 
 import csv
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from spo_lightning.errors import UserError
 from spo_lightning.report.evolution_figures import FELL, GREW, INK, STYLE
+from spo_lightning.report.reading import natural
 from spo_lightning.report.table import cell, interval
 
 INIT, CHOSEN, SFT_SET, SPO = "init", "SFT on chosen", "SFT on the SFT set", " + SPO"
@@ -131,14 +131,9 @@ def parts(jobs: Sequence[Job]) -> tuple[list[Part], list[Part]]:
             front.setdefault(setting, {}).setdefault(f"{method}, {at}", {})[seed] = numbers
         else:
             main.setdefault(setting, {}).setdefault(method, {})[seed] = numbers
-    names = sorted(main, key=by_number)
+    names = sorted(main, key=natural)
     ordered = {name: dict(sorted(main[name].items(), key=place)) for name in names}
     return [Part(*item) for item in ordered.items()], [Part(*item) for item in front.items()]
-
-
-def by_number(name: str) -> list[str | int]:
-    """Letters by the alphabet, numbers by size."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def method_of(words: Mapping[str, str]) -> str:

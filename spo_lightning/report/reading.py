@@ -6,6 +6,7 @@ What stands in the files is of any kind; here it becomes what the pages count on
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -209,7 +210,7 @@ def runs_of(directories: Sequence[Path]) -> list[Run]:
         jobs = _jobs(top)
         places = {path.parent for name in MARKS for path in top.rglob(name)}
         inside = {p for p in places if "checkpoints" not in p.relative_to(top).parts}
-        for path in sorted(inside | jobs.keys(), key=_natural):
+        for path in sorted(inside | jobs.keys(), key=natural):
             name = str(path.relative_to(top)) if path != top else path.absolute().name
             found.setdefault(path.resolve(), Run(path, name, jobs.get(path, {})))
     return list(found.values())
@@ -257,10 +258,10 @@ def _texts(found: Any) -> dict[str, str]:
     return {str(key): value for key, value in found.items() if isinstance(value, str)}
 
 
-def _natural(path: Path) -> list[Any]:
-    import re
-
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", str(path))]
+def natural(name: Path | str) -> tuple[list[Any], str]:
+    """To sort by: letters by the alphabet, numbers by size."""
+    parts = enumerate(re.split(r"(\d+(?:\.\d+)?)", str(name)))
+    return [(0, float(part)) if at % 2 else (1, part) for at, part in parts], str(name)
 
 
 @lru_cache(maxsize=1000)  # the page and the table read the same runs
