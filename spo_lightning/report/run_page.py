@@ -104,7 +104,9 @@ def lines(run: Run, key: str, title: str, names: Sequence[str]) -> list[Chart]:
                 continue
             if split == "eval" and name in run.init and curve[0][0] > 0:
                 curve = [0, *curve[0]], [run.init[name], *curve[1]]
-            mode, dash = ("lines+markers", "dash") if split == "eval" else ("lines", "solid")
+            alone = len(curve[0]) == 1  # a line of one point is not seen
+            mode = "lines+markers" if split == "eval" or alone else "lines"
+            dash = "dash" if split == "eval" else "solid"
             series.append(Series(f"{split}/{name}", *curve, mode=mode, dash=dash))
     if not series:
         return []

@@ -86,7 +86,8 @@ def runner_up(sweep: Sweep) -> list[str]:
     apart = verdict(less(best, second, quality))
     lines = [f"Next: {second.name}{lost}; {quality}: {apart}."]
     for name in CAPABILITY:
-        if name != quality and (found := less(best, second, name)):
+        found = less(best, second, name)
+        if name != quality and len(found) > 1:
             lines.append(f"{name}: {verdict(found)}.")
     return lines
 
