@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 2**18  # logits that are read at once, so that they stay in the processor's cache
+# logits that are read at once: so that they stay in a processor's cache; a GPU's kernels want many
+BLOCK = {"cpu": 2**18, "cuda": 2**25}
 
 
 class TokenLogps(torch.autograd.Function):
@@ -34,7 +35,7 @@ class TokenLogps(torch.autograd.Function):
 
 
 def _rows(logits: Tensor) -> int:
-    return max(1, BLOCK // logits.shape[1])
+    return max(1, BLOCK.get(logits.device.type, BLOCK["cpu"]) // logits.shape[1])
 
 
 def token_logps(logits: Tensor, targets: Tensor, *, fused: bool) -> Tensor:

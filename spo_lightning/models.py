@@ -254,7 +254,8 @@ class Scorer(nn.Module):
 
     def _in_rows(self, batch: PairBatch) -> Tensor:
         """The same, from one padded row per pair."""
-        mask: Tensor = batch.segment != PAD
+        # padding comes last, so nobody sees it; told of it, a sliding window leaves it without keys
+        mask = torch.ones_like(batch.segment)
         if self.shared and bool(batch.rejected.any()):
             mask = tree_mask(batch.segment)
             if self.model.config._attn_implementation != "sdpa":

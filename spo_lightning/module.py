@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from spo_lightning import losses
 from spo_lightning.data.batch import Microbatches, PairBatch
@@ -71,7 +71,8 @@ class Preference(LightningModule):
     def training_step(self, batch: Microbatches, batch_idx: int) -> None:
         """One outer step."""
         observed = self.observes(self.outer_step + 1)
-        self.num_tokens += int(self._over_ranks(sum(part.read for part in batch)))
+        read = sum(part.read for part in batch)
+        self.num_tokens += read if self.trainer.world_size == 1 else int(self._over_ranks(read))
         seen = Observation(self.beta, observed, losses.needs_moments(self.loss))
         step = self.solver.step(self._problem(batch, seen), self.solver_state)
         norm = self._follow(step.direction, step.displacement, seen.objective, batch)
@@ -242,8 +243,13 @@ class Preference(LightningModule):
     ) -> float:
         """Displace theta, clip, take the optimizer's step; returns the norm before clipping."""
         parameters = tuple(self.trainable().values())
-        squares = [d.double().square().sum() for d in (*direction, *(displacement or ()))]
-        if not math.isfinite((torch.stack(squares).sum() + objective.double()).item()):
+        total = get_total_norm(direction)
+        sizes = [total, objective]
+        if displacement is not None:
+            sizes.append(get_total_norm(displacement))
+        # the one place where a GPU is waited for: nothing may move before this is known
+        norm, *others = torch.stack([size.to(total.device).double() for size in sizes]).tolist()
+        if not all(map(math.isfinite, (norm, *others))):
             rows = ", ".join(str(row) for part in batch for row in part.rows.tolist())
             raise Diverged(
                 f"outer step {self.outer_step + 1}: the loss or its gradient is not finite; "
@@ -253,11 +259,12 @@ class Preference(LightningModule):
             _write(parameters, [p.detach() + d for p, d in zip(parameters, displacement)])
         for p, along in zip(parameters, direction):
             p.grad = along
-        norm = clip_grad_norm_(parameters, self.clip_norm or math.inf)
+        if self.clip_norm:
+            clip_grads_with_norm_(parameters, self.clip_norm, total)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.step()  # type: ignore[union-attr]
         scheduler.step()  # type: ignore[union-attr, call-arg]
-        return float(norm)
+        return norm
 
     def _named(self, means: dict[str, float], logged: dict[str, Tensor], norm: float) -> dict:
         optimizer = self.optimizers()

@@ -36,6 +36,8 @@ class PairBatch:
 
     A scored token stands in column ``column[s]`` of row ``pair[s]`` and is predicted by the hidden
     state in column ``predictor[s]``: the column before it, or the prompt's last for a first token.
+    On a GPU, ``home`` is the same on the CPU: what depends on lengths is worked out there, so that
+    nobody waits for the GPU to say them.
     """
 
     input_ids: Tensor  # [B, T]
@@ -50,6 +52,7 @@ class PairBatch:
     prompt: Tensor  # [B] equal numbers: equal prompts
     reference: Tensor | None = None  # [S] log-probabilities under the reference
     lower: "PairBatch | None" = None  # the lower level's own rows, without rejected responses
+    home: "PairBatch | None" = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -62,31 +65,40 @@ class PairBatch:
     @property
     def tokens(self) -> int:
         """Tokens that are not padding; a shared prompt counts once."""
-        return int(self.lengths.sum())
+        return int(self._home.lengths.sum())
 
     @property
     def read(self) -> int:
         """Tokens of the texts in it: of prompt + each response, and of the lower level's own."""
         below = 0 if self.lower is None else self.lower.tokens
-        return 2 * self.tokens - int(self.lengths[:, 1:].sum()) + below
+        return 2 * self.tokens - int(self._home.lengths[:, 1:].sum()) + below
 
     @cached_property
     def packed(self) -> Packed:
         """One row without padding, in which equal prompts stand once."""
-        return pack(self, share=True)
+        return self._brought(pack(self._home, share=True))
 
     @cached_property
     def packed_apart(self) -> Packed:
         """One row without padding, in which every response has a prompt of its own."""
-        return pack(self, share=False)
+        return self._brought(pack(self._home, share=False))
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        mine = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {n: v if v is None else v.to(device) for n, v in mine.items()}
-        return PairBatch(**moved)
+        home, there = self._home, torch.device(device)
+        return home if there.type == "cpu" else replace(_moved(home, there), home=home)
+
+    @property
+    def _home(self) -> "PairBatch":
+        return self if self.home is None else self.home
+
+    def _brought(self, made: Any) -> Any:
+        """What was made at home, where this batch is."""
+        return made if self.home is None else _moved(made, self.input_ids.device)
 
     def chosen_only(self) -> "PairBatch":
         """The same rows without their rejected responses: what supervised fine-tuning sees."""
+        if self.home is not None:
+            return self.home.chosen_only().to(self.input_ids.device)
         width = int(self.lengths[:, :2].sum(1).max())
         gone = self.segment[:, :width] == REJECTED
         kept = ~self.rejected
@@ -109,7 +121,8 @@ class PairBatch:
         """Consecutive parts of at most ``rows`` rows."""
         if rows >= len(self):
             return [self]
-        return [self._slice(start, start + rows) for start in range(0, len(self), rows)]
+        parts = (self._home._slice(start, start + rows) for start in range(0, len(self), rows))
+        return [part.to(self.input_ids.device) for part in parts]
 
     def _slice(self, start: int, stop: int) -> "PairBatch":
         width = int(self.lengths[start:stop].sum(1).max())
@@ -128,6 +141,19 @@ class PairBatch:
             reference=None if self.reference is None else self.reference[kept],
             lower=None if self.lower is None else self.lower._slice(start, stop),
         )
+
+
+def _moved(made: Any, device: torch.device) -> Any:
+    """A dataclass whose fields are tensors, such dataclasses or None, on another device."""
+
+    def there(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, PairBatch):
+            return value.to(device)
+        return None if value is None else _moved(value, device)
+
+    return replace(made, **{f.name: there(getattr(made, f.name)) for f in fields(made)})
 
 
 def pack(batch: PairBatch, *, share: bool) -> Packed:

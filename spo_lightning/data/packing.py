@@ -87,13 +87,15 @@ class Tree:
 
     def _block_mask(self, window: int | None) -> BlockMask:
         length = torch.cat([self.prompts.length, self.responses.length])
+        width = len(self.prompts.back) + len(self.responses.back)
         stretch = torch.arange(len(length), device=length.device)
         given = torch.cat([stretch[: len(self.prompts.length)], self.prompt_of])
         # where a stretch begins, in the row and in its text
         start = length.cumsum(0) - length
         begins = torch.where(given == stretch, 0, self.prompts.length[given])
         stretch, given, shift = (
-            values.repeat_interleave(length) for values in (stretch, given, begins - start)
+            values.repeat_interleave(length, output_size=width)
+            for values in (stretch, given, begins - start)
         )
         depth = torch.arange(len(stretch), device=length.device) + shift
 
@@ -103,7 +105,7 @@ class Tree:
             found = mine & (key <= query)
             return found if window is None else found & (depth[query] - depth[key] < window)
 
-        width, compiled = len(stretch), length.device.type == "cuda"
+        compiled = length.device.type == "cuda"
         return create_block_mask(
             seen, None, None, width, width, device=str(length.device), _compile=compiled
         )

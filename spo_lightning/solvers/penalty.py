@@ -167,7 +167,7 @@ class Penalty:
             violation = lower - value + self.margin
             watch = {"lower": held, "violation": violation.detach(), "value": value}
             watch["active"] = (watch["violation"] > 0).to(lower.dtype)
-            price = self.level.price(self.phi, lower, violation, running.to(lower))
+            price = self.level.price(self.phi, lower, violation, running.to(lower.dtype))
             return Priced(upper, scale_of(self.unit, self.beta, part.size) * price, watch)
 
         def judged(means: dict[str, Tensor]) -> Tensor:
