@@ -2,11 +2,14 @@
 
 transformers knows it as an attention implementation of its own, ``IMPLEMENTATION``. A prompt
 attends to itself, causally; a response to its prompt and itself. What lies outside is never
-computed. Long stretches on the CPU get a call of sdpa each; otherwise two calls take the row, all
-prompts and then all responses, and padding exists inside them only. ``FLEX`` is the same by
-FlexAttention: one call for the row, on a GPU, that passes over blocks nobody attends to.
+computed. In half precision on a GPU one call of a kernel of variable lengths takes the row. Long
+stretches on the CPU get a call of sdpa each. Otherwise two calls take it, all prompts and then all
+responses, and padding exists inside them only. ``FLEX`` is the same by FlexAttention: one call for
+the row, on a GPU, in any precision, that passes over blocks nobody attends to.
 """
 
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +21,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spo_lightning.data.packing import Block, Tree
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+GROUPED = varlen_attn is not None and "enable_gqa" in signature(varlen_attn).parameters
 
 IMPLEMENTATION = "spo_lightning_tree"
 FLEX = "spo_lightning_flex"
@@ -52,6 +61,9 @@ def forward(
     if kwargs.get("softcap") is not None:
         raise ValueError("sdpa has no soft cap of attention scores")
     window = _window(tree, **kwargs)
+    half = _half(query, tree)
+    if half is not None:
+        return _in_one_call(query, key, value, half, tree, window, kwargs.get("scaling")), None
     how = {"scale": kwargs.get("scaling"), "enable_gqa": query.shape[1] != key.shape[1]}
     way = _by_stretch if _long(query, tree) else _in_rectangles
     return way(query, key, value, tree, window, how)[None], None
@@ -89,6 +101,50 @@ def _without_a_tree(
 def _window(tree: Tree, sliding_window: int | None = None, **_: Any) -> int | None:
     """None where it reaches everywhere."""
     return None if sliding_window is None or sliding_window >= tree.longest else sliding_window
+
+
+def _half(query: Tensor, tree: Tree) -> torch.dtype | None:
+    """The type in which a kernel of variable lengths takes the row; None where none does."""
+    if tree.stretches is None or varlen_attn is None or not fused() or query.shape[-1] % 8:
+        return None
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) and _ampere(query.device) else None
+
+
+@cache
+def _ampere(device: torch.device) -> bool:
+    """Whether flash attention runs there."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _in_one_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dtype: torch.dtype,
+    tree: Tree,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """[1, N, heads, head_dim]"""
+    to = tree.stretches
+    assert to is not None and varlen_attn is not None
+    query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if GROUPED else {}
+    return varlen_attn(
+        query,
+        key.index_select(0, to.keys),
+        value.index_select(0, to.keys),
+        to.ends,
+        to.key_ends,
+        to.longest,
+        to.most_keys,
+        scale=scale,
+        # so many before the last key that a query sees, and none after
+        window_size=(-1 if window is None else window - 1, 0),
+        **grouped,
+    )[None]
 
 
 def _long(query: Tensor, tree: Tree) -> bool:

@@ -114,7 +114,7 @@ def pair_totals(
         if loss is not None:
             numbers["loss"] = losses.evaluate(loss, policy, reference, moments)
         if top:
-            chosen = batch.chosen_only()
+            chosen = batch.chosen_only
             numbers["entropy/top10"], numbers["mass/top10"] = scorer.top(chosen, TOP)
         totals.add(numbers)
         each(indices, numbers)

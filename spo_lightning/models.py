@@ -113,7 +113,7 @@ def sides(batch: PairBatch) -> tuple[PairBatch, PairBatch]:
     for ids, lengths in zip(batch.input_ids.tolist(), batch.lengths.tolist()):
         p, c, r = lengths
         flipped.append(Pair(tuple(ids[:p]), tuple(ids[p + c : p + c + r]), ()))
-    return batch.chosen_only(), collate(flipped, 0).to(batch.input_ids.device)
+    return batch.chosen_only, collate(flipped, 0).to(batch.input_ids.device)
 
 
 class Scorer(nn.Module):
@@ -254,7 +254,7 @@ class Scorer(nn.Module):
 
     def _in_rows(self, batch: PairBatch) -> Tensor:
         """The same, from one padded row per pair."""
-        # padding comes last, so nobody sees it; told of it, a sliding window leaves it without keys
+        # padding comes last, so nobody sees it; named, a window may leave it no keys, and nan
         mask = torch.ones_like(batch.segment)
         if self.shared and bool(batch.rejected.any()):
             mask = tree_mask(batch.segment)

@@ -164,7 +164,7 @@ class Preference(LightningModule):
         """One microbatch as a Problem; ``seen`` looks at each pass over both responses."""
         parameters = tuple(self.trainable().values())
         reference = reference_logps(part)
-        texts = part.chosen_only() if part.lower is None else part.lower
+        texts = part.chosen_only if part.lower is None else part.lower
         start = reference_logps(texts)
 
         def scored(theta: Tensors, batch: PairBatch) -> PairLogps:

@@ -129,6 +129,7 @@ def fitted(
     callbacks=(),
     watch=None,
     lower=None,
+    accelerator="cpu",
 ):
     """Drive ``Preference`` through Lightning's Trainer as ``fit.py`` does."""
     loss, solver, beta = chosen
@@ -147,7 +148,7 @@ def fitted(
     watch = Watch() if watch is None else watch
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         precision="64-true" if made.lm.dtype == torch.float64 else "32-true",
         max_steps=steps,
         max_epochs=-1,

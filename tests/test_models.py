@@ -172,7 +172,7 @@ def test_pairs_without_a_rejected_side(shared, attention):
 def test_chosen_only_is_the_chosen_side_of_the_full_row(shared, attention):
     scorer = Scorer(policy("llama-grouped", attention=attention).lm, shared)
     batch = collate(random_pairs(6), PAD_ID)
-    full, half = scorer(batch), scorer(batch.chosen_only())
+    full, half = scorer(batch), scorer(batch.chosen_only)
     torch.testing.assert_close(half.chosen, full.chosen, rtol=0, atol=1e-10)
     torch.testing.assert_close(half.logps, full.logps[~full.side], rtol=0, atol=1e-10)
     assert half.rejected.eq(0).all() and half.lengths[:, 0].equal(full.lengths[:, 0])

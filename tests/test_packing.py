@@ -13,7 +13,7 @@ from tiny import gradients, in_float64, policy, random_pairs, slow_logps
 from torch.nn.attention import flex_attention
 
 from spo_lightning import attention
-from spo_lightning.data.batch import Pair, by_pairs, by_tokens, collate
+from spo_lightning.data.batch import Pair, by_pairs, by_tokens, collate, pack
 from spo_lightning.errors import UserError
 from spo_lightning.head import token_logps
 from spo_lightning.models import MathKernel, Scorer
@@ -131,6 +131,49 @@ def test_flex_attention_sees_the_same(monkeypatch, flex, family, changes):
         (Scorer(lm, shared)(batch).logps * weights).sum().backward()
         for name, value in gradients(lm).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10)
+
+
+def by_definition(query, key, value, ends, key_ends, longest, most, *, scale, window_size, **_):
+    """What torch documents of varlen_attn: a query sees the keys up to its own, counted from the
+    last key of its sequence, and so many before. Every head of its own."""
+    found = []
+    ends, key_ends = ends.tolist(), key_ends.tolist()
+    for a, b, c, d in zip(ends, ends[1:], key_ends, key_ends[1:]):
+        assert b - a <= longest and d - c <= most
+        for row in range(a, b):
+            last = d - (b - row) + 1
+            first = c if window_size[0] < 0 else max(c, last - 1 - window_size[0])
+            scores = torch.einsum("hd,khd->hk", query[row], key[first:last])
+            scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+            found.append(torch.einsum("hk,khd->hd", scores.softmax(1), value[first:last]))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("family, changes", [("llama", {}), ("gpt2", {}), ("mistral", {})])
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_one_call_is_given(monkeypatch, family, changes, window, shared):
+    # the kernel itself needs a GPU (test_gpu.py); here are its arguments
+    if family == "mistral":
+        changes = {"sliding_window": window, "num_key_value_heads": 4}
+    elif window is not None:
+        pytest.skip("it has no window")
+    in_float64(monkeypatch)
+    lm = policy(family, **changes).lm
+    pairs = [*random_pairs(5, longest=12), *SAME]
+    expected = torch.cat([slow_logps(lm, pair) for pair in pairs])
+    batch = collate(pairs, PAD_ID)
+    batch.__dict__["packed"] = pack(batch, share=True, gpu=True)
+    batch.__dict__["packed_apart"] = pack(batch, share=False, gpu=True)
+    monkeypatch.setattr(attention, "varlen_attn", by_definition)
+    monkeypatch.setattr(attention, "_half", lambda query, tree: query.dtype)
+    found = Scorer(lm, shared)(batch).logps
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_without_a_gpu_nothing_is_made_for_one():
+    batch = collate(SAME, PAD_ID)
+    assert batch.packed.tree.stretches is None and batch.to("cpu") is batch
 
 
 @pytest.mark.slow
@@ -301,7 +344,7 @@ def test_tokens_per_batch_trains_as_one_batch_does(monkeypatch, solver):
 def test_the_fused_head_equals_log_softmax(monkeypatch, vocabulary):
     from spo_lightning import head
 
-    monkeypatch.setattr(head, "BLOCK", 4 * vocabulary)  # several blocks, the last one short
+    monkeypatch.setitem(head.BLOCK, "cpu", 4 * vocabulary)  # several blocks, the last one short
     seeded = torch.Generator().manual_seed(0)
     logits = 30 * torch.randn(11, vocabulary, generator=seeded, dtype=torch.float64)
     logits[0, 0] = 800.0  # its exponential would be infinite

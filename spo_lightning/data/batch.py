@@ -5,14 +5,14 @@ the whole batch, in the order pair by pair, chosen before rejected.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_lightning.data.packing import Block, Packed, Tree
+from spo_lightning.data.packing import Block, Packed, Stretches, Tree
 
 PAD, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3
 
@@ -76,12 +76,12 @@ class PairBatch:
     @cached_property
     def packed(self) -> Packed:
         """One row without padding, in which equal prompts stand once."""
-        return self._brought(pack(self._home, share=True))
+        return self._packed(share=True)
 
     @cached_property
     def packed_apart(self) -> Packed:
         """One row without padding, in which every response has a prompt of its own."""
-        return self._brought(pack(self._home, share=False))
+        return self._packed(share=False)
 
     def to(self, device: torch.device | str) -> "PairBatch":
         home, there = self._home, torch.device(device)
@@ -91,14 +91,16 @@ class PairBatch:
     def _home(self) -> "PairBatch":
         return self if self.home is None else self.home
 
-    def _brought(self, made: Any) -> Any:
-        """What was made at home, where this batch is."""
-        return made if self.home is None else _moved(made, self.input_ids.device)
+    def _packed(self, *, share: bool) -> Packed:
+        if self.home is None:
+            return pack(self, share=share)
+        return _moved(pack(self.home, share=share, gpu=True), self.input_ids.device)
 
+    @cached_property
     def chosen_only(self) -> "PairBatch":
         """The same rows without their rejected responses: what supervised fine-tuning sees."""
         if self.home is not None:
-            return self.home.chosen_only().to(self.input_ids.device)
+            return self.home.chosen_only.to(self.input_ids.device)
         width = int(self.lengths[:, :2].sum(1).max())
         gone = self.segment[:, :width] == REJECTED
         kept = ~self.rejected
@@ -144,20 +146,21 @@ class PairBatch:
 
 
 def _moved(made: Any, device: torch.device) -> Any:
-    """A dataclass whose fields are tensors, such dataclasses or None, on another device."""
+    """A dataclass with all tensors in it on another device."""
 
     def there(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, non_blocking=True)
         if isinstance(value, PairBatch):
             return value.to(device)
-        return None if value is None else _moved(value, device)
+        return _moved(value, device) if is_dataclass(value) else value
 
     return replace(made, **{f.name: there(getattr(made, f.name)) for f in fields(made)})
 
 
-def pack(batch: PairBatch, *, share: bool) -> Packed:
-    """``share``: equal prompts stand once; otherwise every response has its own."""
+def pack(batch: PairBatch, *, share: bool, gpu: bool = False) -> Packed:
+    """``share``: equal prompts stand once; otherwise every response has its own. ``gpu``: with
+    what its kernels need."""
     present = batch.lengths[:, 1:].flatten() > 0
     pair = torch.arange(len(batch), device=present.device).repeat_interleave(2)[present]
     if share:
@@ -172,6 +175,7 @@ def pack(batch: PairBatch, *, share: bool) -> Packed:
     prompts = Block.of(given, 0)
     start = int(given.sum())
     responses = Block.of(scored - 1, start)
+    stretches = Stretches.of(prompts, responses, prompt_of) if gpu else None
     kept = torch.ones_like(batch.pair, dtype=torch.bool)
     kept[scored.cumsum(0) - 1] = False  # the last of every response
     columns = torch.arange(prompts.there.shape[1], device=given.device)
@@ -186,7 +190,7 @@ def pack(batch: PairBatch, *, share: bool) -> Packed:
         input_ids=torch.cat([before, batch.targets[kept]])[None],
         position_ids=torch.cat([columns.expand_as(inside)[inside], position])[None],
         predictor=place,
-        tree=Tree(prompts, responses, prompt_of),
+        tree=Tree(prompts, responses, prompt_of, stretches),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -35,12 +36,41 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Stretches:
+    """The row as what a kernel of variable lengths takes: every stretch with the tokens it may
+    attend to, its prompt's and its own; the last of these is its own last."""
+
+    keys: Tensor  # [K] place in the row
+    ends: Tensor  # [U + R + 1] int32: where stretches end, from 0 on
+    key_ends: Tensor  # the same of their keys
+    longest: int  # tokens of a stretch, at most
+    most_keys: int
+
+    @classmethod
+    def of(cls, prompts: Block, responses: Block, prompt_of: Tensor) -> "Stretches":
+        own = torch.cat([prompts.length, responses.length])
+        given = torch.cat([torch.zeros_like(prompts.length), prompts.length[prompt_of]])
+        width = own + given
+        starts = own.cumsum(0) - own
+        before = torch.cat([starts[: len(prompts.length)], starts[prompt_of]])
+        # a key's place among its stretch's keys, then in the row: in the prompt, or past it
+        place = torch.arange(int(width.sum())) - (width.cumsum(0) - width).repeat_interleave(width)
+        inside = place < given.repeat_interleave(width)
+        shift = torch.where(
+            inside, before.repeat_interleave(width), (starts - given).repeat_interleave(width)
+        )
+        ends, key_ends = (F.pad(n.cumsum(0), (1, 0)).int() for n in (own, width))
+        return cls(place + shift, ends, key_ends, int(own.max()), int(width.max()))
+
+
+@dataclass(frozen=True)
 class Tree:
     """Who attends to whom in the row: a prompt to itself, a response to its prompt and itself."""
 
     prompts: Block
     responses: Block
     prompt_of: Tensor  # [R] which of the U prompts
+    stretches: Stretches | None = None  # where a GPU will read it
 
     @cached_property
     def longest(self) -> int:
