@@ -131,8 +131,8 @@ def _in_one_call(
     to = tree.stretches
     assert to is not None and varlen_attn is not None
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if GROUPED else {}
-    return varlen_attn(
+    grouped: Any = {"enable_gqa": query.shape[1] != key.shape[1]} if GROUPED else {}
+    found: Any = varlen_attn(
         query,
         key.index_select(0, to.keys),
         value.index_select(0, to.keys),
@@ -144,7 +144,8 @@ def _in_one_call(
         # so many before the last key that a query sees, and none after
         window_size=(-1 if window is None else window - 1, 0),
         **grouped,
-    )[None]
+    )
+    return found[None]
 
 
 def _long(query: Tensor, tree: Tree) -> bool:

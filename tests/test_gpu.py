@@ -8,6 +8,7 @@ from tiny import policy, random_pairs
 from spo_lightning import attention
 from spo_lightning.data.batch import collate
 from spo_lightning.models import MathKernel, Scorer
+from spo_lightning.policies import DTYPES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -16,13 +17,15 @@ FAMILIES = ["llama", "llama-grouped", "qwen2", "gpt2", "mistral", "gemma2"]
 BIG = {"hidden_size": 64, "head_dim": 16, "initializer_range": 0.1}
 
 
-def made(family, impl, **more):
+def made(family, impl, dtype="float64"):
     changes = {"n_embd": 64, "initializer_range": 0.1} if family == "gpt2" else dict(BIG)
     if family in ("mistral", "gemma2"):
         changes |= {"sliding_window": 7}
     if family == "gemma2":
         changes |= {"query_pre_attn_scalar": 16}
-    return policy(family, attention=impl, **changes, **more).lm
+    # the same weights in every type
+    drawn = policy(family, attention=impl, dtype="float32", **changes).lm
+    return drawn.to(DTYPES[dtype])
 
 
 def batches():

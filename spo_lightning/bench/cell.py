@@ -91,8 +91,17 @@ def word_tokenizer(vocabulary: int) -> Any:
     )
 
 
-def save_model(directory: Path, model: DictConfig, vocabulary: int, seed: int) -> int:
-    """Random weights of ``model.config`` and the tokenizer; returns the number of parameters."""
+def save_model(
+    directory: Path,
+    model: DictConfig,
+    vocabulary: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Random weights of ``model.config`` and the tokenizer; returns the number of parameters.
+
+    ``device``: where the weights are drawn.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = word_tokenizer(vocabulary)
@@ -106,7 +115,8 @@ def save_model(directory: Path, model: DictConfig, vocabulary: int, seed: int) -
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        lm = AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype])
+        with torch.device(device):
+            lm = AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model.config does not build: {' '.join(str(error).split())}") from error
     lm.save_pretrained(directory)

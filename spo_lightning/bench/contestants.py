@@ -74,7 +74,7 @@ class Kept:
 
     def __init__(self, module: nn.Module):
         self.parameters = list(module.parameters())
-        self.before = [p.detach().cpu().clone() for p in self.parameters]
+        self.before = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def put_back(self) -> None:

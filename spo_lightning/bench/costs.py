@@ -47,7 +47,7 @@ def take(entry: Entry, start: Start, steps: int, watch: Any) -> None:
     """``steps`` outer steps, watched by a callback; the policy is left as it was."""
     cfg = entry.cfg
     parameters = [p for p in start.scorer.parameters() if p.requires_grad]
-    kept = [p.detach().cpu().clone() for p in parameters]
+    kept = [p.detach().clone() for p in parameters]
     module = module_of(cfg, start.scorer, entry.loss, entry.solver, steps)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,

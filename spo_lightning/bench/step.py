@@ -102,11 +102,12 @@ def measured(
     stages: Stages,
 ) -> dict[str, Any]:
     """All numbers of one cell."""
-    parameters = save_model(room / "model", cfg.model, cell.vocabulary, cfg.seed)
+    device = asked.device_of(cfg)
+    parameters = save_model(room / "model", cfg.model, cell.vocabulary, cfg.seed, device)
     longest = max(cfg.trajectory, cfg.warmup + cfg.steps)
     pairs = drawn(cell, AGAIN * cfg.batch_size, cfg.seed)
     flat = asked.settled(mine, room / "model", cell, room)
-    race = Race(flat, room / "model", pairs, (), asked.device_of(cfg))
+    race = Race(flat, room / "model", pairs, (), device)
     made: dict[str, Contestant] = {"ours": CONTESTANTS["ours"](race)}
     watched = made["ours"].logging()  # type: ignore[attr-defined]
     losses = watched.run(longest, Nothing())
@@ -119,9 +120,7 @@ def measured(
         theirs = made[name].run(cfg.trajectory, Nothing())
         differences.append(agree(cell, losses[: cfg.trajectory], theirs, cfg.tolerance))
     seconds = rounds(cfg, cell, {name: made[name] for name in names}, stages)
-    made.clear()
-    gc.collect()
-    memory_mib = peaks(cfg, race, names, stages) if cfg.memory else {}
+    memory_mib = peaks(cfg, race, made, names, stages) if cfg.memory else {}
     timed = race.drawn[cfg.warmup * cfg.batch_size : (cfg.warmup + cfg.steps) * cfg.batch_size]
     counted = {
         "shape": cell.shape,
@@ -198,8 +197,21 @@ def rounds(
     return found
 
 
-def peaks(cfg: DictConfig, race: Race, names: Sequence[str], stages: Stages) -> dict[str, float]:
-    calls = {name: (peak, race, name, cfg.warmup + cfg.steps) for name in names}
+def peaks(
+    cfg: DictConfig,
+    race: Race,
+    made: dict[str, Contestant],
+    names: Sequence[str],
+    stages: Stages,
+) -> dict[str, float]:
+    """MiB by contestant. A GPU's memory is counted by the byte; a CPU's is what its process holds,
+    so that each has one of its own, and ``made`` is given up before."""
+    steps = cfg.warmup + cfg.steps
+    if race.device.type == "cuda":
+        return {name: above(made[name], steps) for name in names}
+    made.clear()
+    gc.collect()
+    calls = {name: (peak, race, name, steps) for name in names}
     return apart(calls, stages, shown=lambda mib: f"{mib:.0f} MiB")
 
 
@@ -210,8 +222,13 @@ def peak(race: Race, name: str, steps: int) -> float:
     prepare.quiet()
     if can_forget():  # else this run's peak would hide the other's
         made.run(1, Nothing())
+    return above(made, steps)
+
+
+def above(contestant: Contestant, steps: int) -> float:
+    """MiB at the peak of so many steps, above what was in use before the first."""
     watch = Peak()
-    made.run(steps, watch)
+    contestant.run(steps, watch)
     return watch.memory.above() / MIB
 
 

@@ -132,7 +132,9 @@ def notes(numbers: Mapping[str, Any]) -> str:
     if any(cell["memory_mib"] for cell in numbers["cells"]):
         lines.append(
             "memory: the peak above what was in use before the first step (weights and data; "
-            "gradients and the optimizer's memory count), in a process each"
+            "gradients and the optimizer's memory count)"
+            + ", in a process each"
+            * (at["device"] == "cpu")
         )
     lines += [FLOOR] * ("floor" in at["contestants"]) + [TRL] * ("trl" in at["contestants"])
     for name in at["left_out"]:
