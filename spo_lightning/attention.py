@@ -30,6 +30,9 @@ GROUPED = varlen_attn is not None and "enable_gqa" in signature(varlen_attn).par
 
 IMPLEMENTATION = "spo_lightning_tree"
 FLEX = "spo_lightning_flex"
+WHOLE = {
+    "FORCE_USE_FLEX_ATTENTION": True
+}  # its kernel for short rows has no choice for some heads
 PACKED = (IMPLEMENTATION, FLEX)  # those that take a row without padding
 PART = 64  # queries at once where attention matrices are kept
 STRETCH = 20  # mean tokens of a stretch from which on a call each is cheaper than padding
@@ -82,7 +85,7 @@ def flex_forward(
     if tree is None:
         return _without_a_tree(module, query, key, value, attention_mask, **kwargs)
     mask = tree.blocks(_window(tree, **kwargs))
-    return flex_attention_forward(module, query, key, value, mask, **kwargs)
+    return flex_attention_forward(module, query, key, value, mask, kernel_options=WHOLE, **kwargs)
 
 
 def _without_a_tree(

@@ -96,7 +96,7 @@ def load(
         raise UserError(f"model.attention={attention} is not auto, flex, sdpa or eager")
     if attention == "flex" and not torch.cuda.is_available():
         raise UserError("model.attention=flex needs a CUDA GPU: use auto, which packs as well")
-    plain = "sdpa" if attention in OWN else attention
+    plain = "eager" if attention in OWN else attention  # the one that every architecture has
     settings = {"dtype": DTYPES[dtype], "attn_implementation": plain}
     torch.manual_seed(seed)  # initial weights
     if pretrained is None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fitting import SOLVERS, fitted, objective, snapshot
+from fitting import scored as scored_pairs
 from tiny import policy, random_pairs
 
 from spo_lightning import attention
@@ -49,7 +50,7 @@ def scored(lm, batch, *, apart=False):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_there_equals_the_cpu(family, impl, dtype):
     if family == "gemma2" and impl in ("auto", "sdpa"):
-        pytest.skip("sdpa has no soft cap")
+        pytest.skip("sdpa has no soft cap: scorer_for falls back to eager")
     exact = made(family, "eager")
     lm = made(family, impl, dtype=dtype).cuda()
     windowed = family in ("mistral", "gemma2") and impl in ("sdpa", "eager")
@@ -87,11 +88,17 @@ def test_half_precision_takes_one_call(monkeypatch):
 def test_steps_there_equal_the_cpu(name):
     words = ["loss=dpo", *SOLVERS[name]]
     ends = []
+
+    def moved(number, row):  # nothing stands at zero, where rounding decides
+        return 0.3 * torch.cos(number + torch.arange(len(row)).double())
+
     for where in ("cpu", "gpu"):
-        done = fitted(policy("llama-grouped"), objective(*words), accelerator=where)
+        made = policy("llama-grouped")
+        given = scored_pairs(made.lm, shift=moved)
+        done = fitted(made, objective(*words), given, accelerator=where)
         ends.append((done.numbers, {n: p.cpu() for n, p in snapshot(done.module).items()}))
     (numbers, there), (other, here) = ends
     for one, two in zip(numbers, other, strict=True):
         assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
     for key, value in there.items():
-        torch.testing.assert_close(here[key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(here[key], value, rtol=1e-4, atol=1e-5)

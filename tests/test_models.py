@@ -211,6 +211,15 @@ def test_a_window_longer_than_the_row_shares(family, attention, changes):
         assert_right(Scorer(lm, True)(collate(pairs, PAD_ID)), lm, pairs)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_past_a_window_has_keys(attention):
+    """A row that ends more than a window before the longest one."""
+    pairs = [random_pairs(1, longest=4)[0], Pair(tuple(range(30)), tuple(range(9)), (5, 6))]
+    lm = policy("mistral", attention=attention, sliding_window=8).lm
+    with torch.no_grad():
+        assert_right(Scorer(lm, False)(collate(pairs, PAD_ID)), lm, pairs)
+
+
 def test_an_unused_window_does_not_stop_sharing():
     pairs = random_pairs(5)
     lm = policy("qwen2", use_sliding_window=False, sliding_window=4).lm

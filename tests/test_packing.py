@@ -267,9 +267,33 @@ def test_a_model_that_hides_the_tree_from_its_attention_is_padded(caplog):
     torch.testing.assert_close(scorer(collate(pairs, PAD_ID)).logps, expected, rtol=0, atol=5e-5)
 
 
-def test_a_model_that_mixes_tokens_otherwise_is_padded(caplog):
+def test_rounding_alone_does_not_refuse_packing():
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8}
+    lm = policy("llama", dtype="bfloat16", initializer_range=0.2, **size).lm
+    pairs = random_pairs(20, longest=40)
+    batch = collate(pairs, PAD_ID)
+    with torch.no_grad():
+        off = (Scorer(lm, True)(batch).logps - Scorer(lm, True).apart(batch).logps).abs()
+    assert off.max() > 0.05  # as much as many layers do to a token in half precision
+    scorer = scorer_for(lm, 100, share=True)
+    assert scorer.packs and scorer.shared
+
+
+def test_a_soft_cap_that_sdpa_lacks_is_padded(caplog):
+    made = policy("gemma2", sliding_window=64)
+    with caplog.at_level("INFO"):
+        scorer = scorer_for(made.lm, 30, share=True)
+    assert "soft cap" in caplog.text and made.lm.config._attn_implementation == "eager"
+    assert not scorer.packs and scorer.shared
+    pairs = random_pairs(3)
+    expected = torch.cat([slow_logps(made.lm, pair) for pair in pairs])
+    torch.testing.assert_close(scorer(collate(pairs, PAD_ID)).logps, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_mixes_tokens_otherwise_is_padded(caplog, dtype):
     """Like a convolution or a recurrence: right in rows of their own, wrong in a packed one."""
-    made = policy("llama", dtype="float32")
+    made = policy("llama", dtype=dtype)
     mlp = made.lm.model.layers[0].mlp
     forward = mlp.forward
     mlp.forward = lambda x: forward(x + 0.5 * x.roll(1, dims=1).cumsum(1))
