@@ -108,11 +108,16 @@ def _window(tree: Tree, sliding_window: int | None = None, **_: Any) -> int | No
 
 def _half(query: Tensor, tree: Tree) -> torch.dtype | None:
     """The type in which a kernel of variable lengths takes the row; None where none does."""
-    if tree.stretches is None or varlen_attn is None or not fused() or query.shape[-1] % 8:
+    if tree.stretches is None or varlen_attn is None or not fused():
         return None
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    return dtype if dtype in (torch.bfloat16, torch.float16) and _ampere(query.device) else None
+    if query.shape[-1] % 8 or query.shape[-1] > 256:  # flash attention's own limits
+        return None
+    if query.device.type != "cuda" or not _ampere(query.device):
+        return None
+    dtype = query.dtype
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 @cache
