@@ -289,7 +289,6 @@ def _columns(path: Path) -> tuple[dict[str, Any], str | None]:
         kinds = dict.fromkeys(names, pa.float64())
         table = arrow.read_csv(
             path,
-            read_options=arrow.ReadOptions(use_threads=False),
             parse_options=arrow.ParseOptions(invalid_row_handler=skip),
             convert_options=arrow.ConvertOptions(column_types=kinds),
         )
