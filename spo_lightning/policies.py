@@ -3,6 +3,7 @@
 A new architecture is one yaml in ``conf/model``.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,8 @@ from torch import nn
 
 from spo_lightning.attention import FLEX, IMPLEMENTATION
 from spo_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 OWN = {"auto": IMPLEMENTATION, "flex": FLEX}  # batches without padding
@@ -104,8 +107,10 @@ def load(
     else:
         lm, tokenizer = _open(pretrained, revision, trust_remote_code, dict(config), settings)
     _no_dropout(lm)
-    if attention in OWN:
+    if attention in OWN and lm._supports_sdpa:
         lm.set_attn_implementation(OWN[attention])
+    elif attention in OWN:
+        log.info("Batches are padded, not packed: %s has eager attention only.", type(lm).__name__)
     return Policy(lm, lm, tokenizer, adapted=False, built=pretrained is None)
 
 

@@ -62,7 +62,7 @@ def scorer_for(model: Any, longest: int, *, share: bool, logits: int = LOGITS) -
         if refusal is None:
             return Scorer(model, share, logits)
         log.info("Batches are padded, not packed: %s.", refusal)
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        model.set_attn_implementation("sdpa")
     return Scorer(model, share and supports_sharing(model, longest), logits)
 
 

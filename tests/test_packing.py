@@ -286,11 +286,13 @@ def test_rounding_alone_does_not_refuse_packing(monkeypatch, dtype, size, packs)
     assert scorer_for(policy("llama", dtype=dtype).lm, 60, share=True).packs == packs
 
 
-def test_a_soft_cap_that_sdpa_lacks_is_padded(caplog):
-    made = policy("gemma2", sliding_window=64)
+def test_a_model_of_eager_attention_only_is_padded(caplog):
     with caplog.at_level("INFO"):
-        scorer = scorer_for(made.lm, 30, share=True)
-    assert "soft cap" in caplog.text and made.lm.config._attn_implementation == "eager"
+        made = policy("gemma2", sliding_window=64)
+    assert "Gemma2ForCausalLM has eager attention only" in caplog.text
+    scorer = scorer_for(made.lm, 30, share=True)
+    check_head(made.lm)
+    made.lm.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
     assert not scorer.packs and scorer.shared
     pairs = random_pairs(3)
     expected = torch.cat([slow_logps(made.lm, pair) for pair in pairs])
