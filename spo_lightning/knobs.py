@@ -167,6 +167,7 @@ def check(cfg: DictConfig, line: Given) -> None:
         if (value is not None or key in line.touched) and not _holds(holds, value):
             raise UserError(f"{key}={value}: it must be {words}")
     _check_attention(cfg)
+    _check_precision(cfg)
     _check_looks(cfg)
     _check_stream(cfg)
     _check_sweep(line)
@@ -214,6 +215,16 @@ def _check_attention(cfg: DictConfig) -> None:
             value = OmegaConf.select(cfg, key)
             if _holds(refused, value):
                 raise UserError(f"{key}={value} does not go with model.attention=flex: {why}")
+
+
+def _check_precision(cfg: DictConfig) -> None:
+    wanted = {"64-true": "float64", "bf16-true": "bfloat16"}
+    precision, dtype = (OmegaConf.select(cfg, k) for k in ("hardware.precision", "model.dtype"))
+    if dtype is not None and wanted.get(precision, dtype) != dtype:
+        raise UserError(
+            f"hardware.precision={precision} converts the weights, so that the policy would not "
+            f"be its reference: set model.dtype={wanted[precision]} too"
+        )
 
 
 def _check_sweep(line: Given) -> None:
@@ -277,16 +288,6 @@ KINDS: list[tuple[type, Callable[[Any], bool], str]] = [
     (DictConfig, lambda v: isinstance(v, DictConfig), "settings, key by key"),
     (ListConfig, lambda v: isinstance(v, ListConfig), "a list, [...]"),
 ]
-
-
-def _check_precision(cfg: DictConfig) -> None:
-    wanted = {"64-true": "float64", "bf16-true": "bfloat16"}
-    precision, dtype = (OmegaConf.select(cfg, k) for k in ("hardware.precision", "model.dtype"))
-    if dtype is not None and wanted.get(precision, dtype) != dtype:
-        raise UserError(
-            f"hardware.precision={precision} converts the weights, so that the policy would not "
-            f"be its reference: set model.dtype={wanted[precision]} too"
-        )
 
 
 def _declared(cfg: DictConfig, key: str) -> bool:

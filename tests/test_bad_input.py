@@ -180,6 +180,11 @@ KNOBS = [
     Case("not settings", ("sft=5",), "sft=5: it must be settings"),
     Case("no text", ("cache.dir=null",), "cache.dir=null: it must be text"),
     Case("half precision", ("hardware.precision=16-mixed",), "fp16 needs loss scaling"),
+    Case(
+        "a policy that would not be its reference",
+        ("hardware.precision=bf16-true",),
+        "hardware.precision=bf16-true converts the weights",
+    ),
     Case("unknown strategy", ("hardware.strategy=foo",), "auto or ddp_spawn"),
     Case("more devices than pairs", ("hardware=ddp", "batch_size=1"), "gives no pair"),
     Case("no equals sign", ("loss.beta",), "loss.beta"),

@@ -32,6 +32,15 @@ def test_one_job(tmp_path):
     assert text in done.out and "imports of ours" in text and "jobs 4/4" in done.out
 
 
+@pytest.mark.slow
+def test_jobs_that_ended_are_kept(tmp_path):
+    with pytest.raises(Diverged, match="solver.weight=inf: it must be finite"):
+        measured(tmp_path / "run", *JOBS, "peer=false", "weights=[1,inf]")
+    numbers = json.loads((tmp_path / "run/bench.json").read_text())
+    (row,) = numbers["jobs"]
+    assert row["weight"] == 1 and numbers["totals"]["ours"]["seconds"] == row["ours"]
+
+
 @pytest.mark.parametrize(
     "word, says",
     [

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,7 @@ from spo_lightning import __version__, knobs
 from spo_lightning.bench import asked, jobs_report, peer
 from spo_lightning.bench.cell import Cell, as_text, drawn, save_model
 from spo_lightning.bench.processes import clocked
-from spo_lightning.bench.table import written
+from spo_lightning.bench.table import kept, written
 from spo_lightning.progress import Stages
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,12 @@ def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]
         log.warning("TRL is not installed: its runs are left out (pip install trl==1.16.0)")
     with tempfile.TemporaryDirectory(dir=run_dir) as place:
         bench = Jobs(cfg, cell, Path(place), stages)
-        imports = bench.imports(sides)
-        rows = bench.all(sides)
-    numbers = {"setting": setting(cfg, bench.parameters), "imports": imports, "jobs": rows}
-    numbers["totals"] = totals(rows, imports, sides)
+        imports, rows = bench.imports(sides), []
+        numbers = {"setting": setting(cfg, bench.parameters), "imports": imports, "jobs": rows}
+        for row in bench.all(sides):
+            rows.append(row)
+            numbers["totals"] = totals(rows, imports, sides)
+            kept(numbers, run_dir)
     written(numbers, jobs_report.table(numbers), run_dir)
     return numbers
 
@@ -86,11 +88,10 @@ class Jobs:
             found[side] = median(taken)
         return found
 
-    def all(self, sides: list[str]) -> list[dict[str, Any]]:
+    def all(self, sides: list[str]) -> Iterator[dict[str, Any]]:
         """A row per beta and weight; before them a short run of each warms every cache."""
         cfg = self.cfg
         jobs = list(product(cfg.betas, cfg.weights))
-        found = []
         with self.stages.stage("jobs", (1 + len(jobs)) * len(sides)) as advance:
             for side in sides:
                 seconds = self.one(side, "warm", *jobs[0], 1)
@@ -101,8 +102,7 @@ class Jobs:
                     row[side] = self.one(side, str(number), beta, weight, cfg.steps)
                     advance(1, f"{side}, beta {beta}, weight {weight}: {row[side]:.1f} s")
                 row["stages"] = self.told(str(number))
-                found.append(row)
-        return found
+                yield row
 
     def one(self, side: str, name: str, beta: float, weight: float, steps: int) -> float:
         """Seconds of one run."""

@@ -5,7 +5,6 @@ interleaved rounds, and memory at its peak in a process of its own.
 """
 
 import gc
-import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,10 +22,9 @@ from spo_lightning.bench.cell import Cell, drawn, save_model
 from spo_lightning.bench.contestants import CONTESTANTS, Contestant, Race
 from spo_lightning.bench.costs import Clock
 from spo_lightning.bench.memory import MIB, Memory, apart, can_forget, settle
-from spo_lightning.bench.table import geometric_mean, ratio, written
+from spo_lightning.bench.table import geometric_mean, kept, ratio, written
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.progress import Stages
-from spo_lightning.rundir import write_text
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]
         with tempfile.TemporaryDirectory(dir=run_dir) as room:
             found.append(measured(cfg, mine, cell, names, Path(room), stages))
         numbers["mean"] = means(found)
-        write_text(run_dir / "bench.json", json.dumps(numbers, indent=1) + "\n")
+        kept(numbers, run_dir)
     written(numbers, step_report.table(numbers), run_dir, step_report.picture(numbers, run_dir))
     return numbers
 

@@ -65,11 +65,16 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     )
 
 
+def kept(numbers: Mapping[str, Any], run_dir: Path) -> None:
+    """bench.json of what is measured so far: hours are not lost with the last of them."""
+    write_text(run_dir / "bench.json", json.dumps(numbers, indent=1) + "\n")
+
+
 def written(
     numbers: Mapping[str, Any], text: str, run_dir: Path, pictures: Sequence[Path] = ()
 ) -> None:
     """bench.json and table.md; the table and where all is are said."""
-    write_text(run_dir / "bench.json", json.dumps(numbers, indent=1) + "\n")
+    kept(numbers, run_dir)
     write_text(run_dir / "table.md", text)
     log.info("\n%s", text)
     for path in pictures:
