@@ -16,7 +16,7 @@ LINES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("Chosen and rejected, nats", ("train/logps/chosen", "train/logps/rejected")),
         ("Chosen and rejected held out, nats", ("eval/logps/chosen", "eval/logps/rejected")),
         ("Probability on the ten likeliest tokens", ("eval/mass/top10",)),
-        ("Entropy of the ten likeliest tokens, nats", ("eval/entropy/top10",)),
+        ("Entropy of the ten likeliest tokens, bits", ("eval/entropy/top10",)),
     ),
     "Displacement": (
         (

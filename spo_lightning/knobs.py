@@ -219,12 +219,14 @@ def _check_attention(cfg: DictConfig) -> None:
 
 def _check_precision(cfg: DictConfig) -> None:
     wanted = {"64-true": "float64", "bf16-true": "bfloat16"}
-    precision, dtype = (OmegaConf.select(cfg, k) for k in ("hardware.precision", "model.dtype"))
-    if dtype is not None and wanted.get(precision, dtype) != dtype:
-        raise UserError(
-            f"hardware.precision={precision} converts the weights, so that the policy would not "
-            f"be its reference: set model.dtype={wanted[precision]} too"
-        )
+    precision = OmegaConf.select(cfg, "hardware.precision")
+    for key in ("model.dtype", "dtype"):  # the latter of the commands that only look
+        dtype = OmegaConf.select(cfg, key)
+        if dtype is not None and wanted.get(precision, dtype) != dtype:
+            raise UserError(
+                f"hardware.precision={precision} works on weights in {wanted[precision]}, of "
+                f"policy and reference alike: set {key}={wanted[precision]} too"
+            )
 
 
 def _check_sweep(line: Given) -> None:

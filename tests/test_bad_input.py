@@ -183,7 +183,7 @@ KNOBS = [
     Case(
         "a policy that would not be its reference",
         ("hardware.precision=bf16-true",),
-        "hardware.precision=bf16-true converts the weights",
+        "set model.dtype=bfloat16 too",
     ),
     Case("unknown strategy", ("hardware.strategy=foo",), "auto or ddp_spawn"),
     Case("more devices than pairs", ("hardware=ddp", "batch_size=1"), "gives no pair"),

@@ -65,6 +65,7 @@ def test_console_script(tmp_path, name):
         ("eval", (), "checkpoint has no default"),
         ("eval", ("checkpoint=./absent",), "no such checkpoint: absent"),
         ("eval", ("checkpoint=.", "beta=1"), "beta"),
+        ("eval", ("checkpoint=.", "hardware.precision=bf16-true"), "set dtype=bfloat16 too"),
         ("inspect", ("data=pairs",), "data.path is not set"),
         ("inspect", ("data=pairs", "data.path=absent.jsonl"), "absent.jsonl: no such file"),
         ("inspect", ("max_length=0",), "max_length=0: it must be at least 2"),

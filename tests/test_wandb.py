@@ -11,6 +11,7 @@ import yaml
 from conftest import SMALL, command, end, start
 
 from spo_lightning import dashboard
+from spo_lightning.report.charts import unit
 
 NAMES = {
     *("train/loss", "train/rewards/margins", "train/displacement/rate", "train/grad_norm"),
@@ -115,6 +116,18 @@ def test_an_offline_run_read_back(tmp_path, cache):
         if path.is_file():
             text = path.read_bytes()
             assert KEY.encode() not in text and TOKEN.encode() not in text, path
+
+
+def test_page_and_dashboard_name_the_same_units():
+    # top-k entropy is a sum of p log2 p, see test_top_against_a_hand_worked_distribution
+    assert unit("eval/entropy/top10") == "bits"
+    told = {}
+    for title, names in (panel for panels in dashboard.LINES.values() for panel in panels):
+        word = title.split(", ")[-1]
+        told |= dict.fromkeys(names if word in ("nats", "bits") else (), word)
+    assert "eval/entropy/top10" in told
+    for name, word in told.items():
+        assert word in unit(name), name
 
 
 def test_the_dashboards_definitions(tmp_path, monkeypatch, capsys):

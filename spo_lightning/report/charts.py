@@ -30,7 +30,7 @@ UNITS = {
     "preference": "share of pairs",
     "exact_match": "share of prompts",
     "win_rate": "share of prompts, ties half",
-    "entropy": "nats",
+    "entropy": "bits",
     "mass": "probability",
     "loss/lower": "nats per token",
     "loss": "loss",
