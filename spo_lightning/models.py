@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from spo_lightning import attention
 from spo_lightning.data.batch import CHOSEN, PAD, REJECTED, Pair, PairBatch, collate
-from spo_lightning.head import token_logps
+from spo_lightning.head import fused_logps, is_plain, logits_of, plain_logps
 
-LOGITS = 2**28  # logits that are alive at once; more are taken in parts, and recomputed
+LOGITS = 2**28  # logits that are alive at once; where there are more, they are computed again
 ROOM = 1.8  # what a graph that can be differentiated twice may take, in plain forwards
 
 
@@ -179,11 +179,14 @@ class Scorer(nn.Module):
         return max(1, int(len(batch) * ROOM * batch.tokens / (each * int(lengths.sum()))))
 
     def _score(self, batch: PairBatch, hidden: Tensor) -> Tensor:
-        targets, rows, fused = batch.targets, self._rows(), attention.fused()
+        head, targets, cap = self._head, batch.targets, self._cap
+        if attention.fused() and is_plain(head):
+            return fused_logps(head, hidden, targets, cap, self.logits)
 
         def score(hidden: Tensor, targets: Tensor) -> Tensor:
-            return token_logps(self._logits(hidden), targets, fused=fused)
+            return plain_logps(logits_of(head, hidden, cap), targets)
 
+        rows = self._rows()
         if len(targets) <= rows:
             return score(hidden, targets)
         parts = zip(hidden.split(rows), targets.split(rows))
@@ -201,7 +204,7 @@ class Scorer(nn.Module):
         """
         parts = []
         for chunk in self._predictors(batch).split(self._rows()):
-            p = self._logits(chunk).softmax(-1)
+            p = logits_of(self._head, chunk, self._cap).softmax(-1)
             p = p.topk(min(k, p.shape[-1]), dim=-1).values
             parts.append(torch.stack([-torch.xlogy(p, p).sum(-1) / math.log(2), p.sum(-1)]))
         entropy, mass = torch.cat(parts, dim=1)
@@ -219,12 +222,13 @@ class Scorer(nn.Module):
         slots = torch.cat([slot for _, slot in parts])
         return sums.index_add(0, slots, states).view(len(batch), 2, -1)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """[S, vocabulary] in float32 at least."""
-        logits = self.model.get_output_embeddings()(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return cap * torch.tanh(logits / cap) if cap else logits
+    @property
+    def _head(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    @property
+    def _cap(self) -> float | None:
+        return getattr(self.model.config, "final_logit_softcapping", None)
 
     @property
     def _body(self) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from tiny import gradients, in_float64, lora, policy, random_pairs, slow_logps
 from spo_lightning import models
 from spo_lightning.data.batch import CHOSEN, Pair, PairBatch, collate
 from spo_lightning.errors import UserError
-from spo_lightning.head import token_logps
+from spo_lightning.head import plain_logps
 from spo_lightning.models import Scorer, sides
 from spo_lightning.sharing import check_head, supports_sharing
 
@@ -240,7 +240,7 @@ def test_eager_attention_would_misread_a_boolean_mask():
             attention_mask=models.tree_mask(batch.segment),
             position_ids=batch.position_ids,
         ).last_hidden_state[batch.pair, batch.predictor]
-        wrong = token_logps(lm.lm_head(hidden), batch.targets, fused=False)
+        wrong = plain_logps(lm.lm_head(hidden), batch.targets)
     assert (wrong - right.logps).abs().max() > 1e-2  # hence the additive mask in the scorer
 
 
