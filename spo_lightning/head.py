@@ -16,7 +16,7 @@ EVEN = 64  # columns, of which a block has a multiple: a GPU's kernels want thei
 
 
 class HeadLogps(torch.autograd.Function):
-    """[S] log-softmax at ``targets`` of ``hidden`` [S, width] times ``weight`` [vocabulary, width].
+    """[S] log-softmax at ``targets`` of ``hidden`` [S, width] by ``weight`` [vocabulary, width].
 
     In float32 at least. ``keep``: backward finds the logits kept, in the type of ``hidden``; else
     it computes them again, and no more than ``most`` are ever there. First order only.
