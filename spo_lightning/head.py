@@ -113,7 +113,7 @@ def fused_logps(
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     keep = torch.is_grad_enabled() and len(targets) * len(weight) <= most
-    return HeadLogps.apply(hidden, weight, targets, cap, most, keep)  # type: ignore[return-value]
+    return HeadLogps.apply(hidden, weight, targets, cap, most, keep)
 
 
 def plain_logps(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""Packed rows: their layout by hand, what attends to what, microbatches by tokens, the head."""
+"""Packed rows: their layout by hand, what attends to what, microbatches by tokens."""
 
 import random
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,14 +10,11 @@ from fitting import fitted, objective, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import gradients, in_float64, policy, random_pairs, slow_logps
-from torch import nn
 from torch.nn.attention import flex_attention
 
 from spo_lightning import attention
-from spo_lightning import head as head_module
 from spo_lightning.data.batch import Pair, by_pairs, by_tokens, collate, pack
 from spo_lightning.errors import UserError
-from spo_lightning.head import fused_logps, logits_of, plain_logps
 from spo_lightning.models import MathKernel, Scorer
 from spo_lightning.sharing import as_read_by, check_head, scorer_for
 
@@ -370,115 +366,3 @@ def test_tokens_per_batch_trains_as_one_batch_does(monkeypatch, solver):
     for other in found[1:]:
         for name, value in found[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-10)
-
-
-# -- head
-
-
-def head_and_tokens(vocabulary, *, dtype=torch.float64):
-    seeded = torch.Generator().manual_seed(0)
-    head = nn.Linear(7, vocabulary, bias=False, dtype=torch.float64)
-    hidden = 3 * torch.randn(11, 7, generator=seeded, dtype=torch.float64)
-    with torch.no_grad():
-        head.weight.copy_(5 * torch.randn(vocabulary, 7, generator=seeded).double())
-        hidden[0] = 800 * head.weight[0] / head.weight[0].norm()  # exponentials would be infinite
-    hidden = hidden.to(dtype).requires_grad_()
-    targets = torch.randint(vocabulary, (11,), generator=seeded)
-    weights = torch.randn(11, generator=seeded, dtype=torch.float64)
-    return head.to(dtype), hidden, targets, weights
-
-
-def by_autograd(head, hidden, targets, weights, cap):
-    found = plain_logps(logits_of(head, hidden, cap), targets)
-    return found, torch.autograd.grad((found * weights).sum(), (hidden, head.weight))
-
-
-@pytest.mark.parametrize("cap", [None, 4.0])
-@pytest.mark.parametrize("most", [2**28, 11, 700], ids=["kept", "a_column", "again"])
-@pytest.mark.parametrize("vocabulary", [5, 3000])
-def test_the_fused_head_equals_log_softmax(monkeypatch, vocabulary, most, cap):
-    monkeypatch.setitem(head_module.BLOCK, "cpu", 11 * 64)  # several blocks, the last one short
-    head, hidden, targets, weights = head_and_tokens(vocabulary)
-    expected, slopes = by_autograd(head, hidden, targets, weights, cap)
-    whole = logits_of(head, hidden, cap).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
-    torch.testing.assert_close(expected, whole, rtol=1e-13, atol=1e-12)
-    found = fused_logps(head, hidden, targets, cap, most)
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-12)
-    for _ in range(2):  # the graph may be walked twice
-        own = torch.autograd.grad(
-            (found * weights).sum(), (hidden, head.weight), retain_graph=True
-        )
-        torch.testing.assert_close(own, slopes, rtol=1e-11, atol=1e-12)
-    with torch.no_grad():
-        torch.testing.assert_close(fused_logps(head, hidden, targets, cap, most), expected)
-
-
-@pytest.mark.parametrize("most", [2**28, 700], ids=["kept", "again"])
-def test_the_fused_head_in_half_precision_equals_autograd_s(most):
-    head, hidden, targets, weights = head_and_tokens(3000, dtype=torch.bfloat16)
-    expected, slopes = by_autograd(head, hidden, targets, weights, None)
-    found = fused_logps(head, hidden, targets, None, most)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
-    own = torch.autograd.grad((found * weights).sum(), (hidden, head.weight))
-    for one, other in zip(own, slopes, strict=True):
-        assert one.dtype == torch.bfloat16
-        assert (one - other).norm() < 0.01 * other.norm()
-
-
-def test_the_fused_head_follows_autocast():
-    head, hidden, targets, weights = head_and_tokens(300, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, slopes = by_autograd(head, hidden, targets, weights, None)
-        found = fused_logps(head, hidden, targets, None, 2**28)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
-    own = torch.autograd.grad((found * weights).sum(), (hidden, head.weight))
-    for one, other in zip(own, slopes, strict=True):
-        assert one.dtype == torch.float32
-        assert (one - other).norm() < 0.01 * other.norm()
-
-
-def test_a_frozen_head_gets_no_slope_and_a_frozen_body_none():
-    head, hidden, targets, weights = head_and_tokens(300)
-    _, (slope, own) = by_autograd(head, hidden, targets, weights, None)
-    head.weight.requires_grad_(False)
-    (fused_logps(head, hidden, targets, None, 2**28) * weights).sum().backward()
-    torch.testing.assert_close(hidden.grad, slope, rtol=1e-11, atol=1e-12)
-    assert head.weight.grad is None
-    head.weight.requires_grad_()
-    (fused_logps(head, hidden.detach(), targets, None, 2**28) * weights).sum().backward()
-    torch.testing.assert_close(head.weight.grad, own, rtol=1e-11, atol=1e-12)
-
-
-def test_a_second_derivative_of_the_fused_head_is_refused_not_wrong():
-    head, hidden, targets, _ = head_and_tokens(4)
-    found = fused_logps(head, hidden, targets, None, 2**28)
-    (slope,) = torch.autograd.grad(found.square().sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiated twice"):
-        slope.sum().backward()
-
-
-@pytest.mark.parametrize("twice", [False, True], ids=["fused", "plain"])
-def test_no_more_logits_are_alive_than_allowed(monkeypatch, twice):
-    lm = policy("llama", dtype="float64").lm
-    batch = collate(random_pairs(4), PAD_ID)
-    count = len(batch.targets)
-    ends, sizes = [], []
-    plain = head_module._wide
-
-    def counting(logits):
-        sizes.append(logits.numel())
-        return plain(logits)
-
-    monkeypatch.setattr(head_module, "_wide", counting)
-    for most in (2**28, 258 * 7):
-        sizes.clear()
-        lm.zero_grad()
-        with MathKernel() if twice else nullcontext():
-            logps = Scorer(lm, True, logits=most)(batch).logps
-            (logps * torch.linspace(-1, 1, count)).sum().backward()
-        ends.append((logps.detach(), gradients(lm)))
-        assert max(sizes) == count * 258 if most == 2**28 else count * 7 < max(sizes) <= most
-    (logps, slopes), (few, again) = ends
-    torch.testing.assert_close(few, logps, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(again, slopes, rtol=1e-9, atol=1e-12)
