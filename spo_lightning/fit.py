@@ -11,7 +11,6 @@ import hydra.utils
 import torch
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from spo_lightning.callbacks.evaluation import Evaluation
@@ -154,20 +153,13 @@ def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: in
         scorer,
         loss,
         solver,
-        partial(_optimizer, hydra.utils.instantiate(optimizer, _convert_="all")),
+        hydra.utils.instantiate(optimizer, _convert_="all"),
         beta=cfg.loss.beta,
         batch_size=cfg.batch_size,
         clip_norm=cfg.clip_norm,
         schedule=Schedule(shape, steps, warmup),
         log_every=cfg.log.every_n_steps,
     )
-
-
-def _optimizer(make: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """``fused: null`` is one kernel where there are many parameters to wait for: on a GPU."""
-    if parameters[0].is_cuda and make.keywords.get("fused", False) is None:
-        return make(parameters, fused=True)
-    return make(parameters)
 
 
 def _callbacks(
