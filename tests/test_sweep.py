@@ -18,7 +18,8 @@ from spo_lightning.sweep import again, board, jobs, launcher
 from spo_lightning.sweep.jobs import Job, Sweep
 from spo_lightning.sweep.objective import score
 
-LONG = ("loss=dpo", "max_steps=100", "checkpoint.every_n_steps=10", "hydra.sweep.dir=sweep")
+# seconds of training: a signal comes late to it, and a job looks for its sweep once a second
+LONG = ("loss=dpo", "max_steps=300", "checkpoint.every_n_steps=10", "hydra.sweep.dir=sweep")
 
 
 def record(cwd: Path, where: str = "sweep") -> list[dict]:
