@@ -147,19 +147,24 @@ def fit(
 
 def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: int) -> Preference:
     """The module that one run trains; also what the bench times."""
-    optimizer: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
-    shape, warmup = optimizer.pop("schedule"), optimizer.pop("warmup")
     return Preference(
         scorer,
         loss,
         solver,
-        hydra.utils.instantiate(optimizer, _convert_="all"),
+        optimizer_of(cfg),
         beta=cfg.loss.beta,
         batch_size=cfg.batch_size,
         clip_norm=cfg.clip_norm,
-        schedule=Schedule(shape, steps, warmup),
+        schedule=Schedule(cfg.optimizer.schedule, steps, cfg.optimizer.warmup),
         log_every=cfg.log.every_n_steps,
     )
+
+
+def optimizer_of(cfg: DictConfig) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """What makes the optimizer of parameters; ``schedule`` and ``warmup`` are not its own."""
+    node: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
+    del node["schedule"], node["warmup"]
+    return hydra.utils.instantiate(node, _convert_="all")
 
 
 def _callbacks(

@@ -158,13 +158,21 @@ class Run:
         return numbers
 
     def objective(self) -> tuple[Any, Any]:
-        """The loss and the solver, built before anything slow so that bad knobs end at once."""
+        """The loss and the solver, built before anything slow so that bad knobs end at once.
+        The optimizer too, of one parameter that nobody trains."""
+        import torch
         from omegaconf import OmegaConf
 
         from spo_lightning.errors import UserError
+        from spo_lightning.fit import optimizer_of
 
         # is it installed?
         command.built({"_target_": self.cfg.optimizer._target_, "_partial_": True})
+        try:
+            optimizer_of(self.cfg)([torch.nn.Parameter(torch.zeros(1))])
+        except Exception as error:
+            said = command.one_line(error).rstrip(".")
+            raise UserError(f"optimizer: {said}; see conf/optimizer for its keys") from error
         try:
             node: Any = OmegaConf.to_container(self.cfg.loss, resolve=True)
             node.pop("unit")

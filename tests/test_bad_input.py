@@ -174,6 +174,12 @@ KNOBS = [
         ("optimizer._target_=absent_library.AdamW",),
         "absent_library.AdamW needs absent_library: pip install absent_library",
     ),
+    Case(
+        "unknown to the optimizer",
+        ("+optimizer.foo=1",),
+        "unexpected keyword argument 'foo'; see conf",
+    ),
+    Case("two ways to step", ("+optimizer.foreach=true",), "`fused` and `foreach` cannot be"),
     Case("negative decay", ("optimizer.weight_decay=-1",), "optimizer.weight_decay=-1"),
     Case("not a list", ("eval.stop=abc",), "eval.stop=abc: it must be a list"),
     Case("not a boolean", ("data.strict=maybe",), "data.strict=maybe: it must be true or false"),

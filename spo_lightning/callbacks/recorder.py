@@ -39,6 +39,7 @@ class Recorder(Callback):
         self.best = math.inf if mode == "min" else -math.inf
         self.csv: MetricsCsv | None = None
         self.saved_step = -1
+        self.shown = ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -50,7 +51,6 @@ class Recorder(Callback):
         self.stages.stop.install()  # Lightning's own handlers end a run with the wrong exit code
         if multiprocessing.parent_process() is not None:  # a rank started by ddp_spawn
             logging.basicConfig(level=logging.INFO, format="%(message)s")
-        self.shown = ExitStack()
         stages = self.stages if trainer.is_global_zero else _quiet(self.stages)
         self.advance = self.shown.enter_context(
             stages.stage("training", self.max_steps, module.outer_step)
