@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.errors import STOPPED, UserError, chain, is_bug, verdict
+from spo_lightning.config.build import one_line
+from spo_lightning.errors import STOPPED, UserError, is_bug, verdict
 
 HERE = Path(__file__).resolve().parent
 # the wheel's copy first: beside an installed package a stranger's conf may lie
@@ -30,7 +31,8 @@ def run(config_name: str, work: Callable[..., Any]) -> None:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from spo_lightning import knobs, rundir
+    from spo_lightning.config import knobs
+    from spo_lightning.records import directory as rundir
 
     failures: list[BaseException] = []
     failed_jobs: list[str] = []  # of a sweep, one line each
@@ -109,37 +111,6 @@ def _whole(job: Callable[[], Any], failures: list[BaseException], failed_jobs: l
             from spo_lightning.report.build import attempted
 
             print(attempted(sweep.directory))
-
-
-def built(node: Any) -> Any:
-    """What the node describes; what a constructor refuses is the user's error, in one line."""
-    import hydra.utils
-    from hydra.errors import InstantiationException
-
-    try:
-        return hydra.utils.instantiate(node)
-    except InstantiationException as error:
-        *_, cause = chain(error)
-        if isinstance(cause, ModuleNotFoundError):
-            missing = f"{node['_target_']} needs {cause.name}: pip install {cause.name}"
-            raise UserError(missing) from error
-        raise UserError(str(cause).splitlines()[0]) from error
-
-
-def one_line(error: BaseException) -> str:
-    """A Hydra refusal as one line: what it says first, then its cause."""
-    lines = [part.strip() for part in str(error).splitlines() if part.strip()]
-    noise = ("full_key:", "object_type=", "Set the env", "See https://hydra.cc")
-    kept = [x for x in lines if not x.startswith(noise)]
-    where = [x for x in lines if x.startswith("full_key:")]
-    text = " ".join(kept[:6] + where)
-    override = getattr(error, "override", None)  # of Hydra's parser, which names it in some cases
-    if override and override not in text:
-        text = f"{override}: {text}"
-    cause = error.__cause__
-    if cause is not None and str(cause) and str(cause).splitlines()[0] not in text:
-        text += f": {one_line(cause)}"
-    return text
 
 
 def finish(failures: Sequence[BaseException], failed_jobs: Sequence[str]) -> None:

@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from spo_lightning import command, knobs
+from spo_lightning import command
+from spo_lightning.config import knobs
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +24,17 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, float]:
     knobs.check(cfg, line)
     from dataclasses import replace
 
-    from spo_lightning import policies, prepare
     from spo_lightning.data.load import load
     from spo_lightning.errors import UserError
-    from spo_lightning.progress import Stages, Stop
-    from spo_lightning.rundir import write_text
+    from spo_lightning.models import policy as policies
+    from spo_lightning.records import progress
+    from spo_lightning.records.directory import write_text
+    from spo_lightning.records.progress import Stages, Stop
 
     for where in (cfg.checkpoint, cfg.reference):
         if where is not None and Path(where).exists():
             policies.check_directory(Path(where))
-    prepare.quiet()
+    progress.quiet()
     stages = Stages(lambda *_: None, Stop(), "Run the command again.")
     stages.stop.install()
     task = load(cfg.data)
@@ -49,8 +51,11 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, float]:
 
 def measure(cfg: Any, task: Any, stages: Any) -> dict[str, float]:
     """The held-out numbers of ``checkpoint``, against ``reference`` where there is one."""
-    from spo_lightning import evals, pairing, prepare
-    from spo_lightning.sharing import as_read_by
+    from spo_lightning.evaluation import held_out as evals
+    from spo_lightning.models.scorer import score
+    from spo_lightning.models.sharing import as_read_by
+    from spo_lightning.run import prepare
+    from spo_lightning.sampling import pairing
 
     device = prepare.device_of(cfg.hardware)
     precision = prepare.precision_of(cfg.hardware, device)
@@ -68,7 +73,7 @@ def measure(cfg: Any, task: Any, stages: Any) -> dict[str, float]:
     shared: Any = {"precision": precision, "stages": stages}
     if judge is not None:
         theirs = as_read_by(scorer, judge.lm)
-        pairs = evals.score(theirs, pairs, batch_size=how.batch_size, title="reference", **shared)
+        pairs = score(theirs, pairs, batch_size=how.batch_size, title="reference", **shared)
     return evals.held_out(
         policy,
         scorer,
@@ -84,8 +89,8 @@ def measure(cfg: Any, task: Any, stages: Any) -> dict[str, float]:
 
 def held_pairs(cfg: Any, task: Any, reference: Any, tokenizer: Any, stages: Any) -> Any:
     """The held-out pairs; where the data samples them, from the reference, or none without one."""
-    from spo_lightning import pairing
-    from spo_lightning.evals import Pairs
+    from spo_lightning.data.sets import Pairs
+    from spo_lightning.sampling import pairing
 
     rows = task.held_out
     if task.samples:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from spo_lightning import command, knobs
+from spo_lightning import command
+from spo_lightning.config import knobs
 
 
 def main() -> None:
@@ -13,12 +14,15 @@ def main() -> None:
 def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
     """Print counts, length histograms and one rendered pair; returns the page."""
     knobs.check(cfg, line)
-    from spo_lightning import pairing, policies, prepare
     from spo_lightning.data.load import load
     from spo_lightning.data.page import page
-    from spo_lightning.progress import silent
+    from spo_lightning.models import policy as policies
+    from spo_lightning.records import progress
+    from spo_lightning.records.progress import silent
+    from spo_lightning.run import prepare
+    from spo_lightning.sampling import pairing
 
-    prepare.quiet()
+    progress.quiet()
     task = load(cfg.data)
     held = task.held_out[: cfg.eval.max_rows]
     if task.samples:  # the pairs are the policy's own samples

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from spo_lightning import command, knobs
+from spo_lightning import command
+from spo_lightning.config import knobs
+from spo_lightning.config.build import built
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +27,15 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, int]:
     refuse_output(cfg)
     strategy = called(cfg.strategy, "strategy")
     judging = called(cfg.judge, "judge")
-    from spo_lightning import prepare
     from spo_lightning.data.load import load
-    from spo_lightning.progress import Stages, Stop
-    from spo_lightning.sampling.judges import Asked
+    from spo_lightning.judges.local import Asked
+    from spo_lightning.records import progress
+    from spo_lightning.records.progress import Stages, Stop
+    from spo_lightning.run import prepare
 
     prepare.set_threads(cfg.hardware)
     prepare.check_checkpoints(cfg.model)
-    prepare.quiet()
+    progress.quiet()
     stages = Stages(lambda *_: None, Stop(), "Run the same command to go on.")
     stages.stop.install()
     task = load(cfg.data)
@@ -73,7 +76,7 @@ def called(node: Any, where: str) -> Any:
 
     from spo_lightning.errors import UserError
 
-    made = command.built(node)
+    made = built(node)
     try:
         inspect.signature(made.func).bind_partial(**made.keywords)
     except TypeError as error:
@@ -115,9 +118,9 @@ def draw(cfg: Any, policy: Any, rows: Sequence[dict], judge: Any, stages: Any) -
     """Answer and score every prompt that the record does not hold yet."""
     from dataclasses import replace
 
-    from spo_lightning.answers import answers
-    from spo_lightning.pairing import decoding
-    from spo_lightning.progress import Within
+    from spo_lightning.models.generate import answers
+    from spo_lightning.records.progress import Within
+    from spo_lightning.sampling.pairing import decoding
     from spo_lightning.sampling.record import Record
 
     output, each = Path(cfg.output), cfg.samples
@@ -159,7 +162,7 @@ def settings(cfg: Any, policy: Any, rows: Sequence[dict]) -> dict[str, Any]:
 
     from omegaconf import OmegaConf
 
-    from spo_lightning import sft
+    from spo_lightning.training import sft
 
     asked = json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()
     return {
@@ -189,7 +192,7 @@ def provenance(cfg: Any) -> dict[str, Any]:
 
 def written(cfg: Any, record: Any, count: int, strategy: Any) -> dict[str, int]:
     """The pairs that the strategy chooses, in the prompts' order, as one file."""
-    from spo_lightning.rundir import write_text
+    from spo_lightning.records.directory import write_text
 
     drawn = sorted(record.read(), key=lambda one: one["number"])
     pairs = list(chosen(cfg, drawn, strategy))

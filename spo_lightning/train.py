@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo_lightning import command, knobs, loggers
+from spo_lightning import command
+from spo_lightning.config import knobs
+from spo_lightning.config.build import built, one_line
 from spo_lightning.errors import verdict
+from spo_lightning.records import loggers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from spo_lightning.evals import HeldOut
+    from spo_lightning.evaluation.held_out import HeldOut
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> Any:
     """One job of the command: refuse bad input, then train; what a search maximises, or all."""
     from omegaconf import OmegaConf
 
-    from spo_lightning import rundir
+    from spo_lightning.records import directory as rundir
     from spo_lightning.report.build import attempted
 
     knobs.check(cfg, line)
@@ -51,8 +54,8 @@ def train(
     cfg: "DictConfig", run_dir: Path, choices: "dict[str, str] | Any" = None
 ) -> dict[str, Any]:
     """Run everything and return what metrics.json holds."""
-    from spo_lightning.progress import Stages, Stop
-    from spo_lightning.rundir import RunDir
+    from spo_lightning.records.directory import RunDir
+    from spo_lightning.records.progress import Stages, Stop
 
     run, stop = RunDir(Path(run_dir).absolute()), Stop()
     how = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
@@ -90,7 +93,7 @@ def train(
 
 def studied(cfg: "DictConfig", run: Any, stages: Any) -> dict[str, Any]:
     """An experiment without a language model: its numbers, then what its report makes of them."""
-    study = command.built(cfg.study)
+    study = built(cfg.study)
     log.info("Run directory: %s", run.path)
     run.note_status(max_steps=study.total)
     with stages.stage("training", study.total) as advance:
@@ -116,12 +119,13 @@ class Run:
         cfg = self.cfg
         self.stages.note("data", 0, 1)
         task = load(cfg.data)  # bad rows end the run before anything heavy is imported
-        from spo_lightning import prepare as room
+        from spo_lightning.records import progress
+        from spo_lightning.run import prepare as room
 
         room.check_checkpoints(cfg.model)
         room.set_threads(cfg.hardware)
         self.device = room.device_of(cfg.hardware)
-        room.quiet()
+        progress.quiet()
         loss, solver = self.objective()
         resume = self.checkpoint()
         self.precision = room.precision_of(cfg.hardware, self.device)
@@ -164,19 +168,19 @@ class Run:
         from omegaconf import OmegaConf
 
         from spo_lightning.errors import UserError
-        from spo_lightning.fit import optimizer_of
+        from spo_lightning.training.fit import optimizer_of
 
         # is it installed?
-        command.built({"_target_": self.cfg.optimizer._target_, "_partial_": True})
+        built({"_target_": self.cfg.optimizer._target_, "_partial_": True})
         try:
             optimizer_of(self.cfg)([torch.nn.Parameter(torch.zeros(1))])
         except Exception as error:
-            said = command.one_line(error).rstrip(".")
+            said = one_line(error).rstrip(".")
             raise UserError(f"optimizer: {said}; see conf/optimizer for its keys") from error
         try:
             node: Any = OmegaConf.to_container(self.cfg.loss, resolve=True)
             node.pop("unit")
-            loss, solver = command.built(node), command.built(self.cfg.solver)
+            loss, solver = built(node), built(self.cfg.solver)
             # a partial takes any keyword until it is called, and that is after the warm start
             inspect.signature(loss.func).bind_partial(**loss.keywords)
             return loss, solver
@@ -186,7 +190,7 @@ class Run:
     def checkpoint(self) -> Path | None:
         """The file to go on from; rows of metrics.csv later than it are cut."""
         from spo_lightning.errors import UserError
-        from spo_lightning.rundir import cut_after
+        from spo_lightning.records.directory import cut_after
 
         where = self.cfg.ckpt_path
         if where is None:
@@ -217,7 +221,7 @@ class Run:
 
     def fit(self, loss: Any, solver: Any, steps: int, resume: Path | None) -> int:
         """Preference training under Lightning. The outer steps taken, of ``steps`` at most."""
-        from spo_lightning.fit import fit
+        from spo_lightning.training.fit import fit
 
         done = 0
         if resume is not None:
@@ -260,8 +264,8 @@ class Run:
 
     def held_out(self, stage: str) -> "HeldOut":
         """The held-out numbers of the policy as it is; ``init`` also draws the rivals' samples."""
-        from spo_lightning import evals
-        from spo_lightning.pairing import decoding
+        from spo_lightning.evaluation import held_out as evals
+        from spo_lightning.sampling.pairing import decoding
 
         cfg, given, how = self.cfg, self.given, decoding(self.cfg, seed=self.cfg.seed)
         self.stages.note(stage, 0, 1)
@@ -286,7 +290,7 @@ class Run:
 
     def samples(self, before: "HeldOut", after: "HeldOut") -> list[dict[str, Any]]:
         """Rows of samples.jsonl."""
-        from spo_lightning.evals import shown
+        from spo_lightning.evaluation.held_out import shown
 
         given = self.given
         pair_of = {place: index for index, place in enumerate(given.place)}

@@ -7,7 +7,7 @@ import hydra.utils
 from hydra import compose, initialize_config_dir
 from pairs import CONF
 
-from spo_lightning import knobs
+from spo_lightning.config import knobs
 
 # two narrow layers, few words, short texts
 TINY = (

@@ -80,7 +80,9 @@ def command(cwd: Path, *words: object, module=MODULE, timeout: float = 120, **en
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lightning", "transformers", "datasets", "spo_lightning.prepare"])
+FORKS.set_forkserver_preload(
+    ["lightning", "transformers", "datasets", "spo_lightning.run.prepare"]
+)
 
 
 def forked(cwd: Path, *words: object, timeout: float = 120, **env: str) -> Ended:

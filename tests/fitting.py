@@ -15,11 +15,11 @@ from pairs import CONF
 from tiny import random_pairs
 from torch.utils.data import DataLoader
 
-from spo_lightning.evals import Pairs, score
-from spo_lightning.fit import OuterSteps
-from spo_lightning.models import Scorer
-from spo_lightning.module import Preference
-from spo_lightning.progress import silent
+from spo_lightning.data.sets import Pairs
+from spo_lightning.models.scorer import Scorer, score
+from spo_lightning.records.progress import silent
+from spo_lightning.training.fit import OuterSteps
+from spo_lightning.training.module import Preference
 
 PAD_ID = 257
 SGD = partial(torch.optim.SGD, lr=0.05)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo_lightning.models import PairLogps
+from spo_lightning.models.scorer import PairLogps
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

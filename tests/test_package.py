@@ -87,7 +87,8 @@ def test_wheel_holds_the_whole_conf_and_no_tests(wheel):
 def test_wheel_reads_its_own_conf(installed, elsewhere):
     code = """
 from importlib.metadata import version
-from spo_lightning import __version__, command
+from spo_lightning import __version__
+from spo_lightning import command
 assert version("spo-lightning") == __version__
 print(command.CONF)
 """

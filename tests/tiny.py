@@ -4,8 +4,8 @@ import random
 
 import torch
 
-from spo_lightning import policies
 from spo_lightning.data.batch import Pair
+from spo_lightning.models import policy as policies
 
 # wide initial weights: a wrong mask or position must show in the log-probabilities
 WIDE = {"initializer_range": 0.3, "tie_word_embeddings": False}

@@ -8,8 +8,8 @@ from fitting import PAD_ID, fitted, objective
 from lightning import Callback
 from tiny import random_pairs
 
-from spo_lightning.callbacks.setting import Setting
-from spo_lightning.evals import Pairs
+from spo_lightning.data.sets import Pairs
+from spo_lightning.training.callbacks.setting import Setting
 
 
 def setting(directory=Path(), given=None):

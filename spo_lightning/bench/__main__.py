@@ -6,7 +6,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo_lightning import command, knobs
+from spo_lightning import command
+from spo_lightning.config import knobs
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from spo_lightning import command, knobs, prepare
 from spo_lightning.bench.cell import Cell, hushed
+from spo_lightning.config import knobs
+from spo_lightning.config.build import one_line
 from spo_lightning.errors import UserError
-from spo_lightning.progress import Stages, Stop
-from spo_lightning.rundir import without_secrets, write_text
+from spo_lightning.records import progress
+from spo_lightning.records.directory import without_secrets, write_text
+from spo_lightning.records.progress import Stages, Stop
+from spo_lightning.run import prepare
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ def begin(cfg: DictConfig, run_dir: Path) -> Stages:
     """Quiet libraries, threads, signals, and config.yaml in the run directory."""
     stages = Stages(lambda *_: None, Stop(), "Run the command again.")
     stages.stop.install()
-    prepare.quiet()
+    progress.quiet()
     prepare.set_threads(cfg.hardware)
     log.info("Run directory: %s", run_dir)
     resolved = OmegaConf.to_container(cfg, resolve=True)
@@ -113,7 +116,7 @@ def trained(cfg: DictConfig, words: Sequence[str] = ()) -> DictConfig:
         found.merge_with_dotlist([word for word in words if _is_value(found, word)])
     except (HydraException, OmegaConfBaseException) as error:
         said = [*cfg.train, *words]
-        raise UserError(f"train={said}: {command.one_line(error)}") from error
+        raise UserError(f"train={said}: {one_line(error)}") from error
     return found
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo_lightning.data.batch import Pair
 from spo_lightning.errors import UserError
-from spo_lightning.policies import DTYPES
+from spo_lightning.models.policy import DTYPES
 
 EOS, PAD = "</s>", "<pad>"
 

@@ -19,14 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from spo_lightning import prepare
 from spo_lightning.bench.cell import as_text, hushed
 from spo_lightning.bench.costs import Entry, Start, take
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.rows import Task
-from spo_lightning.fit import module_of
-from spo_lightning.policies import DTYPES
-from spo_lightning.progress import silent
+from spo_lightning.models.policy import DTYPES
+from spo_lightning.records.progress import silent
+from spo_lightning.run import prepare
+from spo_lightning.training.fit import module_of
 
 
 class Watch(Protocol):

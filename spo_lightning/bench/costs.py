@@ -19,12 +19,11 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from spo_lightning.bench.memory import MIB, Memory, apart, can_forget, named, settle
+from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import Interrupted
-from spo_lightning.evals import Pairs
-from spo_lightning.fit import OuterSteps, module_of
-from spo_lightning.models import Scorer
-from spo_lightning.prepare import quiet
-from spo_lightning.progress import Stages
+from spo_lightning.models.scorer import Scorer
+from spo_lightning.records.progress import Stages, quiet
+from spo_lightning.training.fit import OuterSteps, module_of
 
 
 class Start(NamedTuple):

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from spo_lightning import __version__, knobs, prepare
+from spo_lightning import __version__
 from spo_lightning.bench import asked, growth_report
 from spo_lightning.bench.cell import Cell, drawn, save_model
 from spo_lightning.bench.contestants import Ours, Race
 from spo_lightning.bench.table import fitted, written
+from spo_lightning.config import knobs
 from spo_lightning.data.batch import Pair
-from spo_lightning.evals import Pairs
-from spo_lightning.progress import Stages
+from spo_lightning.data.sets import Pairs
+from spo_lightning.records import progress
+from spo_lightning.records.progress import Stages
 
 POOL = 1 << 16  # random tokens of which every generated text is a stretch
 
@@ -41,7 +43,7 @@ def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]
         parameters = save_model(room / "model", cfg.model, cell.vocabulary, cfg.seed)
         flat = asked.settled(mine, room / "model", cell, room)
         ours = Ours(Race(flat, room / "model", drawn(cell, 2, cfg.seed), (), asked.device_of(cfg)))
-        prepare.quiet()
+        progress.quiet()
         runs = {("tokens", size): ours_on(ours, cell, max(cfg.counts), size) for size in cfg.sizes}
         runs |= {("pairs", n): ours_on(ours, cell, n, cfg.batch_size) for n in cfg.counts}
         found = timed(cfg, runs, stages)

@@ -17,12 +17,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from spo_lightning import __version__, knobs
+from spo_lightning import __version__
 from spo_lightning.bench import asked, jobs_report, peer
 from spo_lightning.bench.cell import Cell, as_text, drawn, save_model
 from spo_lightning.bench.processes import clocked
 from spo_lightning.bench.table import kept, written
-from spo_lightning.progress import Stages
+from spo_lightning.config import knobs
+from spo_lightning.records.progress import Stages
 
 log = logging.getLogger(__name__)
 

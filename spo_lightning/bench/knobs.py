@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 
-from spo_lightning import __version__, knobs, prepare
+from spo_lightning import __version__
 from spo_lightning.bench import asked, step
 from spo_lightning.bench.cell import drawn, save_model
 from spo_lightning.bench.contestants import Ours, Race, Watch
 from spo_lightning.bench.memory import apart, named
 from spo_lightning.bench.table import aligned, ratio, spread, written
+from spo_lightning.config import knobs
 from spo_lightning.errors import UserError
-from spo_lightning.progress import Stages
+from spo_lightning.records import progress
+from spo_lightning.records.progress import Stages
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ def begun(
         for name, race in races.items():
             with named(name):
                 made[name] = Threaded(race)
-                prepare.quiet()  # what was imported since
+                progress.quiet()  # what was imported since
                 losses[name] = made[name].losses(cfg.warmup + cfg.steps)
             advance(1, f"{name} {losses[name][-1]:.6f}")
     return made, losses

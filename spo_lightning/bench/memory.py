@@ -16,8 +16,8 @@ import torch
 from omegaconf import DictConfig
 
 from spo_lightning.errors import Diverged
-from spo_lightning.prepare import quiet, set_threads
-from spo_lightning.progress import Stages
+from spo_lightning.records.progress import Stages, quiet
+from spo_lightning.run.prepare import set_threads
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # glibc: blocks of so many bytes are mappings of their own

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from spo_lightning.errors import Diverged
-from spo_lightning.progress import Stages
+from spo_lightning.records.progress import Stages
 
 POLL = 0.02  # seconds between two looks at what a process has done
 

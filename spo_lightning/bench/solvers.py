@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from spo_lightning import command, knobs
 from spo_lightning.bench.table import aligned, written
+from spo_lightning.config import knobs
+from spo_lightning.config.build import one_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -61,7 +62,7 @@ def composed(cfg: "DictConfig") -> dict[str, Any]:
                 settings.job.config_name, overrides=[*settings.overrides.task, *words]
             )
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(f"solvers.{name}: {command.one_line(error)}") from error
+            raise UserError(f"solvers.{name}: {one_line(error)}") from error
     return found
 
 
@@ -72,15 +73,16 @@ def bench(
     from omegaconf import OmegaConf
 
     from spo_lightning.data.load import load
-    from spo_lightning.progress import Stages, Stop
-    from spo_lightning.rundir import without_secrets, write_text
+    from spo_lightning.records.directory import without_secrets, write_text
+    from spo_lightning.records.progress import Stages, Stop
 
     stages = Stages(lambda *_: None, Stop(), "Run the command again.")
     stages.stop.install()
     task = replace(load(cfg.data), held_out=[])
 
-    from spo_lightning import prepare
     from spo_lightning.bench import costs
+    from spo_lightning.records import progress
+    from spo_lightning.run import prepare
     from spo_lightning.train import Run
 
     prepare.check_checkpoints(cfg.model)
@@ -89,7 +91,7 @@ def bench(
         name: costs.Entry(mine, *Run(mine, None, stages, {}).objective())
         for name, mine in runs.items()
     }
-    prepare.quiet()
+    progress.quiet()
     prepare.set_threads(cfg.hardware)
     precision = prepare.precision_of(cfg.hardware, device)
     log.info("Run directory: %s", run_dir)

@@ -14,13 +14,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from spo_lightning import __version__, knobs
+from spo_lightning import __version__
 from spo_lightning.bench import asked
 from spo_lightning.bench.jobs import IMPORTS
 from spo_lightning.bench.processes import clocked
 from spo_lightning.bench.table import aligned, written
+from spo_lightning.config import knobs
 from spo_lightning.errors import UserError
-from spo_lightning.progress import Stages
+from spo_lightning.records.progress import Stages
 
 ROWS = {
     "imports": f"`{IMPORTS['ours']}`",

@@ -16,15 +16,17 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from spo_lightning import __version__, knobs, prepare
+from spo_lightning import __version__
 from spo_lightning.bench import asked, peer, step_report
 from spo_lightning.bench.cell import Cell, drawn, save_model
 from spo_lightning.bench.contestants import CONTESTANTS, Contestant, Race
 from spo_lightning.bench.costs import Clock
 from spo_lightning.bench.memory import MIB, Memory, apart, can_forget, settle
 from spo_lightning.bench.table import geometric_mean, kept, ratio, written
+from spo_lightning.config import knobs
 from spo_lightning.errors import Diverged, UserError
-from spo_lightning.progress import Stages
+from spo_lightning.records import progress
+from spo_lightning.records.progress import Stages
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ def measured(
     race = replace(race, order=tuple(watched.rows))
     for name in names:
         made.setdefault(name, CONTESTANTS[name](race))
-    prepare.quiet()  # what was imported since
+    progress.quiet()  # what was imported since
     differences = []
     for name in PEERS & made.keys():
         theirs = made[name].run(cfg.trajectory, Nothing())
@@ -217,7 +219,7 @@ def peak(race: Race, name: str, steps: int) -> float:
     """MiB of one contestant's steps, once a step has loaded the code. In a process of its own."""
     settle(race.cfg.hardware)
     made = CONTESTANTS[name](race)
-    prepare.quiet()
+    progress.quiet()
     if can_forget():  # else this run's peak would hide the other's
         made.run(1, Nothing())
     return above(made, steps)

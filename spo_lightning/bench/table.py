@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
 
+from spo_lightning.records.directory import write_text
 from spo_lightning.report import evolution_figures
-from spo_lightning.rundir import write_text
 
 log = logging.getLogger(__name__)
 

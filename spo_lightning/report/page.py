@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from spo_lightning.errors import UserError
+from spo_lightning.records.directory import private
 from spo_lightning.report.charts import Drawing, Heat, embedded, plotly
-from spo_lightning.rundir import private
 
 Cell = str | float | int | None
 MEAN = re.compile(r"[+-]?[\d.]+ ± [\d.]+( \*)?")  # with its interval

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.rundir import CHOICES, private, without_secrets
+from spo_lightning.records.directory import CHOICES, private, without_secrets
 
 POINTS = 400  # of a curve at most; a longer one is thinned
 ALARM = "train/displacement/alarm"

@@ -6,8 +6,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from spo_lightning.records.directory import IDLE
 from spo_lightning.report.reading import dotted, runs_of, seed_of
-from spo_lightning.rundir import IDLE
 
 # two-sided 95% points of Student's t by degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spo_lightning.errors import UserError
-from spo_lightning.rundir import REMOVED, words_without_secrets
+from spo_lightning.records.directory import REMOVED, words_without_secrets
 from spo_lightning.sweep import jobs
 
 KEY = "sweep.resume="

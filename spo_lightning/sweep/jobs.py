@@ -9,7 +9,7 @@ from typing import Any
 
 from spo_lightning import __version__
 from spo_lightning.errors import UserError
-from spo_lightning.rundir import MAY_DIFFER, words_without_secrets, write_text
+from spo_lightning.records.directory import MAY_DIFFER, words_without_secrets, write_text
 
 RECORD = "sweep.json"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"

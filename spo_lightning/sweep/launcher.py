@@ -20,13 +20,13 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup
 from omegaconf import OmegaConf, open_dict
 
 from spo_lightning.errors import UserError
-from spo_lightning.progress import Stop
-from spo_lightning.rundir import (
+from spo_lightning.records.directory import (
     commit,
     finished_numbers,
     remove_secrets,
     words_without_secrets,
 )
+from spo_lightning.records.progress import Stop
 from spo_lightning.sweep import board, jobs, process
 from spo_lightning.sweep.jobs import Job, Sweep
 from spo_lightning.sweep.objective import score
@@ -250,4 +250,4 @@ def _import_libraries() -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    from spo_lightning import fit, prepare  # noqa: F401
+    from spo_lightning.run import prepare  # noqa: F401

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 
 from spo_lightning.errors import STOPPED, Interrupted, is_bug, verdict
-from spo_lightning.rundir import finished_numbers
+from spo_lightning.records.directory import finished_numbers
 from spo_lightning.sweep import jobs
 from spo_lightning.sweep.jobs import Job
 

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from spo_lightning.errors import UserError
-from spo_lightning.rundir import IDLE, write_text
+from spo_lightning.records.directory import IDLE, write_text
 from spo_lightning.sweep.jobs import Job
 
 NUMBERS = (

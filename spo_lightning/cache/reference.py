@@ -1,0 +1,170 @@
+"""Pairs in, pairs with the reference's log-probabilities out; scored once for all runs.
+
+A row is known by its token ids, the reference by its weights and by how it computes. Neither
+knows of the loss, its beta, the rate, the seed, the batch size or the run directory, so every job
+of a sweep finds what the first one scored.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_lightning.cache.shards import KEY, Shards
+from spo_lightning.data.batch import Pair
+from spo_lightning.data.sets import Pairs
+from spo_lightning.models.policy import DTYPES, Policy, source_of
+from spo_lightning.models.scorer import Scorer, score
+from spo_lightning.records.progress import Stages
+
+log = logging.getLogger(__name__)
+
+CODE = 2  # raise it when the same weights and token ids come to score otherwise
+TOKENS = 2**20  # scored tokens after which a shard is written, so that a kill loses few
+NAME = 32  # hexadecimal digits of a reference's name
+UNREAD = ("_name_or_path", "transformers_version", "architectures", "use_cache")  # change no score
+
+Precision = Callable[[], AbstractContextManager]
+
+
+def row_key(pair: Pair) -> bytes:
+    """A row's name: its token ids, and where prompt, chosen and rejected response end."""
+    sizes = (len(pair.prompt), len(pair.chosen), len(pair.rejected))
+    ids = array("q", [*sizes, *pair.prompt, *pair.chosen, *pair.rejected])
+    return hashlib.sha256(ids.tobytes()).digest()[:KEY]
+
+
+def weights_name(policy: Policy, precision: Precision) -> str:
+    """The name of the policy's start, from its weights in memory: adapters are no part of it."""
+    lm = policy.lm
+    config = {k: v for k, v in lm.config.to_dict().items() if k not in UNREAD}
+    digest = _begun(lm.device, lm.dtype, lm.config._attn_implementation, precision)
+    shape = [type(lm).__name__, config]
+    digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
+    held: dict[str, Tensor] = {
+        name.replace(".base_layer.", "."): value
+        for name, value in lm.named_parameters()
+        if not (policy.adapted and value.requires_grad)
+    }
+    held |= dict(lm.named_buffers())  # also those that no file holds, such as rotary frequencies
+    for name, value in sorted(held.items()):
+        digest.update(f"{name} {value.dtype} {[*value.shape]}".encode())
+        plain = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy())  # type: ignore[arg-type] (a buffer)
+    return digest.hexdigest()[:NAME]
+
+
+def files_name(
+    checkpoint: str, settings: Any, device: torch.device, precision: Precision
+) -> str | None:
+    """The name of a checkpoint directory, from its files, so that they need not be loaded.
+
+    None where they are not all there: a hub id, or adapters, whose base is elsewhere.
+    """
+    source, local = source_of(checkpoint)
+    where = Path(source)
+    if not local or (where / "adapter_config.json").exists():
+        return None
+    digest = _begun(device, DTYPES[settings.dtype], settings.attention, precision)
+    digest.update(f"code of its own: {settings.trust_remote_code}\n".encode())
+    for path in sorted(where.rglob("*")):
+        if path.suffix in (".safetensors", ".json", ".py") and path.is_file():
+            with path.open("rb") as file:
+                own = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.relative_to(where)} {own}\n".encode())
+    return digest.hexdigest()[:NAME]
+
+
+def _begun(
+    device: torch.device, dtype: torch.dtype, attention: str, precision: Precision
+) -> "hashlib._Hash":
+    """What besides the weights decides the numbers."""
+    with precision():
+        cast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    matmul = torch.get_float32_matmul_precision()
+    parts = [CODE, *versions, device.type, matmul, str(dtype), attention, str(cast)]
+    return hashlib.sha256(json.dumps(parts).encode())
+
+
+def with_reference(
+    sets: Mapping[str, Pairs],
+    shards: Shards | None,
+    judge: Callable[[], Scorer],
+    *,
+    batch_size: int,
+    precision: Precision,
+    stages: Stages,
+) -> dict[str, Pairs]:
+    """Every set with its reference; ``judge`` is asked for only when a row has to be scored.
+
+    ``shards``: where rows are looked up and kept, None: nowhere. A row that occurs twice is scored
+    once either way, so that a run that finds its rows equals the one that scored them.
+    """
+    keys = {name: [row_key(pair) for pair in pairs.pairs] for name, pairs in sets.items()}
+    wanted = {key for some in keys.values() for key in some}
+    known = {} if shards is None else shards.find(wanted)
+
+    def score_rest() -> None:
+        for name, pairs in sets.items():
+            for part in _parts(pairs, keys[name], known.keys()):
+                some = replace(pairs, pairs=[*part.values()], references=None)
+                scored = score(
+                    judge(),
+                    some,
+                    batch_size=batch_size,
+                    precision=precision,
+                    stages=stages,
+                    title=f"reference ({name})",
+                )
+                found = dict(zip(part, scored.references or (), strict=True))
+                known.update(found)
+                if shards is not None:
+                    shards.keep(found)
+
+    if shards is None:
+        score_rest()
+    elif len(known) == len(wanted):
+        _say(keys, known)
+    else:
+        with shards.alone(stages):
+            known |= shards.find(wanted - known.keys())  # what another run scored meanwhile
+            _say(keys, known)
+            score_rest()
+    if shards is not None:
+        shards.trim()
+    return {
+        name: replace(pairs, references=[known[key] for key in keys[name]])
+        for name, pairs in sets.items()
+    }
+
+
+def _say(keys: Mapping[str, list[bytes]], known: Collection[bytes]) -> None:
+    rows = [key for some in keys.values() for key in some]
+    log.info("reference: %d of %d rows from the cache", sum(k in known for k in rows), len(rows))
+
+
+def _parts(
+    pairs: Pairs, keys: list[bytes], known: Collection[bytes]
+) -> Iterator[dict[bytes, Pair]]:
+    """The pairs not yet known, each once, the longest first, in parts of about TOKENS tokens."""
+    rest = {key: pair for key, pair in zip(keys, pairs.pairs) if key not in known}
+    part: dict[bytes, Pair] = {}
+    tokens = 0
+    for key, pair in sorted(rest.items(), key=lambda item: -len(item[1])):
+        part[key] = pair
+        tokens += len(pair.chosen) + len(pair.rejected)
+        if tokens >= TOKENS:
+            yield part
+            part, tokens = {}, 0
+    if part:
+        yield part

@@ -1,0 +1,299 @@
+"""Overrides that cannot have been meant are refused before anything is loaded.
+
+Hydra refuses unknown keys; here: a mandatory value left out, a key added or removed that nothing
+reads or misses, a value of another kind than the default or out of range, and a knob that the
+chosen combination never reads.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+
+from spo_lightning.config.ranges import DIAGNOSTICS, RANGES
+from spo_lightning.errors import UserError
+
+# (prefix of the knobs, when they are idle, why)
+IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
+    ("model.lora.", lambda c: c.model.lora.rank == 0, "model.lora.rank is 0"),
+    (
+        "model.config.",
+        lambda c: c.model.pretrained is not None,
+        "model.pretrained brings its own config",
+    ),
+    ("model.revision", lambda c: c.model.pretrained is None, "model.pretrained is null"),
+    (
+        "model.trust_remote_code",
+        lambda c: c.model.pretrained is None,
+        "model.pretrained is null",
+    ),
+    ("sft.", lambda c: warm_start_steps(c) == 0, "there is no warm start (sft.max_steps is 0)"),
+    (
+        "micro_batch_size",
+        lambda c: c.data.get("tokens_per_batch") is not None,
+        "data.tokens_per_batch is set",
+    ),
+    ("epochs", lambda c: c.max_steps >= 0, "max_steps is set; make it -1"),
+    (
+        "solver.weight",
+        lambda c: str(c.solver.get("schedule", {}).get("_target_")).endswith("SlackBarrier"),
+        "solver/schedule=barrier finds it",
+    ),
+    (
+        "solver.hvp",
+        lambda c: c.solver.get("apply") is not None and c.solver.apply.get("order") != "second",
+        "only solver/apply=hypergradient with solver.apply.order=second takes Hessian products",
+    ),
+    ("cache.", lambda c: not c.cache.get("enabled", True), "cache.enabled is false"),
+    ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
+    ("optimizer.", lambda c: c.get("max_steps") == 0, "max_steps is 0: nothing is trained"),
+    (
+        "data.eval_fraction",
+        lambda c: c.data.get("eval_path") is not None,
+        "data.eval_path is set",
+    ),
+    ("data.chunk_rows", lambda c: not c.data.get("stream"), "data.stream is false"),
+    (
+        "data.sft",
+        lambda c: _sft_is_idle(c),
+        "no lower level reads it (solver=none, or nothing is trained), nor does the warm start",
+    ),
+    (
+        "data.drop_high_ches",
+        lambda c: c.get("max_steps", 0) == 0,
+        "training pairs are dropped, and nothing is trained",
+    ),
+    *(
+        (
+            f"diagnostics.{d}.",
+            lambda c, d=d: c.diagnostics[d].every_n_steps == 0,
+            f"diagnostics.{d}.every_n_steps is 0",
+        )
+        for d in DIAGNOSTICS
+    ),
+]
+# what does not go with FlexAttention: key, values refused, why
+FLEX: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("hardware.accelerator", lambda v: v == "cpu", "it has no backward there: leave it out"),
+    ("hardware.compile", lambda v: bool(v), "it compiles its own kernel: leave one of them out"),
+    (
+        "diagnostics.evolution.every_n_steps",
+        lambda v: v > 0,
+        "it has no forward-mode derivative: leave one of them out",
+    ),
+]
+# what cannot be had of rows that are never all there: key, values refused, why
+STREAM: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("max_steps", lambda v: v < 0, "how many pairs an epoch has is not known: set it"),
+    ("data.max_rows", lambda v: v is not None, "it samples among all rows: leave it out"),
+    ("data.drop_high_ches", lambda v: bool(v), "it ranks all pairs: leave it out"),
+    ("diagnostics.ches.every_n_steps", lambda v: v > 0, "it scores all pairs: leave it out"),
+    ("hardware.devices", lambda v: v > 1, "the file is read by one process: set it to 1"),
+]
+READ_ALWAYS = (
+    *("model.lora.rank", "sft.max_steps", "cache.enabled"),
+    *(f"diagnostics.{d}.every_n_steps" for d in DIAGNOSTICS),
+)
+# all that a run without a language model reads
+STUDY_READS = ("experiment", "seed", "study", "sweep")
+# what stands here goes to a constructor, which knows its own keys
+OPEN = (
+    *("model.config.", "optimizer.", "loss.", "solver.", "solvers.", "data.", "logger."),
+    *("judge.", "strategy."),
+)
+
+
+def warm_start_steps(cfg: DictConfig) -> int:
+    """``sft.max_steps``, or what null stands for."""
+    if cfg.sft.max_steps is not None:
+        return cfg.sft.max_steps
+    return 0 if cfg.model.pretrained is not None else cfg.data.sft_steps
+
+
+def _sft_is_idle(cfg: DictConfig) -> bool:
+    if cfg.data.get("sft") is None or "max_steps" not in cfg:  # the other commands only show it
+        return False
+    watched = str(cfg.solver.get("_target_")).endswith("NoLower")
+    # of pairs it is the warm start's text too; other sources bring that themselves
+    warms = str(cfg.data.get("_target_")).endswith("pairs.pairs") and warm_start_steps(cfg) > 0
+    return (watched or cfg.max_steps == 0) and not warms
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line said: the keys it names, the options chosen, the values without it."""
+
+    touched: Sequence[str]
+    choices: Mapping[str, str]
+    defaults: DictConfig
+    several: bool = False  # whether this is one job of a sweep
+    ours: bool = False  # whether our launcher runs it
+
+
+def given() -> Given:
+    """Read from Hydra, inside its main."""
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    settings = HydraConfig.get()
+    choices = {k: v for k, v in settings.runtime.choices.items() if not k.startswith("hydra/")}
+    choices = {k.split("@")[0]: str(v) for k, v in choices.items() if v is not None}
+    overrides: Any = OmegaConf.to_container(settings.overrides.task)  # one may hold a ${...}
+    for removed in (text for text in overrides if text.startswith("~")):
+        raise UserError(f"{removed} removes what is read: give it a value instead")
+    keys = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
+    groups = [text for key, text in zip(keys, overrides) if key in choices]
+    touched = [key.replace("/", ".") for key in keys]
+    defaults = compose(settings.job.config_name, overrides=groups)
+    several = settings.mode == RunMode.MULTIRUN
+    ours = several and settings.launcher._target_.endswith(".ProcessLauncher")
+    return Given(touched, choices, defaults, several, ours)
+
+
+def check(cfg: DictConfig, line: Given) -> None:
+    """Refuse what the command line gets wrong, in one line that names the key."""
+    _check_study(cfg, line)
+    _check_whole(cfg, line)
+    for key in line.touched:
+        if not (_declared(line.defaults, key) or key.startswith(OPEN) or key in line.choices):
+            raise UserError(f"{key} is no setting of this command: leave it out")
+        _check_kind(key, OmegaConf.select(cfg, key), OmegaConf.select(line.defaults, key))
+    for key, (holds, words) in RANGES.items():
+        value = OmegaConf.select(cfg, key)
+        if (value is not None or key in line.touched) and not _holds(holds, value):
+            raise UserError(f"{key}={value}: it must be {words}")
+    _check_attention(cfg)
+    _check_precision(cfg)
+    _check_looks(cfg)
+    _check_stream(cfg)
+    _check_sweep(line)
+    for prefix, idle, why in IDLE:
+        for key in line.touched:
+            below = key == prefix or key.startswith(prefix.removesuffix(".") + ".")
+            if below and key not in READ_ALWAYS and idle(cfg):
+                raise UserError(f"{key} has no effect: {why}; leave it out")
+
+
+def _check_study(cfg: DictConfig, line: Given) -> None:
+    for key in line.touched:
+        if cfg.get("study") is not None and key.split(".")[0] not in STUDY_READS:
+            raise UserError(
+                f"{key} has no effect: this experiment trains no language model, and its settings "
+                "stand under study; leave it out"
+            )
+
+
+def _check_whole(cfg: DictConfig, line: Given) -> None:
+    """What no single key shows."""
+    try:
+        for key in sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError(f"{key} has no default: give it a value, {key}=...")
+        OmegaConf.resolve(cfg.copy())
+    except InterpolationResolutionError as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    if line.choices.get("loss") == "spo" and line.choices.get("solver") == "none":
+        raise UserError("loss=spo with solver=none is plain DPO: use loss=dpo")
+    if "model" in cfg and cfg.model.pretrained is None and not cfg.model.config:
+        raise UserError(
+            "model.pretrained is not set, and this model has no config to be built from: "
+            "name a directory or hub id"
+        )
+    pairs, devices = (OmegaConf.select(cfg, key) for key in ("batch_size", "hardware.devices"))
+    if _number(pairs) and _number(devices) and 1 <= pairs < devices:
+        raise UserError(
+            f"batch_size={pairs} gives no pair to some of the {devices} devices: raise it"
+        )
+
+
+def _check_attention(cfg: DictConfig) -> None:
+    if OmegaConf.select(cfg, "model.attention") == "flex":
+        for key, refused, why in FLEX:
+            value = OmegaConf.select(cfg, key)
+            if _holds(refused, value):
+                raise UserError(f"{key}={value} does not go with model.attention=flex: {why}")
+
+
+def _check_precision(cfg: DictConfig) -> None:
+    wanted = {"64-true": "float64", "bf16-true": "bfloat16"}
+    precision = OmegaConf.select(cfg, "hardware.precision")
+    for key in ("model.dtype", "dtype"):  # the latter of the commands that only look
+        dtype = OmegaConf.select(cfg, key)
+        if dtype is not None and wanted.get(precision, dtype) != dtype:
+            raise UserError(
+                f"hardware.precision={precision} works on weights in {wanted[precision]}, of "
+                f"policy and reference alike: set {key}={wanted[precision]} too"
+            )
+
+
+def _check_sweep(line: Given) -> None:
+    for key in line.touched:
+        if key.startswith("sweep.") and not line.several:
+            raise UserError(f"{key} has no effect: this is one run; add -m, or leave it out")
+        if key.startswith("sweep.") and key != "sweep.objective" and not line.ours:
+            raise UserError(f"{key} has no effect: only hydra/launcher=process reads it")
+
+
+def _check_looks(cfg: DictConfig) -> None:
+    key, other = "diagnostics.overoptimisation.every_n_steps", "eval.every_n_steps"
+    looks, evaluated = (OmegaConf.select(cfg, name) for name in (key, other))
+    if looks and (not evaluated or looks % evaluated):
+        raise UserError(
+            f"{key}={looks}: it reads held-out numbers, so it must be a multiple of {other} "
+            f"({evaluated}), and that above 0"
+        )
+
+
+def _check_stream(cfg: DictConfig) -> None:
+    if "max_steps" not in cfg or not OmegaConf.select(cfg, "data.stream"):
+        return
+    for key, refused, why in STREAM:
+        value = OmegaConf.select(cfg, key)
+        if _holds(refused, value):
+            raise UserError(f"{key}={value} does not go with data.stream=true: {why}")
+
+
+def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return rule(value)
+    except TypeError:
+        return False
+
+
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value}: it must be finite")
+    if value is None and key in RANGES and _holds(RANGES[key][0], None):
+        return
+    for kind, accepts, words in KINDS:
+        if isinstance(default, kind):
+            if value is not None and not accepts(value):
+                raise UserError(f"{key}={value}: it must be {words}")
+            if value is None and kind is not int and kind is not float:
+                raise UserError(f"{key}=null: it must be {words}")
+            return
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# the default's kind, what is accepted for it, in words; bool first, because True is an int
+KINDS: list[tuple[type, Callable[[Any], bool], str]] = [
+    (bool, lambda v: isinstance(v, bool), "true or false"),
+    (int, lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
+    (float, _number, "a number"),
+    (str, lambda v: isinstance(v, (str, ListConfig)), "text"),
+    (DictConfig, lambda v: isinstance(v, DictConfig), "settings, key by key"),
+    (ListConfig, lambda v: isinstance(v, ListConfig), "a list, [...]"),
+]
+
+
+def _declared(cfg: DictConfig, key: str) -> bool:
+    """Whether the configuration has the key, also where its value must be given (???)."""
+    above, _, last = key.rpartition(".")
+    parent = OmegaConf.select(cfg, above) if above else cfg
+    return isinstance(parent, DictConfig) and last in parent.keys()  # noqa: SIM118 (skips ???)

@@ -1,0 +1,198 @@
+"""A model and held-out rows in, numbers out: the same rows before and after training."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spo_lightning import losses
+from spo_lightning.data.sets import Pairs
+from spo_lightning.evaluation.totals import Totals, pair_numbers
+from spo_lightning.models.generate import Decoding, answers
+from spo_lightning.models.policy import Policy
+from spo_lightning.models.scorer import Scorer, reference_logps
+from spo_lightning.records.progress import Stages
+
+RIVALS, MINE = 1_000, 2_000  # added to the seed of the init's and of the policy's own samples
+TOP = 10  # most probable next tokens whose entropy and mass are reported
+
+
+class PairScores(NamedTuple):
+    """Means over held-out pairs, and each pair's change against the reference in nats."""
+
+    means: dict[str, float]
+    chosen_delta: list[float | None]  # [N]
+    rejected_delta: list[float | None]
+
+
+@torch.no_grad()
+def pair_totals(
+    scorer: Scorer,
+    pairs: Pairs,
+    batches: Sequence[Sequence[int]],
+    *,
+    loss: Callable[..., Tensor] | None,
+    moments: losses.Moments | None,
+    beta: float,
+    top: bool,
+    each: Callable[[Sequence[int], dict], None] = lambda *_: None,
+) -> Totals:
+    """Sums and counts of the names of section 7 over the given batches of pairs."""
+    totals = Totals()
+    for indices in batches:
+        batch = pairs.batch(indices).to(scorer.model.device)
+        policy = scorer(batch)
+        reference = None if batch.reference is None else reference_logps(batch)
+        numbers = pair_numbers(policy, reference, beta=beta)
+        if loss is not None:
+            numbers["loss"] = losses.evaluate(loss, policy, reference, moments)
+        if top:
+            chosen = batch.chosen_only
+            numbers["entropy/top10"], numbers["mass/top10"] = scorer.top(chosen, TOP)
+        totals.add(numbers)
+        each(indices, numbers)
+    return totals
+
+
+def pair_scores(
+    scorer: Scorer,
+    pairs: Pairs,
+    *,
+    beta: float,
+    batch_size: int,
+    precision: Callable[[], AbstractContextManager],
+    stages: Stages,
+) -> PairScores:
+    """Held-out pairs under the model as it is now."""
+    deltas: tuple[list, list] = ([None] * len(pairs), [None] * len(pairs))
+    with stages.stage("held-out pairs", len(pairs)) as advance:
+
+        def each(indices: Sequence[int], numbers: dict) -> None:
+            for side, name in enumerate(("rewards/chosen", "rewards/rejected")):
+                if name in numbers:
+                    moved = (numbers[name].double() / beta).tolist()
+                    for index, delta in zip(indices, moved):
+                        deltas[side][index] = delta
+            advance(len(indices))
+
+        with precision():
+            totals = pair_totals(
+                scorer,
+                pairs,
+                pairs.batches(batch_size),
+                loss=None,
+                moments=None,
+                beta=beta,
+                top=True,
+                each=each,
+            )
+    means = {name: value.item() for name, value in totals.means().items()}
+    return PairScores(means, *deltas)
+
+
+class Answers(NamedTuple):
+    """Greedy answers to held-out prompts, whether each is right, and what they come to."""
+
+    texts: list[str]
+    right: list[bool | None]
+    numbers: dict[str, float]
+
+
+def greedy_answers(
+    policy: Policy, rows: Sequence[dict], task: Any, how: Decoding, stages: Stages
+) -> Answers:
+    """Exact match where the data has an answer, ROUGE where it is a summarization task."""
+    texts = answers(policy, rows, how, stages, "held-out answers")
+    right = [correct(task, row, text) for row, text in zip(rows, texts)]
+    return Answers(texts, right, text_numbers(task, rows, texts))
+
+
+class HeldOut(NamedTuple):
+    """What one look at the held-out rows gave."""
+
+    numbers: dict[str, float]
+    answers: Answers
+    scores: PairScores | None
+
+
+def held_out(
+    policy: Policy,
+    scorer: Scorer,
+    task: Any,
+    rows: Sequence[dict],
+    pairs: Pairs,
+    *,
+    beta: float,
+    how: Decoding,
+    rivals: Sequence[str] | None,
+    precision: Callable[[], AbstractContextManager],
+    stages: Stages,
+) -> HeldOut:
+    """All held-out numbers of a policy. ``rivals``: the init's samples, for win_rate."""
+    scores = None
+    if len(pairs):
+        scores = pair_scores(
+            scorer,
+            pairs,
+            beta=beta,
+            batch_size=how.batch_size,
+            precision=precision,
+            stages=stages,
+        )
+    greedy = greedy_answers(policy, rows, task, how, stages)
+    numbers = {**greedy.numbers, **(scores.means if scores else {})}
+    if rivals is not None:
+        mine = samples(policy, rows, task, how, MINE, stages)
+        numbers["win_rate"] = win_rate(task.judge, mine, rivals)
+    return HeldOut(numbers, greedy, scores)
+
+
+def samples(
+    policy: Policy, rows: Sequence[dict], task: Any, how: Decoding, extra: int, stages: Stages
+) -> list[str]:
+    """One sampled answer per held-out prompt; ``extra`` keeps the two sides' draws apart."""
+    drawn = replace(how, temperature=task.temperature, seed=how.seed + extra)
+    return answers(policy, rows, drawn, stages, "held-out samples")
+
+
+def correct(task: Any, row: dict, text: str) -> bool | None:
+    """Whether the text's final answer is the row's; None where the row has none."""
+    if task.answer_of is None or row.get("answer") is None:
+        return None
+    return task.answer_of(text) == str(row["answer"])
+
+
+def text_numbers(task: Any, rows: Sequence[dict], texts: Sequence[str]) -> dict[str, float]:
+    """exact_match and rouge1, rouge2, rougeL of the answers, as far as the data allows."""
+    numbers: dict[str, float] = {}
+    known = [(r, t) for r, t in zip(rows, texts) if r.get("answer") is not None]
+    if task.answer_of is not None and known:
+        from spo_lightning.evaluation.text_metrics import ExactMatch
+
+        numbers |= ExactMatch(keep_in_memory=True).compute(  # type: ignore[operator]
+            predictions=[task.answer_of(text) or "" for _, text in known],
+            references=[str(row["answer"]) for row, _ in known],
+        )
+    if task.summary and rows:
+        from spo_lightning.evaluation.text_metrics import Rouge
+
+        numbers |= Rouge(keep_in_memory=True).compute(  # type: ignore[operator]
+            predictions=list(texts), references=[shown(row["chosen"]) for row in rows]
+        )
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def win_rate(judge: Callable[[str], float], mine: Sequence[str], theirs: Sequence[str]) -> float:
+    """Share of prompts on which my sample beats theirs under the judge; ties count half."""
+    scores = [(judge(a), judge(b)) for a, b in zip(mine, theirs)]
+    return sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in scores) / len(scores)
+
+
+def shown(text: Any) -> str:
+    """A prompt or answer as one text: messages are joined."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{message['role']}: {message['content']}" for message in text)

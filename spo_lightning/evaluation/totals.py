@@ -1,0 +1,63 @@
+"""PairLogps in, sums and counts out: every number is computed here, once, outside the losses.
+
+Sums and counts are added over microbatches, batches and ranks, then divided: no mean of means.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from spo_lightning.models.scorer import PairLogps
+
+Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), 0-d float64
+
+
+class Totals:
+    """Adds up sums and counts; ``means`` divides once."""
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+
+    def add(self, values: Mapping[str, Tensor | tuple[Tensor, Tensor]]) -> None:
+        """``values``: one value per row, or a (sum, count) pair."""
+        for name, value in values.items():
+            total, count = value if isinstance(value, tuple) else (value.sum(), value.numel())
+            total = torch.as_tensor(total).detach().double()
+            count = torch.as_tensor(count, device=total.device).detach().double()
+            before = self.sums.get(name)
+            self.sums[name] = (
+                (total, count)
+                if before is None
+                else (
+                    before[0] + total,
+                    before[1] + count,
+                )
+            )
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: total / count for name, (total, count) in self.sums.items()}
+
+
+def pair_numbers(policy: PairLogps, reference: PairLogps | None, *, beta: float) -> dict:
+    """Per-pair values (or sum and count) under the names of the design's section 7."""
+    chosen, rejected = policy.chosen.detach(), policy.rejected.detach()
+    numbers = {
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "nll/chosen": (-chosen.double().sum(), policy.chosen_length.double().sum()),
+        "preference/accuracy": (chosen > rejected).double(),
+        "preference/accuracy_norm": (policy.mean_chosen > policy.mean_rejected).double(),
+    }
+    if reference is None:
+        return numbers
+    moved_chosen = chosen - reference.chosen
+    moved_rejected = rejected - reference.rejected
+    return numbers | {
+        "rewards/chosen": beta * moved_chosen,
+        "rewards/rejected": beta * moved_rejected,
+        "rewards/accuracies": (moved_chosen > moved_rejected).double(),
+        "rewards/margins": beta * (moved_chosen - moved_rejected),
+        "displacement/rate": (moved_chosen < 0).double(),
+        "displacement/chosen": moved_chosen,
+    }

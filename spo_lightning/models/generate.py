@@ -1,0 +1,115 @@
+"""Prompts in, answers out: batched greedy or sampled generation, and pairs made from samples."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spo_lightning.data.encode import prompt_ids
+from spo_lightning.errors import UserError
+from spo_lightning.models.policy import Policy
+from spo_lightning.records.progress import Stages
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn. ``temperature`` 0 is greedy."""
+
+    max_new_tokens: int
+    batch_size: int
+    stop: tuple[str, ...]
+    temperature: float = 0.0
+    seed: int = 0
+    top_p: float = 1.0
+
+
+def stop_ids(policy: Policy, stop: Sequence[str]) -> list[int]:
+    """The ids that end an answer: the model's own and the texts of ``eval.stop``."""
+    own = policy.lm.generation_config.eos_token_id
+    ids = {policy.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    for text in stop:
+        found = policy.tokenizer.convert_tokens_to_ids(text)
+        if found is None or found == policy.tokenizer.unk_token_id:
+            raise UserError(f"eval.stop: {text!r} is not one token of the tokenizer")
+        ids.add(found)
+    return sorted(i for i in ids if i is not None)
+
+
+@torch.no_grad()
+def answers(
+    policy: Policy, rows: Sequence[dict], how: Decoding, stages: Stages, title: str
+) -> list[str]:
+    """One answer per row's prompt, in the rows' order. The same seed gives the same answers."""
+    prompts = [prompt_ids(row, policy.tokenizer) for row in rows]
+    ends = stop_ids(policy, how.stop)
+    # likes with likes, so that little is padded
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    found: list[str] = [""] * len(rows)
+    torch.manual_seed(how.seed)
+    was_training = policy.lm.training
+    policy.lm.eval()
+    with stages.stage(title, len(rows)) as advance:
+        for start in range(0, len(order), how.batch_size):
+            chunk = order[start : start + how.batch_size]
+            texts = _generate(policy, [prompts[i] for i in chunk], ends, how)
+            for i, text in zip(chunk, texts):
+                found[i] = text
+            advance(len(chunk))
+    policy.lm.train(was_training)
+    return found
+
+
+def _generate(
+    policy: Policy, prompts: list[list[int]], ends: list[int], how: Decoding
+) -> list[str]:
+    from transformers import GenerationConfig
+
+    width = max(len(p) for p in prompts)
+    pad = policy.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=policy.lm.device)
+    mask = torch.tensor(
+        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.lm.device
+    )
+    limit = getattr(policy.lm.config, "max_position_embeddings", None)
+    room = how.max_new_tokens if limit is None else min(how.max_new_tokens, limit - width)
+    if room < 1:
+        return [""] * len(prompts)
+    drawn: dict[str, Any] = {"do_sample": False}
+    if how.temperature > 0:
+        drawn = {"do_sample": True, "temperature": how.temperature, "top_k": 0}
+        drawn["top_p"] = how.top_p
+    config = GenerationConfig(
+        max_new_tokens=room, eos_token_id=ends, pad_token_id=pad, use_cache=True, **drawn
+    )
+    out = policy.lm.generate(ids, attention_mask=mask, generation_config=config)
+    return [_text(policy, row[width:].tolist(), set(ends)) for row in out]
+
+
+def _text(policy: Policy, ids: list[int], ends: set[int]) -> str:
+    cut = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return policy.tokenizer.decode(ids[:cut], skip_special_tokens=True)
+
+
+def judged_pairs(
+    policy: Policy,
+    rows: Sequence[dict],
+    judge: Callable[[str], float],
+    how: Decoding,
+    stages: Stages,
+    *,
+    samples: int,
+) -> tuple[list[dict], int]:
+    """Per prompt the best and the worst of ``samples`` answers under the judge, on-policy.
+
+    Also how many prompts gave no pair because the judge saw no difference.
+    """
+    repeated = [row for row in rows for _ in range(samples)]
+    texts = answers(policy, repeated, how, stages, "sampling pairs")
+    pairs = []
+    for place, row in enumerate(rows):
+        mine = texts[place * samples : (place + 1) * samples]
+        best, worst = max(mine, key=judge), min(mine, key=judge)
+        if judge(best) > judge(worst):
+            pairs.append({**row, "chosen": best, "rejected": worst})
+    return pairs, len(rows) - len(pairs)

@@ -1,0 +1,323 @@
+"""PairBatch in, PairLogps out: the only code that touches logits.
+
+The prompt of a pair is encoded once. With the package's own attention (``attention.py``) a batch
+is one row without padding, see ``data/packing.py``. With transformers' sdpa or eager it is a row
+per pair, ``[prompt | chosen | rejected]``, under a 4-D mask that keeps the responses apart. A
+model that cannot share a prompt runs its responses apart instead (``Scorer.shared``), and says so.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from spo_lightning.data.batch import CHOSEN, PAD, REJECTED, Pair, PairBatch, collate
+from spo_lightning.data.sets import Pairs
+from spo_lightning.models import attention
+from spo_lightning.models.head import fused_logps, is_plain, logits_of, plain_logps
+from spo_lightning.records.progress import Stages
+
+LOGITS = 2**28  # logits that are alive at once; where there are more, they are computed again
+ROOM = 1.8  # what a graph that can be differentiated twice may take, in plain forwards
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """One log-probability per completion token, with its pair and its side."""
+
+    logps: Tensor  # [S] nats
+    pair: Tensor  # [S] which of the B pairs
+    side: Tensor  # [S] bool: False chosen, True rejected
+    pairs: int  # B
+
+    def _per_side(self, values: Tensor) -> Tensor:
+        # float64: the sum of a long answer must not depend on the order of its tokens
+        wide = torch.zeros(2 * self.pairs, dtype=torch.float64, device=values.device)
+        slot = 2 * self.pair + self.side.long()
+        return wide.index_add(0, slot, values.double()).to(values.dtype).view(-1, 2)
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """[B, 2] log pi(y_w | x) and log pi(y_l | x)."""
+        return self._per_side(self.logps)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[B, 2] completion tokens; an absent response counts as one, so means stay finite."""
+        return self._per_side(torch.ones_like(self.logps.detach())).clamp(min=1)
+
+    @property
+    def chosen(self) -> Tensor:
+        return self.sums[:, 0]
+
+    @property
+    def rejected(self) -> Tensor:
+        return self.sums[:, 1]
+
+    @property
+    def chosen_length(self) -> Tensor:
+        return self.lengths[:, 0]
+
+    @property
+    def rejected_length(self) -> Tensor:
+        return self.lengths[:, 1]
+
+    @property
+    def gap(self) -> Tensor:
+        """[B] log pi(y_w | x) - log pi(y_l | x)."""
+        return self.chosen - self.rejected
+
+    @property
+    def mean_chosen(self) -> Tensor:
+        """[B] nats per token."""
+        return self.chosen / self.chosen_length
+
+    @property
+    def mean_rejected(self) -> Tensor:
+        return self.rejected / self.rejected_length
+
+    @property
+    def mean_gap(self) -> Tensor:
+        """[B] the gap of the two per-token means."""
+        return self.mean_chosen - self.mean_rejected
+
+
+def reference_logps(batch: PairBatch) -> PairLogps:
+    """The reference's PairLogps that travel with the batch."""
+    if batch.reference is None:
+        raise ValueError("the batch carries no reference log-probabilities")
+    return PairLogps(batch.reference, batch.pair, batch.rejected, len(batch))
+
+
+def tree_mask(segment: Tensor) -> Tensor:
+    """[B, 1, T, T] True where a column may be attended: causal, and never across the responses.
+
+    A padding row attends to itself, so that no row of the softmax is empty.
+    """
+    width = segment.shape[1]
+    ones = torch.ones(width, width, dtype=torch.bool, device=segment.device)
+    asks, gives = segment[:, :, None], segment[:, None, :]
+    apart = (asks == REJECTED) & (gives == CHOSEN)
+    seen = ones.tril() & ~apart & (gives != PAD)
+    return (seen | torch.eye(width, dtype=torch.bool, device=segment.device))[:, None]
+
+
+def sides(batch: PairBatch) -> tuple[PairBatch, PairBatch]:
+    """The batch as ``[prompt | chosen]`` rows and as ``[prompt | rejected]`` rows."""
+    flipped = []
+    for ids, lengths in zip(batch.input_ids.tolist(), batch.lengths.tolist()):
+        p, c, r = lengths
+        flipped.append(Pair(tuple(ids[:p]), tuple(ids[p + c : p + c + r]), ()))
+    return batch.chosen_only, collate(flipped, 0).to(batch.input_ids.device)
+
+
+class Scorer(nn.Module):
+    """Scores pairs with a causal language model.
+
+    ``model`` is a transformers causal LM (adapters, if any, injected in place). ``shared`` says
+    whether its architecture takes a prompt once for several responses, see ``sharing.py``.
+    ``logits``: how many are alive at once. ``compiled``: whether torch compiles the forwards.
+    """
+
+    def __init__(self, model: Any, shared: bool, logits: int = LOGITS):
+        super().__init__()
+        self.model, self.shared, self.logits, self.compiled = model, shared, logits, False
+
+    @property
+    def packs(self) -> bool:
+        """Whether a batch is one row without padding."""
+        return self.model.config._attn_implementation in attention.PACKED
+
+    def forward(self, batch: PairBatch) -> PairLogps:
+        """Log-probabilities of every completion token. Differentiable."""
+        if self.packs or self.shared or not bool(batch.rejected.any()):
+            logps = self._score(batch, self._predictors(batch))
+            return PairLogps(logps, batch.pair, batch.rejected, len(batch))
+        return self.apart(batch)
+
+    def apart(self, batch: PairBatch) -> PairLogps:
+        """The same from two forwards as transformers has them, nothing shared, nothing packed."""
+        chosen, rejected = (self._score(side, self._in_rows(side)) for side in sides(batch))
+        logps = chosen.new_zeros(batch.pair.shape)
+        logps = logps.masked_scatter(~batch.rejected, chosen)
+        logps = logps.masked_scatter(batch.rejected, rejected)
+        return PairLogps(logps, batch.pair, batch.rejected, len(batch))
+
+    def twice(self) -> Callable[[], AbstractContextManager] | None:
+        """A context whose forwards can be differentiated twice, None where there is none."""
+        known = ("eager", "sdpa", attention.IMPLEMENTATION)
+        known = () if self.compiled else known  # what torch compiles has a first derivative only
+        return MathKernel if self.model.config._attn_implementation in known else None
+
+    def smaller(self, batch: PairBatch) -> list[PairBatch]:
+        """The batch in parts of which a forward inside ``twice`` fits where the whole one did."""
+        return batch.split(self._fitting(batch))
+
+    def keeps(self, batch: PairBatch) -> bool:
+        """Whether a forward inside ``twice`` takes the whole batch, and recomputes nothing."""
+        layers = self.model.modules()
+        recomputed = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        recomputed = recomputed or len(batch.targets) > self._rows()
+        return not recomputed and self._fitting(batch) >= len(batch)
+
+    def _fitting(self, batch: PairBatch) -> int:
+        """How many rows inside ``twice`` take less than twice what the whole batch takes outside.
+
+        Measured: a token of a graph that can be differentiated twice takes 2.8 times the memory of
+        one in a plain forward, and its attention matrices a tenth per key and head dimension.
+        """
+        config = self.model.config
+        lengths = (batch if batch.lower is None else batch.lower).lengths[:, :2].sum(1)
+        longest = int(lengths.max())
+        keys = longest if longest <= attention.PART else (longest + attention.PART) / 2
+        each = 2.8 + 0.1 * keys * config.num_attention_heads / config.hidden_size
+        return max(1, int(len(batch) * ROOM * batch.tokens / (each * int(lengths.sum()))))
+
+    def _score(self, batch: PairBatch, hidden: Tensor) -> Tensor:
+        head, targets, cap = self._head, batch.targets, self._cap
+        if attention.fused() and is_plain(head):
+            return fused_logps(head, hidden, targets, cap, self.logits)
+
+        def score(hidden: Tensor, targets: Tensor) -> Tensor:
+            return plain_logps(logits_of(head, hidden, cap), targets)
+
+        rows = self._rows()
+        if len(targets) <= rows:
+            return score(hidden, targets)
+        parts = zip(hidden.split(rows), targets.split(rows))
+        return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in parts])
+
+    def _rows(self) -> int:
+        """Scored tokens whose logits are alive at once."""
+        return max(1, self.logits // self.model.config.vocab_size)
+
+    @torch.no_grad()
+    def top(self, batch: PairBatch, k: int) -> tuple[Tensor, Tensor]:
+        """[S] entropy (bits) and mass of the k likeliest next tokens, not renormalised.
+
+        H_k = -sum p log2 p and M_k = sum p over the k largest p. Shi et al. 2410.11677, section 5.
+        """
+        parts = []
+        for chunk in self._predictors(batch).split(self._rows()):
+            p = logits_of(self._head, chunk, self._cap).softmax(-1)
+            p = p.topk(min(k, p.shape[-1]), dim=-1).values
+            parts.append(torch.stack([-torch.xlogy(p, p).sum(-1) / math.log(2), p.sum(-1)]))
+        entropy, mass = torch.cat(parts, dim=1)
+        return entropy, mass
+
+    @torch.no_grad()
+    def hidden_sums(self, batch: PairBatch) -> Tensor:
+        """[B, 2, width] in float64: per side, the last hidden states that predict its tokens."""
+        if self.packs or self.shared or not bool(batch.rejected.any()):
+            parts = [(batch, 2 * batch.pair + batch.rejected.long())]
+        else:
+            parts = [(part, 2 * part.pair + side) for side, part in enumerate(sides(batch))]
+        states = torch.cat([self._predictors(part) for part, _ in parts]).double()
+        sums = states.new_zeros(2 * len(batch), states.shape[1])
+        slots = torch.cat([slot for _, slot in parts])
+        return sums.index_add(0, slots, states).view(len(batch), 2, -1)
+
+    @property
+    def _head(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    @property
+    def _cap(self) -> float | None:
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+    @property
+    def _body(self) -> Callable[..., Any]:
+        return self._compiled if self.compiled else self.model.base_model
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        return torch.compile(self.model.base_model.forward, dynamic=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, in this process or another, compiles its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+
+    def _predictors(self, batch: PairBatch) -> Tensor:
+        """[S, width] last hidden states that predict the scored tokens."""
+        if not self.packs:
+            return self._in_rows(batch)
+        packed = batch.packed if self.shared else batch.packed_apart
+        states = self._body(
+            input_ids=packed.input_ids,
+            attention_mask=attention.NO_MASK.to(packed.input_ids.device),
+            position_ids=packed.position_ids,
+            use_cache=False,
+            tree=packed.tree,
+        ).last_hidden_state
+        return states[0].index_select(0, packed.predictor)
+
+    def _in_rows(self, batch: PairBatch) -> Tensor:
+        """The same, from one padded row per pair."""
+        # padding comes last, so nobody sees it; named, a window may leave it no keys, and nan
+        mask = torch.ones_like(batch.segment)
+        if self.shared and bool(batch.rejected.any()):
+            mask = tree_mask(batch.segment)
+            if self.model.config._attn_implementation != "sdpa":
+                # eager adds the mask to the scores; a boolean one would be silently wrong there
+                dtype = self.model.dtype
+                blocked = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+                mask = blocked.masked_fill(~mask, torch.finfo(dtype).min)
+        states = self._body(
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        return states[batch.pair, batch.predictor]
+
+
+@torch.no_grad()
+def score(
+    scorer: Scorer,
+    pairs: Pairs,
+    *,
+    batch_size: int,
+    precision: Callable[[], AbstractContextManager],
+    stages: Stages,
+    title: str,
+) -> Pairs:
+    """The pairs with ``scorer``'s log-probabilities as their reference."""
+    found: list[Tensor] = [torch.empty(0)] * len(pairs)
+    bare = replace(pairs, references=None)
+    with stages.stage(title, len(pairs)) as advance:
+        for indices in bare.batches(batch_size):
+            batch = bare.batch(indices)
+            with precision():
+                logps = scorer(batch.to(scorer.model.device)).logps.cpu()
+            sizes = (batch.lengths[:, 1] + batch.lengths[:, 2]).tolist()
+            for index, row in zip(indices, logps.split(sizes)):
+                found[index] = row.clone()
+            advance(len(indices))
+    return replace(pairs, references=found)
+
+
+class MathKernel(AbstractContextManager):
+    """sdpa's math kernel, which can be differentiated twice; unlike sdpa_kernel, entered again."""
+
+    def __enter__(self) -> None:
+        self.inside = sdpa_kernel(SDPBackend.MATH)
+        self.inside.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.inside.__exit__(*error)
+
+
+def _kernels() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around a layer's forward, and around its recomputation: with the kernel the forward had."""
+    return nullcontext(), nullcontext() if attention.fused() else MathKernel()
+
+
+# how activations are checkpointed
+RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "context_fn": _kernels}

@@ -1,0 +1,292 @@
+"""What a run leaves behind: config.yaml, status.json, metrics.csv, metrics.json, samples.jsonl."""
+
+import csv
+import html
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from spo_lightning import __version__
+from spo_lightning.errors import UserError
+
+SECRET = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
+INSIDE = re.compile(r"(api_?key|token|secret|password)['\"]?\s*[:=]", re.IGNORECASE)
+REMOVED = "<removed>"
+CHOICES = "# choices: "  # opens config.yaml; the groups' options, as json
+STATUS_SECONDS = 1.0  # between writes of status.json within a stage
+MAY_DIFFER = ("log", "logger", "hardware", "ckpt_path", "sweep", "report")
+# keys of a configuration that change none of a run's numbers; of hardware, all but precision
+IDLE = (*MAY_DIFFER, "hydra", "cache", "checkpoint")
+
+
+def without_secrets(node: Any) -> Any:
+    """The same tree; values under secret-looking keys, and values of such variables, removed."""
+    hidden = secrets()
+
+    def cleaned(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: cleaned(str(k), v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [cleaned(key, v) for v in value]
+        secret = value is not None and (SECRET.search(key) or any(h in str(value) for h in hidden))
+        return REMOVED if secret else value
+
+    return cleaned("", node)
+
+
+def words_without_secrets(words: Sequence[str]) -> list[str]:
+    """The same for words of a command line, ``key=value``."""
+    found = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        last = key.rpartition(".")[2]
+        inside = INSIDE.search(value)  # of a value that is settings itself
+        value = REMOVED if inside else without_secrets({last: value})[last]
+        found.append(f"{key}{equals}{value}" if equals else word)
+    return found
+
+
+def remove_secrets(path: Path) -> None:
+    """The values of secret-looking variables, out of a file that is not ours."""
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        for secret in secrets():
+            text = text.replace(secret, REMOVED)
+        write_text(path, text)
+
+
+def secrets() -> set[str]:
+    """Values of environment variables whose names look secret."""
+    return {v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8}
+
+
+def private(text: str) -> str:
+    """Without the values of secret-looking variables, as they stand or inside JSON or HTML; the
+    home folder is ``~``."""
+    for secret in secrets():
+        forms = {
+            secret,
+            html.escape(secret),
+            *(json.dumps(secret, ensure_ascii=a)[1:-1] for a in (True, False)),
+        }
+        for form in forms:
+            text = text.replace(form, REMOVED)
+    home = os.path.expanduser("~")
+    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside, then renamed: a reader never sees half a file."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+class RunDir:
+    """The files of one run. Only the main process writes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+        self._status: dict[str, Any] = {}
+        self._written = 0.0
+
+    def refuse_used(self) -> None:
+        """A new run never writes over what an earlier one left."""
+        if self.last.exists() or (self.path / "metrics.csv").exists():
+            raise UserError(
+                f"{self.path} holds a run: go on with ckpt_path=last, or take another "
+                "hydra.run.dir"
+            )
+        if (self.path / "numbers.json").exists():
+            raise UserError(f"{self.path} holds a study: take another hydra.run.dir")
+
+    def start(self, cfg: DictConfig, choices: Mapping[str, str], max_steps: int) -> None:
+        """Write config.yaml and the first status.json."""
+        self._fresh = not (self.path / "config.yaml").exists()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        resolved = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+        head = f"{CHOICES}{json.dumps(dict(choices))}\n"
+        write_text(self.path / "config.yaml", head + OmegaConf.to_yaml(without_secrets(resolved)))
+        self._status = {
+            "state": "running",
+            "stage": "start",
+            "step": 0,
+            "max_steps": max_steps,
+            "error": None,
+            "pid": os.getpid(),
+            "started": _now(),
+            "updated": _now(),
+            "version": __version__,
+            "git": commit(),
+        }
+        self.note_status()
+
+    @property
+    def stage(self) -> str:
+        """What the run is doing, or was when it ended."""
+        return self._status["stage"]
+
+    def withdraw(self) -> None:
+        """Bad input before the first number leaves status.json and the log, no half a run."""
+        if self._fresh and not (self.path / "metrics.json").exists():
+            (self.path / "config.yaml").unlink(missing_ok=True)
+            self.checkpoints.rmdir()
+
+    def note_status(self, **changes: Any) -> None:
+        self._status |= {**changes, "updated": _now()}
+        self._written = time.monotonic()
+        write_text(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
+
+    def note(self, stage: str, done: int, total: int) -> None:
+        """What ``Stages`` calls as work goes on; writes at most once a second within a stage."""
+        new = self._status.get("stage") != stage
+        if stage == "training":
+            self._status["step"] = done
+        if new or time.monotonic() - self._written >= STATUS_SECONDS:
+            self.note_status(stage=stage)
+
+    def note_metrics(self, numbers: Mapping[str, Any]) -> None:
+        write_text(self.path / "metrics.json", json.dumps(numbers, indent=1) + "\n")
+
+    def note_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(self.path / "samples.jsonl", text)
+
+
+class MetricsCsv:
+    """metrics.csv: a fixed header, one row per logged step, appended and flushed."""
+
+    def __init__(self, path: Path, header: Sequence[str]):
+        self.path = path
+        self.header = list(header)
+        if path.exists() and path.stat().st_size:
+            with path.open(encoding="utf-8", newline="") as file:
+                self.header = next(csv.reader(file))
+        else:
+            self._append(self.header)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._append(["" if row.get(name) is None else row[name] for name in self.header])
+
+    def _append(self, cells: Sequence[Any]) -> None:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(cells)
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop rows later than ``step``, and a last row that a kill left unfinished."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        whole = [line for line in file if line.endswith("\n")]
+    kept = whole[:1] + [line for line in whole[1:] if int(line.split(",", 1)[0]) <= step]
+    write_text(path, "".join(kept))
+
+
+def resumed(
+    cfg: DictConfig, directory: Path, touched: Sequence[str], choices: Mapping[str, str]
+) -> tuple[DictConfig, dict[str, str]]:
+    """The directory's config.yaml and choices, with what may differ taken from ``cfg``.
+
+    ``touched``: keys that the command line names. One that differs otherwise is refused by name.
+    """
+    path = directory / "config.yaml"
+    if not path.exists():
+        return cfg, dict(choices)
+    chosen = choices_of(path)
+    named = {key.replace("/", "."): key for key in choices}
+    for key in (named[key] for key in touched if key in named):
+        if key.split("/")[0] in MAY_DIFFER:
+            chosen[key] = choices[key]
+        elif chosen and choices[key] != chosen.get(key):
+            raise UserError(_differs(key, chosen.get(key), choices[key], path))
+    return _going_on(cfg, path, touched), chosen
+
+
+def choices_of(path: Path) -> dict[str, str]:
+    """The groups' options, from the head of a run's config.yaml."""
+    with path.open(encoding="utf-8") as file:
+        head = file.readline()
+    return json.loads(head.removeprefix(CHOICES)) if head.startswith(CHOICES) else {}
+
+
+def _differs(name: str, before: Any, now: Any, path: Path) -> str:
+    return (
+        f"{name} is {before!r} in {path} and {now!r} here: a run goes on with its own settings; "
+        "leave the override out or start a new run"
+    )
+
+
+def _going_on(cfg: DictConfig, path: Path, touched: Sequence[str]) -> DictConfig:
+    saved = OmegaConf.load(path)
+    assert isinstance(saved, DictConfig)
+    asked = OmegaConf.to_container(cfg, resolve=True)
+    flat = saved.optimizer.schedule == "constant" and saved.optimizer.warmup == 0
+    may_grow = flat and saved.max_steps >= 0
+    for key in touched:
+        free = MAY_DIFFER + (("max_steps",) if may_grow else ())
+        if key.split(".")[0] in free or _at(OmegaConf.to_container(saved), key) == REMOVED:
+            OmegaConf.update(saved, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+            continue
+        before, now = (
+            _leaves(_at(tree, key), key) for tree in (OmegaConf.to_container(saved), asked)
+        )
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name) and before.get(name) != REMOVED:
+                raise UserError(_differs(name, before.get(name), now.get(name), path))
+    saved.ckpt_path = cfg.ckpt_path
+    return saved
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _leaves(tree: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v for name, sub in tree.items() for k, v in _leaves(sub, f"{prefix}.{name}").items()
+    }
+
+
+def finished_numbers(directory: Path) -> dict[str, Any] | None:
+    """metrics.json, or a study's numbers.json, of a run that ended as it should; else None."""
+
+    def read(name: str) -> Any:
+        return json.loads((directory / name).read_text(encoding="utf-8"))
+
+    try:
+        if read("status.json")["state"] != "finished":
+            return None
+        return read("metrics.json" if (directory / "metrics.json").exists() else "numbers.json")
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def commit() -> str | None:
+    """The package's git commit, where it runs from a checkout."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None

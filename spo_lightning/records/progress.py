@@ -1,0 +1,133 @@
+"""Every stage of a run goes through here: a progress bar, the status file, and signals.
+
+A signal sets a flag; ``advance`` raises ``Interrupted`` after the step in hand. A second signal
+ends the process at once.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from spo_lightning.errors import Interrupted
+
+log = logging.getLogger(__name__)
+
+QUIET_SECONDS = 10.0  # between plain lines where there is no terminal
+ONCE_SECONDS = 1.0  # within which a signal that comes again, to a whole tree of processes, is one
+
+
+class Stop:
+    """Remembers the first SIGINT or SIGTERM; the second one quits."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._came = 0.0
+
+    def install(self) -> dict[int, Any]:
+        """Take the two signals over; returns the handlers that were there."""
+        return {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if number == self.signal and time.monotonic() - self._came < ONCE_SECONDS:
+            return
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal, self._came = number, time.monotonic()
+        for child in multiprocessing.active_children():  # the ranks of a ddp run
+            if child.pid and number == signal.SIGTERM:
+                os.kill(child.pid, number)
+
+    def raised(self, how_to_go_on: str) -> Interrupted:
+        number = self.signal or signal.SIGTERM
+        return Interrupted(
+            128 + number, f"stopped by {signal.Signals(number).name}. {how_to_go_on}"
+        )
+
+
+class Stages:
+    """Shows the stages of one run. ``note`` is called with (stage, done, total) meanwhile."""
+
+    def __init__(self, note: Callable[[str, int, int], None], stop: Stop, how_to_go_on: str):
+        self.note, self.stop, self.how_to_go_on = note, stop, how_to_go_on
+
+    @contextmanager
+    def stage(self, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+        """``advance(count, text)`` moves the bar; raises when a signal came, unless told not."""
+        from rich.console import Console
+
+        console = Console()
+        self.note(title, done, total)
+        shown = _bar(console, title, total, done) if console.is_terminal else _lines(title, total)
+        with shown as show:
+            state = {"done": done}
+
+            def advance(count: int = 1, text: str = "", *, check: bool = True) -> None:
+                state["done"] += count
+                show(state["done"], text)
+                self.note(title, state["done"], total)
+                if check and self.stop.signal is not None:
+                    raise self.stop.raised(self.how_to_go_on)
+
+            yield advance
+
+
+class Within(Stages):
+    """Stages inside another: nothing is shown or noted, and a signal waits for the outer one."""
+
+    def __init__(self, outer: Stages):
+        super().__init__(lambda *_: None, outer.stop, outer.how_to_go_on)
+
+    @contextmanager
+    def stage(self, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+        def advance(count: int = 1, text: str = "", *, check: bool = True) -> None:
+            pass
+
+        yield advance
+
+
+@contextmanager
+def _bar(console: Any, title: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Elapsed(), Remaining())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
+        task = bar.add_task(title, total=total, completed=done, note="")
+        yield lambda now, note: bar.update(task, completed=now, note=note)
+
+
+@contextmanager
+def _lines(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    began = time.monotonic()
+    last = began
+
+    def show(now: int, note: str) -> None:
+        nonlocal last
+        seconds = time.monotonic()
+        if now >= total or seconds - last >= QUIET_SECONDS:
+            last = seconds
+            log.info("%s %d/%d (%.0f s) %s", title, now, total, seconds - began, note)
+
+    yield show
+
+
+def silent() -> Stages:
+    """For tests and notebooks: nothing shown, nothing written, no signals."""
+    return Stages(lambda *_: None, Stop(), "")
+
+
+def quiet() -> None:
+    """Libraries' notes and bars hide ours; their warnings of errors stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in [*logging.root.manager.loggerDict, "bitsandbytes"]:  # that is not yet imported
+        if name.split(".")[0] in ("lightning", "lightning_fabric", "datasets", "bitsandbytes"):
+            logging.getLogger(name).setLevel(logging.ERROR)

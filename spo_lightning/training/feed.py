@@ -1,0 +1,150 @@
+"""Chunks of a file in, the pairs of outer steps out, in an order that a checkpoint can go on from.
+
+Chunks come in the file's order and every epoch shuffles each of them anew, by seed, epoch and
+number. While one is trained on, a thread reads, checks and tokenises the next; the reference
+scores a chunk when it is reached.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+from spo_lightning.data.batch import epoch_order
+from spo_lightning.data.encode import Encoded
+from spo_lightning.data.rows import Chunk
+from spo_lightning.data.sets import Pairs
+
+log = logging.getLogger(__name__)
+
+APART = 1_000_003  # between the seeds of two chunks' orders
+AHEAD = 8  # Lightning asks for fewer outer steps than this before the first of them is trained on
+Item = TypeVar("Item")
+
+
+class Place(NamedTuple):
+    """Where an outer step begins: ``offset`` pairs into a chunk's order.
+
+    ``counts``: what became of the rows before this chunk, in the first epoch.
+    """
+
+    epoch: int
+    chunk: int
+    offset: int
+    counts: dict[str, int]
+
+
+class Feed:
+    """Pairs of outer steps. ``first``: chunk 0 with its reference; ``counts``: of its rows.
+
+    ``chunks`` reads from a chunk on, ``encode`` tokenises one, ``judge`` adds the reference.
+    """
+
+    def __init__(
+        self,
+        first: Pairs,
+        counts: dict[str, int],
+        chunks: Callable[[int], Iterator[Chunk]],
+        encode: Callable[[Chunk], Encoded],
+        judge: Callable[[Pairs], Pairs],
+        *,
+        seed: int,
+    ):
+        self.first, self.first_counts = first, counts
+        self.chunks, self.encode, self.judge, self.seed = chunks, encode, judge, seed
+        self.places = {0: Place(0, 0, 0, dict.fromkeys(counts, 0))}
+        self.counts = counts  # of all rows reached so far, in the first epoch
+
+    def steps(self, size: int, start: int, stop: int) -> Iterator[Pairs]:
+        """``size`` pairs for every outer step from ``start`` on, which has been begun before.
+
+        Whoever asks ahead for more than ``stop`` steps gets the last again: none is read for it.
+        """
+        step, drawn = start, []
+        for place, part, order in self._parts(self.places[start]):
+            scored = part.references
+            for offset in range(place.offset, len(order)):
+                row = order[offset]
+                drawn.append((part.pairs[row], None if scored is None else scored[row]))
+                if len(drawn) < size:
+                    continue
+                step += 1
+                self.places[step] = place._replace(offset=offset + 1)
+                self.places.pop(step - AHEAD, None)
+                pairs, references = zip(*drawn)
+                drawn = []
+                found = Pairs(pairs, None if scored is None else references, part.pad_id)
+                yield found
+                while step >= stop:
+                    yield found
+            del part, scored  # the next chunk is scored before it could take their place
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after outer step ``step`` keeps."""
+        self.places = {at: place for at, place in self.places.items() if at >= step}
+        return {"step": step, **self.places[step]._asdict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
+        kept = dict(state)
+        self.places = {kept.pop("step"): Place(**kept)}
+
+    def epoch(self, step: int) -> float:
+        """Whole passes over the file, of unknown size, at the end of outer step ``step``."""
+        return float(self.places[step].epoch)
+
+    def tell(self) -> None:
+        """Say what became of the rows."""
+        told = ", ".join(f"{key} {count}" for key, count in self.counts.items() if count)
+        log.info("Pairs (train, all rows reached): %s", told)
+
+    def _parts(self, place: Place) -> Iterator[tuple[Place, Pairs, list[int]]]:
+        """Chunks with their reference and their order, pass after pass."""
+        while True:
+            for number, part, counts in self._pass(place.chunk):
+                place = place._replace(chunk=number)
+                order = epoch_order(len(part), self.seed + APART * number, place.epoch)
+                reached = _sum(place.counts, counts) if place.epoch == 0 else place.counts
+                self.counts = reached
+                yield place, part, order
+                del part
+                place = place._replace(offset=0, counts=reached)
+            place = place._replace(epoch=place.epoch + 1, chunk=0)
+
+    def _pass(self, start: int) -> Iterator[tuple[int, Pairs, dict[str, int]]]:
+        """One pass over the file from chunk ``start`` on."""
+        later = ahead(self._encoded(max(start, 1)))
+        if start == 0:
+            yield 0, self.first, self.first_counts
+        for number, found in later:
+            bare = Pairs(found.pairs, None, self.first.pad_id)
+            yield number, self.judge(bare), found.counts
+            del found, bare
+
+    def _encoded(self, start: int) -> Iterator[tuple[int, Encoded]]:
+        for chunk in self.chunks(start):
+            yield chunk.number, self.encode(chunk)
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; a thread makes one while the one before it is used, from now on.
+
+    What making an item raises is raised where that item would have come.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    first = pool.submit(next, items, None)
+
+    def rest() -> Iterator[Item]:
+        waiting = first
+        try:
+            while (item := waiting.result()) is not None:
+                waiting = pool.submit(next, items, None)
+                yield item
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    return rest()
+
+
+def _sum(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    return {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}

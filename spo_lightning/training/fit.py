@@ -1,0 +1,261 @@
+"""Prepared pairs and an objective in, a trained policy out: the part that runs under Lightning."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import torch
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader, IterableDataset
+
+from spo_lightning.data.batch import Microbatches, by_pairs, by_tokens, draws
+from spo_lightning.data.sets import Pairs
+from spo_lightning.errors import Diverged, UserError
+from spo_lightning.models.scorer import Scorer
+from spo_lightning.records.directory import RunDir, without_secrets
+from spo_lightning.records.progress import Stages, quiet
+from spo_lightning.run.prepare import Prepared
+from spo_lightning.training.callbacks.evaluation import Evaluation
+from spo_lightning.training.callbacks.reading import Reading
+from spo_lightning.training.callbacks.recorder import Recorder
+from spo_lightning.training.callbacks.setting import Setting
+from spo_lightning.training.callbacks.start import StartCheck
+from spo_lightning.training.feed import Feed
+from spo_lightning.training.module import Preference
+
+
+class OuterSteps(IterableDataset):
+    """One item per outer step: this rank's microbatches. Starts where the module stands.
+
+    Microbatches have ``micro`` pairs, or are dealt so that none has more than ``tokens`` tokens.
+    ``lower``: texts drawn beside the pairs, as many as pairs, for a lower level of its own.
+    ``feed``: where the pairs come from in place of ``pairs``.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        module: Preference,
+        *,
+        micro: int,
+        seed: int,
+        tokens: int | None = None,
+        lower: Pairs | None = None,
+        feed: Feed | None = None,
+    ):
+        self.pairs, self.module, self.seed, self.lower = pairs, module, seed, lower
+        self.feed = feed
+        self.split = partial(by_tokens, limit=tokens) if tokens else partial(by_pairs, limit=micro)
+
+    @classmethod
+    def of(
+        cls, cfg: DictConfig, module: Preference, train: Pairs, lower: Pairs | None, **more: Any
+    ) -> "OuterSteps":
+        """As the configuration deals them."""
+        limits = {"micro": cfg.micro_batch_size, "tokens": cfg.data.tokens_per_batch}
+        return cls(train, module, seed=cfg.seed, lower=lower, **limits, **more)
+
+    def __iter__(self) -> Iterator[Microbatches]:
+        trainer, size = self.module.trainer, self.module.batch_size
+        start, lower = self.module.outer_step, self.lower
+        beside = None if lower is None else draws(len(lower), size, self.seed + 1, start)
+        for given in self._steps(size, start):
+            mine = given.take(range(size)[trainer.global_rank :: trainer.world_size])
+            sizes = [len(pair) for pair in mine.pairs]
+            drawn: list[int] = []
+            if lower is not None and beside is not None:
+                drawn = next(beside)[trainer.global_rank :: trainer.world_size]
+                sizes = [size + len(lower.pairs[row]) for size, row in zip(sizes, drawn)]
+            parts = []
+            for places in self.split(sizes):
+                part = mine.batch(places)
+                if lower is not None:
+                    texts = lower.batch([drawn[place] for place in places])
+                    part = replace(part, lower=texts)
+                parts.append(part)
+            yield Microbatches(parts)
+
+    def _steps(self, size: int, start: int) -> Iterator[Pairs]:
+        """The pairs of every outer step, of all ranks."""
+        if self.feed is not None:
+            return self.feed.steps(size, start, self.module.trainer.max_steps)
+        orders = draws(len(self.pairs), size, self.seed, start)
+        return (self.pairs.take(rows) for rows in orders)
+
+    def epoch(self, step: int, pairs_seen: int) -> float:
+        """Passes over the training pairs before the end of outer step ``step``."""
+        if self.feed is not None:
+            return self.feed.epoch(step)
+        return pairs_seen / len(self.pairs)
+
+
+def fit(
+    cfg: DictConfig,
+    given: Prepared,
+    run: RunDir,
+    stages: Stages,
+    loss: Any,
+    solver: Any,
+    steps: int,
+    resume: Path | None,
+    precision: Callable[[], Any],
+) -> int:
+    """Preference training; the policy of ``given`` is trained in place. The outer steps taken."""
+    quiet()  # Lightning, which is imported only here
+    module = module_of(cfg, given.scorer, loss, solver, steps)
+    data = OuterSteps.of(cfg, module, given.train, given.lower, feed=given.feed)
+    trainer = Trainer(
+        accelerator=cfg.hardware.accelerator,
+        devices=cfg.hardware.devices,
+        strategy=cfg.hardware.strategy,
+        precision=cfg.hardware.precision,
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=_callbacks(cfg, given, data.epoch, run, stages, steps, precision),
+        logger=_loggers(cfg, run),
+        default_root_dir=run.path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    loader = DataLoader(data, batch_size=None)
+    try:
+        trainer.fit(
+            module, loader, ckpt_path=None if resume is None else str(resume), weights_only=True
+        )
+    except BaseException as error:
+        _finish(trainer, failed=True)
+        known = _from_rank(error, stages)
+        if known is error:
+            raise
+        raise known from error
+    _finish(trainer, failed=False)
+    if given.feed is not None:
+        given.feed.tell()
+    # a callback may have stopped it early, and in another process
+    saved = torch.load(run.last, map_location="cpu", weights_only=True, mmap=True)
+    return saved["spo_lightning"]["outer_step"]
+
+
+def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: int) -> Preference:
+    """The module that one run trains; also what the bench times."""
+    return Preference(
+        scorer,
+        loss,
+        solver,
+        optimizer_of(cfg),
+        beta=cfg.loss.beta,
+        batch_size=cfg.batch_size,
+        clip_norm=cfg.clip_norm,
+        schedule=Schedule(cfg.optimizer.schedule, steps, cfg.optimizer.warmup),
+        log_every=cfg.log.every_n_steps,
+    )
+
+
+def optimizer_of(cfg: DictConfig) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """What makes the optimizer of parameters; ``schedule`` and ``warmup`` are not its own."""
+    node: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
+    del node["schedule"], node["warmup"]
+    return hydra.utils.instantiate(node, _convert_="all")
+
+
+def _callbacks(
+    cfg: DictConfig,
+    given: Prepared,
+    epoch: Callable[[int, int], float],
+    run: RunDir,
+    stages: Stages,
+    steps: int,
+    precision: Callable[[], Any],
+) -> list[Any]:
+    evaluation = Evaluation(
+        given.held,
+        epoch=epoch,
+        every=cfg.eval.every_n_steps,
+        batch_size=cfg.eval.batch_size,
+        precision=precision,
+    )
+    setting = Setting(run.path, given.train, given.held, cfg.eval.batch_size, precision)
+    diagnostics = [
+        hydra.utils.instantiate(node, _partial_=True, _convert_="all")(setting)
+        for node in cfg.diagnostics.values()
+        if node.every_n_steps > 0
+    ]
+    recorder = Recorder(
+        run,
+        stages,
+        columns=[name for diagnostic in diagnostics for name in diagnostic.names],
+        max_steps=steps,
+        checkpoint_every=cfg.checkpoint.every_n_steps,
+        monitor=cfg.checkpoint.monitor,
+        mode=cfg.checkpoint.mode,
+    )
+    watching = [evaluation, *diagnostics, recorder]
+    if given.feed is not None:
+        watching.append(Reading(given.feed))
+    if cfg.model.reference is not None:  # then the policy does not start as its reference
+        return watching
+    check = StartCheck(
+        given.train,
+        seed=cfg.seed,
+        size=cfg.micro_batch_size,
+        half=cfg.hardware.precision.startswith("bf16"),
+        precision=precision,
+    )
+    return [*watching, check]
+
+
+class Schedule:
+    """The rate at an outer step as a share of ``optimizer.lr``: warm-up, then a shape."""
+
+    def __init__(self, shape: str, steps: int, warmup: float):
+        self.shape, self.steps, self.rise = shape, steps, round(steps * warmup)
+
+    def __call__(self, step: int) -> float:
+        if step < self.rise:
+            return (step + 1) / self.rise
+        return SHAPES[self.shape]((step - self.rise) / max(1, self.steps - self.rise))
+
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: max(0.0, 1.0 - done),
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
+}
+
+
+def _loggers(cfg: DictConfig, run: RunDir) -> list[Any]:
+    config = without_secrets(OmegaConf.to_container(cfg, resolve=True))
+    return [
+        # partial: as arguments of instantiate, `config` would clash and its _target_s be called
+        hydra.utils.instantiate(node, _partial_=True, _convert_="all")(
+            run_dir=run.path, config=config
+        )
+        for node in cfg.logger.values()
+    ]
+
+
+def _finish(trainer: Trainer, failed: bool) -> None:
+    for logger in trainer.loggers:
+        logger.finalize("failed" if failed else "success")
+
+
+def _from_rank(error: BaseException, stages: Stages) -> BaseException:
+    """What a rank of ddp_spawn died of, as the error it was."""
+    if type(error).__name__ != "ProcessRaisedException":
+        return error
+    if stages.stop.signal is not None:
+        return stages.stop.raised(stages.how_to_go_on)
+    last = str(error).strip().splitlines()[-1]
+    kind, _, message = last.partition(": ")
+    known = {cls.__name__: cls for cls in (Diverged, UserError)}
+    found = known.get(kind.rsplit(".", 1)[-1])
+    return error if found is None else found(message)

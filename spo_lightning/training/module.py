@@ -1,0 +1,331 @@
+"""Losses in, a solver's direction out, one optimizer step, logged numbers: the LightningModule."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from spo_lightning import losses
+from spo_lightning.data.batch import Microbatches, PairBatch
+from spo_lightning.errors import Diverged
+from spo_lightning.evaluation.totals import Totals
+from spo_lightning.models.scorer import PairLogps, Scorer, reference_logps
+from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
+from spo_lightning.training.observation import Observation
+
+BESIDE = 4  # parts of a pass beside a graph that is kept: second order fits in twice the memory
+
+
+class Preference(LightningModule):
+    """Bilevel preference training with manual optimization.
+
+    A batch of the loader is one outer step: a list of microbatches. The solver asks for gradients
+    (``Problem.gradient``), each a loop over the microbatches reduced over ranks, and returns a
+    direction that the one optimizer follows. ``outer_step`` and ``pairs_seen`` are our own
+    counters; ``numbers`` holds the last observed step's values under their ``train/`` names.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        loss: losses.Loss,
+        solver: Solver,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        *,
+        beta: float,
+        batch_size: int,
+        clip_norm: float | None,
+        schedule: Callable[[int], float],
+        log_every: int,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.scorer, self.loss, self.solver = scorer, loss, solver
+        self.make_optimizer, self.schedule = optimizer, schedule
+        self.beta, self.batch_size, self.clip_norm = beta, batch_size, clip_norm
+        self.log_every = log_every
+        self.outer_step = self.pairs_seen = self.num_tokens = 0
+        self.solver_state: Any = None
+        self.moments_state: dict[str, float] = {}
+        self.numbers: dict[str, float] = {}
+        self.strict_loading = False  # checkpoints hold what trains, not a frozen base
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.scorer.named_parameters() if p.requires_grad}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(list(self.trainable().values()))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_fit_start(self) -> None:
+        if self.solver_state is None:
+            self.solver_state = self.solver.init(tuple(self.trainable().values()))
+
+    def training_step(self, batch: Microbatches, batch_idx: int) -> None:
+        """One outer step."""
+        observed = self.observes(self.outer_step + 1)
+        read = sum(part.read for part in batch)
+        self.num_tokens += read if self.trainer.world_size == 1 else int(self._over_ranks(read))
+        seen = Observation(self.beta, observed, losses.needs_moments(self.loss))
+        step = self.solver.step(self._problem(batch, seen), self.solver_state)
+        norm = self._follow(step.direction, step.displacement, seen.objective, batch)
+        self.solver_state = step.state
+        self.outer_step += 1
+        self.pairs_seen += self.batch_size
+        means = {name: value.item() for name, value in self._reduce(seen.totals).means().items()}
+        if seen.moments:
+            spread = seen.spread(means, self.batch_size)
+            self.moments_state = losses.update(self.moments_state, means.pop("margin"), spread)
+        self.numbers = {}
+        if observed:
+            self.numbers = self._named(means, step.logged, norm)
+
+    def observes(self, step: int) -> bool:
+        """Whether outer step ``step`` (from 1) is logged; the first always is."""
+        return step == 1 or step % self.log_every == 0
+
+    # -- the problem handed to the solver
+
+    def _problem(self, batch: Microbatches, seen: Observation) -> Problem:
+        parameters = tuple(self.trainable().values())
+        kernel, at_once = self.scorer.twice(), batch
+
+        def gradient(closure: Callable[[Problem], Terms], theta: Tensors) -> Slope:
+            with self._moved_to(theta):
+                return self._gradient(closure, at_once, seen)
+
+        def twice(closure: Callable[[Problem], Terms], theta: Tensors) -> Slope:
+            smaller = Microbatches([few for part in batch for few in self.scorer.smaller(part)])
+            with kernel(), self._moved_to(theta):  # type: ignore[misc]
+                return self._gradient(closure, smaller, seen)
+
+        def linearized(theta: Tensors) -> tuple[Slope, Callable[[Tensors], Tensors]] | None:
+            nonlocal at_once
+            if kernel is None or not self._fits(batch):
+                return None
+            (part,) = batch
+            at_once = Microbatches(part.split(-(-len(part) // BESIDE)))
+            with kernel():
+                return self._linearized(theta, part)
+
+        def everywhere(name: str) -> Callable[[Tensors], Any]:
+            def evaluated(theta: Tensors) -> Any:
+                found = [getattr(self._part(part, None), name)(theta) for part in batch]
+                if isinstance(found[0], tuple):
+                    return tuple(torch.cat(column) for column in zip(*found))
+                return torch.cat(found)
+
+            return evaluated
+
+        parts = [self._part(part, None) for part in batch]
+        return Problem(
+            theta=parameters,
+            upper=everywhere("upper"),
+            lower=everywhere("lower"),
+            both=everywhere("both"),
+            value=torch.cat([part.value for part in parts if part.value is not None]),
+            size=torch.cat([part.size for part in parts]),
+            gradient=gradient,
+            twice=None if kernel is None else twice,
+            linearized=linearized,
+        )
+
+    def _fits(self, batch: Microbatches) -> bool:
+        """Whether a graph of all lower rows may be kept: there is one part, in one process, and
+        nothing of it is computed again, which would be at another theta.
+        """
+        alone = len(batch) == 1 and self.trainer.world_size == 1
+        return alone and all(self.scorer.keeps(part) for part in batch)
+
+    def _linearized(
+        self, theta: Tensors, part: PairBatch
+    ) -> tuple[Slope, Callable[[Tensors], Tensors]]:
+        parameters = set(self.trainable().values())
+        # leaves of its own: the parameters are about to move, which would break the graph
+        copies = (t.detach().clone() if t in parameters else t.detach() for t in theta)
+        leaves = tuple(copy.requires_grad_() for copy in copies)
+        lower = self._part(part, None).lower(leaves)
+        mean = lower.sum() / self.batch_size
+        slope = torch.autograd.grad(mean, leaves, create_graph=True, materialize_grads=True)
+
+        def product(vector: Tensors) -> Tensors:
+            return torch.autograd.grad(slope, leaves, vector, materialize_grads=True)
+
+        return Slope(tuple(s.detach() for s in slope), {"lower": lower.detach().mean()}), product
+
+    def _part(self, part: PairBatch, seen: Observation | None) -> Problem:
+        """One microbatch as a Problem; ``seen`` looks at each pass over both responses."""
+        parameters = tuple(self.trainable().values())
+        reference = reference_logps(part)
+        texts = part.chosen_only if part.lower is None else part.lower
+        start = reference_logps(texts)
+
+        def scored(theta: Tensors, batch: PairBatch) -> PairLogps:
+            if all(mine is given for mine, given in zip(parameters, theta)):
+                return self.scorer(batch)
+            return functional_call(self.scorer, dict(zip(self.trainable(), theta)), (batch,))
+
+        def both(theta: Tensors) -> tuple[Tensor, Tensor]:
+            policy = scored(theta, part)
+            moments = losses.moments_of(self.moments_state)
+            upper = losses.evaluate(self.loss, policy, reference, moments)
+            apart = policy if part.lower is None else scored(theta, texts)
+            lower = -apart.mean_chosen
+            if seen:
+                seen.look(policy, reference, apart, upper, lower)
+            return upper, lower
+
+        def below(theta: Tensors) -> Tensor:
+            return -scored(theta, texts).mean_chosen
+
+        return Problem(
+            theta=parameters,
+            upper=lambda theta: both(theta)[0],
+            lower=below,
+            both=both,
+            value=-start.mean_chosen,
+            size=start.chosen_length,
+            gradient=self._no_nesting,
+        )
+
+    def _no_nesting(self, closure: Callable, theta: Tensors) -> Slope:
+        raise RuntimeError("gradient belongs to the whole outer step, not to one microbatch")
+
+    @contextmanager
+    def _moved_to(self, theta: Tensors) -> Iterator[None]:
+        """The parameters hold ``theta``'s values inside; restored from a copy, bit for bit."""
+        parameters = tuple(self.trainable().values())
+        if all(mine is given for mine, given in zip(parameters, theta)):
+            yield
+            return
+        kept = [p.detach().clone() for p in parameters]
+        _write(parameters, theta)
+        try:
+            yield
+        finally:
+            _write(parameters, kept)
+
+    def _gradient(
+        self, closure: Callable[[Problem], Terms], batch: Microbatches, seen: Observation
+    ) -> Slope:
+        parameters = tuple(self.trainable().values())
+        for p in parameters:
+            p.grad = None
+        watched = Totals()
+        for number, part in enumerate(batch):
+            terms = closure(self._part(part, seen))
+            summed = torch.stack([term.sum() for term in terms.minimise]).sum()
+            seen.close(summed)
+            seen.objective = seen.objective + summed.detach()
+            with self._reducing(last=number == len(batch) - 1):
+                # DDP averages over ranks; the mean is over all pairs of the outer step
+                self.manual_backward(summed * (self.trainer.world_size / self.batch_size))
+            watched.add(terms.watch)
+        direction = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+        for p in parameters:
+            p.grad = None
+        means = self._reduce(watched).means()
+        return Slope(direction, {name: m.to(direction[0].dtype) for name, m in means.items()})
+
+    def _follow(
+        self,
+        direction: Tensors,
+        displacement: Tensors | None,
+        objective: Tensor,
+        batch: Microbatches,
+    ) -> float:
+        """Displace theta, clip, take the optimizer's step; returns the norm before clipping."""
+        parameters = tuple(self.trainable().values())
+        total = get_total_norm(direction)
+        sizes = [total, objective]
+        if displacement is not None:
+            sizes.append(get_total_norm(displacement))
+        # the one place where a GPU is waited for: nothing may move before this is known
+        norm, *others = torch.stack([size.to(total.device).double() for size in sizes]).tolist()
+        if not all(map(math.isfinite, (norm, *others))):
+            rows = ", ".join(str(row) for part in batch for row in part.rows.tolist())
+            raise Diverged(
+                f"outer step {self.outer_step + 1}: the loss or its gradient is not finite; "
+                f"training rows of this batch: {rows}. Parameters are as before this step"
+            )
+        if displacement is not None:
+            _write(parameters, [p.detach() + d for p, d in zip(parameters, displacement)])
+        for p, along in zip(parameters, direction):
+            p.grad = along
+        if self.clip_norm:
+            clip_grads_with_norm_(parameters, self.clip_norm, total)
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer.step()  # type: ignore[union-attr]
+        scheduler.step()  # type: ignore[union-attr, call-arg]
+        return norm
+
+    def _named(self, means: dict[str, float], logged: dict[str, Tensor], norm: float) -> dict:
+        optimizer = self.optimizers()
+        numbers = {
+            **means,
+            **{f"solver/{name}": float(value) for name, value in logged.items()},
+            "grad_norm": norm,
+            "num_tokens": self.num_tokens,
+            # of the step just taken: the scheduler already points at the next one
+            "learning_rate": self.schedule(self.outer_step - 1)
+            * optimizer.param_groups[0]["initial_lr"],  # type: ignore[union-attr]
+        }
+        return {f"train/{name}": value for name, value in numbers.items()}
+
+    # -- several processes
+
+    def _reducing(self, last: bool) -> Any:
+        """Gradients travel between ranks once, in the last microbatch's backward."""
+        wrapped = self.trainer.strategy.model
+        if last or not hasattr(wrapped, "no_sync"):
+            return nullcontext()
+        return wrapped.no_sync()  # type: ignore[union-attr]
+
+    def _over_ranks(self, value: Tensor | float) -> Tensor:
+        whole = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        return (
+            whole
+            if self.trainer.world_size == 1
+            else self.trainer.strategy.reduce(whole, reduce_op="sum")
+        )
+
+    def _reduce(self, totals: Totals) -> Totals:
+        """The same sums and counts over all ranks."""
+        if totals.sums and self.trainer.world_size > 1:
+            stacked = torch.stack([torch.stack(pair) for pair in totals.sums.values()])
+            summed = self._over_ranks(stacked)
+            totals.sums = {name: (row[0], row[1]) for name, row in zip(totals.sums, summed)}
+        return totals
+
+    # -- what a checkpoint holds besides parameters, optimizer and schedule
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = {f"scorer.{name}" for name in self.trainable()}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: v for name, v in state.items() if name in kept}
+        checkpoint["spo_lightning"] = {
+            "outer_step": self.outer_step,
+            "pairs_seen": self.pairs_seen,
+            "num_tokens": self.num_tokens,
+            "solver": self.solver_state,
+            "moments": self.moments_state,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        ours = checkpoint["spo_lightning"]
+        self.outer_step, self.pairs_seen = ours["outer_step"], ours["pairs_seen"]
+        self.num_tokens = ours["num_tokens"]
+        self.solver_state, self.moments_state = ours["solver"], ours["moments"]
+
+
+def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values):
+            parameter.copy_(value)

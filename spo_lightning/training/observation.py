@@ -1,0 +1,62 @@
+"""What one outer step showed: numbers of its full passes, and how hard F and solver pull."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from spo_lightning.evaluation.totals import Totals, pair_numbers
+from spo_lightning.models.scorer import PairLogps
+
+
+class Observation:
+    """What one outer step showed: numbers of its full passes, and how hard F and solver pull."""
+
+    def __init__(self, beta: float, full: bool, moments: bool):
+        self.beta, self.full, self.moments = beta, full, moments
+        self.totals = Totals()
+        self.objective = torch.zeros(())  # sum of all that was minimised, to see a NaN
+        self._last: tuple[PairLogps, PairLogps, Tensor] | None = None
+
+    def look(
+        self,
+        policy: PairLogps,
+        reference: PairLogps,
+        apart: PairLogps,
+        upper: Tensor,
+        lower: Tensor,
+    ) -> None:
+        """One microbatch's pass over both responses; ``apart``: the lower level's own texts,
+        or ``policy``."""
+        if self.moments:
+            margin = (policy.mean_gap - reference.mean_gap).detach().double()
+            self.totals.add({"margin": margin, "margin_squared": margin.square()})
+        if not self.full:
+            return
+        self.totals.add(pair_numbers(policy, reference, beta=self.beta))
+        self.totals.add({"loss/upper": upper, "loss/lower": lower})
+        self._last = policy, apart, upper
+
+    def close(self, objective: Tensor) -> None:
+        """``objective``: the sum that the microbatch's backward will start from."""
+        if self._last is None:
+            return
+        policy, apart, upper = self._last
+        self._last = None
+        self.totals.add({"loss": (objective, torch.tensor(upper.numel()))})
+
+        def pull(value: Tensor, on: PairLogps) -> Tensor:
+            """d value / d log pi(y_w), spread over the answer's tokens."""
+            slope = torch.autograd.grad(value, on.logps, retain_graph=True, materialize_grads=True)
+            return slope[0][~on.side]
+
+        plain = pull(upper.sum(), policy)
+        added = (pull(objective, policy) - plain).abs().sum()
+        if apart is not policy:
+            added = added + pull(objective, apart).abs().sum()
+        self.totals.add({"solver/slope_ratio": (added, plain.abs().sum())})
+
+    def spread(self, means: dict[str, float], count: int) -> float:
+        """Unbiased standard deviation of the margin; nan for one pair."""
+        variance = means.pop("margin_squared") - means["margin"] ** 2
+        return math.sqrt(max(variance, 0.0) * count / (count - 1)) if count > 1 else math.nan

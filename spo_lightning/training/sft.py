@@ -1,0 +1,145 @@
+"""SFT texts in, a warm-started model out: the short supervised stage of a model built here.
+
+The result is cached by what it depends on, so every run with the same model, texts and settings
+shares one warm start; two runs that start together train it once.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spo_lightning.data.batch import Pair, collate, draws
+from spo_lightning.errors import Diverged
+from spo_lightning.models.policy import Policy
+from spo_lightning.models.sharing import scorer_for
+from spo_lightning.records.progress import Stages
+
+log = logging.getLogger(__name__)
+
+WARMUP = 0.05  # share of the steps in which the rate rises
+CHECKS = 8  # points of the curve that is printed
+
+
+def key(policy: Policy, texts: Sequence[Pair], settings: dict[str, Any]) -> str:
+    """A name for the warm start: a hash of the initial model, the token ids and the settings."""
+    digest = hashlib.sha256()
+    for name, value in sorted(policy.lm.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    parts = [settings, [(pair.prompt, pair.chosen) for pair in texts]]
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def warm_start(
+    policy: Policy,
+    texts: Sequence[Pair],
+    quality: Callable[[], float] | None,
+    settings: dict[str, Any],
+    cache: Path | None,
+    stages: Stages,
+) -> None:
+    """Train the policy on ``texts`` in place, or load what an earlier run trained.
+
+    ``settings``: max_steps, batch_size, lr, betas, seed. ``quality``: held-out exact match.
+    ``cache``: None trains anew and keeps nothing.
+    """
+    from filelock import FileLock
+    from safetensors.torch import load_model
+
+    if cache is None:
+        _say(_train(policy, texts, quality, settings, stages))
+        return
+    home = cache / "warm_starts" / key(policy, texts, settings)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(home) + ".lock"):
+        if not (home / "model.safetensors").exists():
+            curve = _train(policy, texts, quality, settings, stages)
+            _keep(policy, curve, home)
+        else:
+            load_model(policy.lm, home / "model.safetensors", device=str(policy.lm.device))
+            log.info("Warm start: taken from %s", home)
+    _say(json.loads((home / "curve.json").read_text()))
+
+
+def _say(curve: Sequence[Sequence[float]]) -> None:
+    if curve:
+        log.info("Warm start, held-out exact match by step: %s", _shown(curve))
+
+
+def _train(
+    policy: Policy,
+    texts: Sequence[Pair],
+    quality: Callable[[], float] | None,
+    settings: dict[str, Any],
+    stages: Stages,
+) -> list[tuple[int, float]]:
+    steps, size = settings["max_steps"], settings["batch_size"]
+    optimizer = torch.optim.AdamW(
+        policy.lm.parameters(), lr=settings["lr"], betas=settings["betas"], weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps, WARMUP))
+    scorer = scorer_for(policy.lm, max(map(len, texts)), share=False)
+    orders = draws(len(texts), size, settings["seed"], 0)
+    curve: list[tuple[int, float]] = []
+    began = time.monotonic()
+    policy.lm.train()
+    with stages.stage("warm start (SFT)", steps) as advance:
+        for step in range(1, steps + 1):
+            batch = collate([texts[i] for i in next(orders)], policy.tokenizer.pad_token_id)
+            loss = -scorer(batch.to(policy.lm.device)).mean_chosen.mean()
+            if not math.isfinite(loss.item()):
+                raise Diverged(f"warm start, step {step}: the loss is not finite; lower sft.lr")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            advance(1, f"nll {loss.item():.3f}")
+            if quality and (step % max(1, steps // CHECKS) == 0 or step == steps):
+                curve.append((step, quality()))
+    seconds = time.monotonic() - began
+    log.info("Warm start: %d steps of %d texts, %.0f s", steps, size, seconds)
+    return curve
+
+
+def cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    """Linear rise over the share ``warmup`` of the steps, then half a cosine, squared, to zero.
+
+    Squared, so that the rate is small (2%) by the last quarter and the model settled at its end.
+    """
+    rise = max(1, round(steps * warmup))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return math.cos(0.5 * math.pi * min(1.0, (step - rise) / max(1, steps - rise))) ** 4
+
+    return factor
+
+
+def _keep(policy: Policy, curve: list[tuple[int, float]], home: Path) -> None:
+    """Write beside and rename: a kill in mid-write leaves no half warm start."""
+    beside = home.with_name(f"{home.name}.{os.getpid()}.tmp")
+    policy.save(
+        beside, merge=True, card="The warm start (SFT) of a model built from its config.\n"
+    )
+    (beside / "curve.json").write_text(json.dumps(curve))
+    shutil.rmtree(home, ignore_errors=True)
+    beside.rename(home)
+
+
+def _shown(curve: Sequence[Sequence[float]]) -> str:
+    points = ", ".join(f"{step:.0f}: {value:.3f}" for step, value in curve)
+    last = curve[-1]
+    before = [value for step, value in curve if step <= 0.75 * last[0]]
+    return points + (f" (last quarter {last[1] - before[-1]:+.3f})" if before else "")
