@@ -23,8 +23,16 @@ CONF = str(next(p for p in (HERE / "conf", HERE.parent / "conf") if p.is_dir()))
 log = logging.getLogger(__name__)
 
 
-def run(config_name: str, work: Callable[..., Any]) -> None:
-    """Compose ``config_name`` with the command line, do the work once or per job, and exit."""
+def run(config_name: str, work: Callable[..., Any], *, together: bool = False) -> None:
+    """Compose ``config_name`` with the command line, do the work once or per job, and exit.
+
+    ``together``: of several processes that torchrun or srun began, all do the work of the first,
+    which alone reads the command line; otherwise the others have nothing to do.
+    """
+    from spo_lightning.run import processes
+
+    if processes.follows():
+        sys.exit(processes.follow() if together else 0)
     _prepare()
     import hydra
     from hydra.core.hydra_config import HydraConfig

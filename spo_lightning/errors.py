@@ -25,6 +25,10 @@ class Diverged(RuntimeError):
     """A loss or gradient is not finite; the message names the rows of the batch. Exit 1."""
 
 
+class Lost(RuntimeError):
+    """Another process of the run has ended; the message says which, and how. Exit 1."""
+
+
 def chain(error: BaseException) -> Iterator[BaseException]:
     """The error and its causes."""
     seen: BaseException | None = error
@@ -45,10 +49,11 @@ def verdict(error: BaseException) -> tuple[int, str]:
     text = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
         return 1, f"out of memory: lower micro_batch_size or the model's size ({text})"
-    return 1, text if isinstance(error, Diverged) else f"{type(error).__name__}: {text}"
+    return 1, text if isinstance(error, Diverged | Lost) else f"{type(error).__name__}: {text}"
 
 
 def is_bug(error: BaseException) -> bool:
     """Whether its traceback is worth showing."""
     code, line = verdict(error)
-    return code == 1 and not isinstance(error, Diverged) and not line.startswith("out of memory")
+    told = isinstance(error, Diverged | Lost) or line.startswith("out of memory")
+    return code == 1 and not told

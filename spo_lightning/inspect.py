@@ -14,28 +14,9 @@ def main() -> None:
 def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
     """Print counts, length histograms and one rendered pair; returns the page."""
     knobs.check(cfg, line)
-    from spo_lightning.data.load import load
-    from spo_lightning.data.page import page
-    from spo_lightning.models import policy as policies
-    from spo_lightning.records import progress
-    from spo_lightning.records.progress import silent
-    from spo_lightning.run import prepare
-    from spo_lightning.sampling import pairing
+    from spo_lightning.run.inspection import inspect
 
-    progress.quiet()
-    task = load(cfg.data)
-    held = task.held_out[: cfg.eval.max_rows]
-    if task.samples:  # the pairs are the policy's own samples
-        stages = silent()
-        policy = prepare.base_policy(cfg, task, prepare.device_of(cfg.hardware), stages)
-        task, _ = pairing.with_pairs(cfg, task, policy, stages)
-        tokenizer, held = policy.tokenizer, task.held_out
-    else:
-        tokenizer = policies.tokenizer_of(
-            cfg.model.pretrained, cfg.model.revision, cfg.model.trust_remote_code
-        )
-    train = pairing.encoded(cfg, tokenizer, task.train, "train")
-    text = page(train, pairing.encoded(cfg, tokenizer, held, "held-out"), tokenizer, task)
+    text = inspect(cfg)
     print(text)
     return text
 

@@ -81,7 +81,7 @@ def command(cwd: Path, *words: object, module=MODULE, timeout: float = 120, **en
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["lightning", "transformers", "datasets", "spo_lightning.run.prepare"]
+    ["lightning", "transformers", "datasets", "spo_lightning.training.fit"]
 )
 
 

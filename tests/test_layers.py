@@ -17,7 +17,7 @@ from spo_lightning.sweep import PLUGINS
 PACKAGE = Path(spo_lightning.__file__).parent
 # a room may import from the rooms before it, and from itself
 ROOMS = (
-    *("errors", "config", "records", "data", "models", "losses", "solvers", "cache"),
+    *("errors", "world", "config", "records", "data", "models", "losses", "solvers", "cache"),
     *("evaluation", "judges", "training", "sampling", "studies", "run"),
     *("sweep", "report", "bench"),
     *("command", "train", "eval", "inspect", "sample", "dashboard"),
@@ -25,10 +25,11 @@ ROOMS = (
 # what the rooms that know least may import besides themselves
 NARROW = {
     "errors": set(),
+    "world": set(),
     "config": {"errors"},
-    "records": {"errors"},
+    "records": {"errors", "world"},
     "data": {"errors"},
-    "models": {"errors", "records", "data"},
+    "models": {"errors", "world", "records", "data"},
     "losses": {"models"},
     "solvers": {"errors"},
     "report": {"errors", "records"},  # it reads files, not objects

@@ -5,26 +5,36 @@ knows of the loss, its beta, the rate, the seed, the batch size or the run direc
 of a sweep finds what the first one scored.
 """
 
+import copy
 import hashlib
 import importlib.metadata
 import json
 import logging
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from omegaconf import DictConfig
 
-from spo_lightning.cache.shards import KEY, Shards
+from spo_lightning.cache.shards import KEY, Shards, cache_of, limit_of
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.sets import Pairs
-from spo_lightning.models.policy import DTYPES, Policy, source_of
+from spo_lightning.models.policy import (
+    DTYPES,
+    Policy,
+    check_same_tokens,
+    opened,
+    source_of,
+    tokenizer_of,
+)
 from spo_lightning.models.scorer import Scorer, score
-from spo_lightning.records.progress import Stages
+from spo_lightning.models.sharing import as_read_by
+from spo_lightning.records.progress import Stages, Within
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +60,7 @@ def weights_name(policy: Policy, precision: Precision) -> str:
     digest = _begun(lm.device, lm.dtype, lm.config._attn_implementation, precision)
     shape = [type(lm).__name__, config]
     digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
-    held: dict[str, Tensor] = {
-        name.replace(".base_layer.", "."): value
-        for name, value in lm.named_parameters()
-        if not (policy.adapted and value.requires_grad)
-    }
-    held |= dict(lm.named_buffers())  # also those that no file holds, such as rotary frequencies
-    for name, value in sorted(held.items()):
+    for name, value in sorted(dict(policy.tensors()).items()):
         digest.update(f"{name} {value.dtype} {[*value.shape]}".encode())
         plain = value.detach().cpu().contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy())  # type: ignore[arg-type] (a buffer)
@@ -96,6 +100,63 @@ def _begun(
     return hashlib.sha256(json.dumps(parts).encode())
 
 
+class Referee:
+    """What scores pairs as the run's reference does, a row once for all runs that share a cache.
+
+    The reference is the policy's own start, or the checkpoint ``model.reference``, which is not
+    even loaded where every row is in the cache. ``scorer``: the policy's, to be read like.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, policy: Policy, scorer: Scorer, precision: Precision, stages: Stages
+    ):
+        self.policy, self.scorer = policy, scorer
+        self.precision, self.stages, self.batch_size = precision, stages, cfg.eval.batch_size
+        self.other, self.settings = cfg.model.reference, cfg.model
+        if self.other is not None:
+            trusted = cfg.model.trust_remote_code
+            theirs = tokenizer_of(self.other, None, trusted)
+            check_same_tokens(policy.tokenizer, theirs, self.other)
+        self.shards, home = None, cache_of(cfg)
+        if home is not None:
+            device = policy.lm.device
+            name = self.other and files_name(self.other, cfg.model, device, precision)
+            name = name or weights_name(self.opened, precision)
+            self.shards = Shards(home / "reference", name, limit_of(cfg))
+
+    @cached_property
+    def opened(self) -> Policy:
+        if self.other is None:
+            return self.policy
+        return opened(self.other, self.settings, self.policy.lm.device)
+
+    def judge(self) -> Scorer:
+        return self.scorer if self.other is None else as_read_by(self.scorer, self.opened.lm)
+
+    def over(self, sets: Mapping[str, Pairs]) -> dict[str, Pairs]:
+        """Every set with its reference."""
+        with self.policy.start():
+            return with_reference(
+                sets,
+                self.shards,
+                self.judge,
+                batch_size=self.batch_size,
+                precision=self.precision,
+                stages=self.stages,
+            )
+
+    def stays(self) -> "Referee":
+        """The same for pairs that are read while the policy trains: a copy stays what it is now.
+
+        Adapters need none: they are switched off meanwhile.
+        """
+        later = copy.copy(self)
+        if self.other is None and not self.policy.adapted:
+            later.scorer = copy.deepcopy(self.scorer).requires_grad_(False)
+        later.stages = Within(self.stages)
+        return later
+
+
 def with_reference(
     sets: Mapping[str, Pairs],
     shards: Shards | None,
@@ -108,11 +169,13 @@ def with_reference(
     """Every set with its reference; ``judge`` is asked for only when a row has to be scored.
 
     ``shards``: where rows are looked up and kept, None: nowhere. A row that occurs twice is scored
-    once either way, so that a run that finds its rows equals the one that scored them.
+    once either way, so that a run that finds its rows equals the one that scored them. Of several
+    processes the first looks up and keeps; all score.
     """
     keys = {name: [row_key(pair) for pair in pairs.pairs] for name, pairs in sets.items()}
     wanted = {key for some in keys.values() for key in some}
-    known = {} if shards is None else shards.find(wanted)
+    world = stages.world
+    known = {} if shards is None else world.once(lambda: shards.find(wanted))
 
     def score_rest() -> None:
         for name, pairs in sets.items():
@@ -128,7 +191,7 @@ def with_reference(
                 )
                 found = dict(zip(part, scored.references or (), strict=True))
                 known.update(found)
-                if shards is not None:
+                if shards is not None and world.first:
                     shards.keep(found)
 
     if shards is None:
@@ -136,11 +199,12 @@ def with_reference(
     elif len(known) == len(wanted):
         _say(keys, known)
     else:
-        with shards.alone(stages):
-            known |= shards.find(wanted - known.keys())  # what another run scored meanwhile
+        with shards.alone(stages) if world.first else nullcontext():
+            # what another run scored meanwhile
+            known |= world.once(lambda: shards.find(wanted - known.keys()))
             _say(keys, known)
             score_rest()
-    if shards is not None:
+    if shards is not None and world.first:
         shards.trim()
     return {
         name: replace(pairs, references=[known[key] for key in keys[name]])

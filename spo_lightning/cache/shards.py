@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from uuid import uuid4
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from spo_lightning.records.progress import Stages
@@ -32,6 +33,19 @@ CHECK = 16  # bytes of a checksum
 HEAD = struct.Struct(f"<8s8sQQ{CHECK}s")
 KINDS = {b"float32": torch.float32, b"float64": torch.float64}
 ABANDONED = 24 * 3600  # seconds after which a half-written file is nobody's
+
+
+MAX_GB = 5.0  # cache.max_gb of a configuration that has none
+
+
+def cache_of(cfg: DictConfig) -> Path | None:
+    """Where runs share what they trained, sampled, tokenised and scored; None: nowhere."""
+    return Path(cfg.cache.dir) if cfg.cache.get("enabled", True) else None
+
+
+def limit_of(cfg: DictConfig) -> float:
+    """Bytes that one kind of what is shared may take."""
+    return cfg.cache.get("max_gb", MAX_GB) * 1e9
 
 
 class Damaged(Exception):

@@ -5,6 +5,7 @@ model nor by the run. A file is written beside its place and renamed; one that d
 checksum is removed, said, and its rows are tokenised anew.
 """
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -13,14 +14,25 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from spo_lightning.cache.shards import Damaged, trim
+from omegaconf import DictConfig
+
+from spo_lightning.cache.shards import Damaged, cache_of, limit_of, trim
 from spo_lightning.data.batch import Pair
-from spo_lightning.data.encode import Encoded
-from spo_lightning.data.rows import Row
+from spo_lightning.data.encode import (
+    Encoded,
+    check_survivors,
+    encode_pairs,
+    encode_some,
+    encode_texts,
+)
+from spo_lightning.data.rows import Chunk, Row, Task
+from spo_lightning.data.sets import Pairs
+from spo_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -131,3 +143,76 @@ def _key(rows: Sequence[Row], places: Sequence[int], how: Mapping[str, Any]) -> 
 
 def _check(content: Any) -> bytes:
     return hashlib.sha256(content).digest()
+
+
+def tokens_of(cfg: DictConfig, tokenizer: Any) -> Tokens | None:
+    """Where runs share what the tokenizer made of their rows; None: nowhere."""
+    home, name = cache_of(cfg), name_of(tokenizer)
+    if home is None or name is None:
+        return None
+    return Tokens(home / "tokens", name, limit_of(cfg))
+
+
+def of_both_sides(cfg: DictConfig, task: Task, tokenizer: Any) -> dict[str, Encoded]:
+    """Token pairs for training and held out; of a streamed file those of its first chunk."""
+    kept = tokens_of(cfg, tokenizer)
+    if task.chunks is None:
+        train = encoded(cfg, tokenizer, task.train, "train", kept)
+    else:
+        rows = cfg.data.chunk_rows
+        log.info("Pairs (train): those of the first %d rows; the rest follows", rows)
+        train = chunk_encoder(cfg, tokenizer, kept)(next(task.chunks(0)))
+        check_survivors(train.counts, f"{cfg.data.path}, the first {rows} rows")
+    sides = {
+        "train": train,
+        "held-out": encoded(cfg, tokenizer, task.held_out, "held-out", kept),
+    }
+    for name, some in sides.items():
+        told = ", ".join(f"{key} {count}" for key, count in some.counts.items() if count)
+        log.info("Pairs (%s): %s", name, told)
+    return sides
+
+
+def lower_texts(cfg: DictConfig, task: Task, tokenizer: Any) -> Pairs:
+    """The lower level's own texts, as pairs without a rejected side."""
+    texts = encode_texts(task.lower, tokenizer, max_length=cfg.max_length)
+    if not texts:
+        raise UserError(
+            f"data.sft={cfg.data.sft}: no row has a prompt and a completion that fit max_length"
+        )
+    log.info("Texts (lower level): kept %d of %d", len(texts), len(task.lower))
+    return Pairs(texts, None, tokenizer.pad_token_id)
+
+
+def encoded(
+    cfg: DictConfig, tokenizer: Any, rows: Sequence[Row], name: str, kept: Tokens | None = None
+) -> Encoded:
+    """Token pairs of one side of the data; ``kept``: where they are looked up and kept."""
+    where, how = f"{cfg.data.get('path') or 'data'} ({name})", _how(cfg)
+    encode = partial(encode_pairs, rows, tokenizer, where=where, **how)
+    return encode() if kept is None else kept.find(rows, range(len(rows)), how, encode)
+
+
+def chunk_encoder(
+    cfg: DictConfig, tokenizer: Any, kept: Tokens | None
+) -> Callable[[Chunk], Encoded]:
+    """Token pairs of a part of the training rows; rows have the numbers they have in the file.
+
+    With a tokenizer of its own: two threads must not use the same one.
+    """
+    own, how = copy.deepcopy(tokenizer), _how(cfg)
+
+    def encode(chunk: Chunk) -> Encoded:
+        rows, places = chunk.rows, chunk.places
+        anew = partial(encode_some, rows, own, places, where=cfg.data.path, **how)
+        return anew() if kept is None else kept.find(rows, places, how, anew)
+
+    return encode
+
+
+def _how(cfg: DictConfig) -> dict[str, Any]:
+    return {
+        "max_length": cfg.max_length,
+        "on_mismatch": cfg.data.on_mismatch,
+        "strict": cfg.data.strict,
+    }

@@ -62,7 +62,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.pretrained": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
     "model.reference": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
     "hardware.devices": (lambda v: v >= 1, "at least 1"),
-    "hardware.strategy": (lambda v: v in ("auto", "ddp_spawn"), "auto or ddp_spawn"),
+    "hardware.strategy": (lambda v: v in ("auto", "ddp"), "auto or ddp"),
     "hardware.threads": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "hardware.precision": (
         lambda v: v in ("32-true", "bf16-mixed", "bf16-true", "64-true"),

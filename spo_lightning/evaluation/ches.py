@@ -1,14 +1,20 @@
 """Pairs and a policy in, how alike the hidden states of their two answers are out: CHES scores."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from spo_lightning.data.sets import Pairs
+from spo_lightning.models.policy import Policy
 from spo_lightning.models.scorer import Scorer
+from spo_lightning.records.progress import Stages
+
+log = logging.getLogger(__name__)
 
 
 def ches(sums: Tensor, lengths: Tensor) -> Tensor:
@@ -48,6 +54,36 @@ def scores(
         found[indices] = ches(sums, batch.lengths[:, 1:]).cpu()
         advance(len(indices))
     return found
+
+
+def without_high_ches(
+    cfg: DictConfig,
+    policy: Policy,
+    scorer: Scorer,
+    pairs: Pairs,
+    precision: Callable[[], AbstractContextManager],
+    stages: Stages,
+) -> Pairs:
+    """The pairs less ``data.drop_high_ches`` of them, of highest normalised CHES at the start.
+
+    Razin et al. 2410.08847 keep only the lowest 5%; here the highest share goes, and the rest
+    stays.
+    """
+    share = cfg.data.drop_high_ches
+    if not share:
+        return pairs
+    size = cfg.eval.batch_size
+    with policy.start(), stages.stage("CHES", len(pairs)) as advance:
+        found = scores(scorer, pairs, batch_size=size, precision=precision, advance=advance)
+    # every process keeps the same pairs, however it rounds
+    kept = stages.world.once(lambda: without_highest(pairs, found[:, 1], share))
+    log.info(
+        "Pairs (train): %d of %d dropped, those of highest normalised CHES (the paper's filter "
+        "keeps the lowest 5%%)",
+        len(pairs) - len(kept),
+        len(pairs),
+    )
+    return kept
 
 
 def without_highest(pairs: Pairs, normalised: Tensor, share: float) -> Pairs:

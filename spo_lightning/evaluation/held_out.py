@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from spo_lightning import losses
@@ -15,6 +16,7 @@ from spo_lightning.models.generate import Decoding, answers
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.scorer import Scorer, reference_logps
 from spo_lightning.records.progress import Stages
+from spo_lightning.world import Turn, World
 
 RIVALS, MINE = 1_000, 2_000  # added to the seed of the init's and of the policy's own samples
 TOP = 10  # most probable next tokens whose entropy and mass are reported
@@ -32,18 +34,19 @@ class PairScores(NamedTuple):
 def pair_totals(
     scorer: Scorer,
     pairs: Pairs,
-    batches: Sequence[Sequence[int]],
     *,
+    batch_size: int,
     loss: Callable[..., Tensor] | None,
     moments: losses.Moments | None,
     beta: float,
     top: bool,
-    each: Callable[[Sequence[int], dict], None] = lambda *_: None,
+    world: World,
+    each: Callable[[Turn, dict], None] = lambda *_: None,
 ) -> Totals:
-    """Sums and counts of the names of section 7 over the given batches of pairs."""
+    """Sums and counts of the held-out numbers, over all processes; ``each`` sees this one's."""
     totals = Totals()
-    for indices in batches:
-        batch = pairs.batch(indices).to(scorer.model.device)
+    for turn in world.deal(pairs.batches(batch_size)):
+        batch = pairs.batch(turn.item).to(scorer.model.device)
         policy = scorer(batch)
         reference = None if batch.reference is None else reference_logps(batch)
         numbers = pair_numbers(policy, reference, beta=beta)
@@ -52,9 +55,9 @@ def pair_totals(
         if top:
             chosen = batch.chosen_only
             numbers["entropy/top10"], numbers["mass/top10"] = scorer.top(chosen, TOP)
-        totals.add(numbers)
-        each(indices, numbers)
-    return totals
+        totals.add(numbers, turn.mine)
+        each(turn, numbers)
+    return totals.over(world)
 
 
 def pair_scores(
@@ -67,30 +70,34 @@ def pair_scores(
     stages: Stages,
 ) -> PairScores:
     """Held-out pairs under the model as it is now."""
-    deltas: tuple[list, list] = ([None] * len(pairs), [None] * len(pairs))
+    deltas: tuple[dict, dict] = ({}, {})
     with stages.stage("held-out pairs", len(pairs)) as advance:
 
-        def each(indices: Sequence[int], numbers: dict) -> None:
+        def each(turn: Turn, numbers: dict) -> None:
             for side, name in enumerate(("rewards/chosen", "rewards/rejected")):
-                if name in numbers:
+                if name in numbers and turn.mine:
                     moved = (numbers[name].double() / beta).tolist()
-                    for index, delta in zip(indices, moved):
-                        deltas[side][index] = delta
-            advance(len(indices))
+                    deltas[side].update(zip(turn.item, moved))
+            advance(sum(map(len, turn.together)))
 
         with precision():
             totals = pair_totals(
                 scorer,
                 pairs,
-                pairs.batches(batch_size),
+                batch_size=batch_size,
                 loss=None,
                 moments=None,
                 beta=beta,
                 top=True,
+                world=stages.world,
                 each=each,
             )
+    whole: tuple[dict, dict] = ({}, {})
+    for found in stages.world.gather(deltas):
+        for side, moved in zip(whole, found):
+            side.update(moved)
     means = {name: value.item() for name, value in totals.means().items()}
-    return PairScores(means, *deltas)
+    return PairScores(means, *([side.get(n) for n in range(len(pairs))] for side in whole))
 
 
 class Answers(NamedTuple):
@@ -150,6 +157,15 @@ def held_out(
     return HeldOut(numbers, greedy, scores)
 
 
+def rivals_of(
+    cfg: DictConfig, policy: Policy, task: Any, rows: Sequence[dict], stages: Stages
+) -> list[str] | None:
+    """The samples that a win is counted against; None where the data has no judge."""
+    if task.judge is None:
+        return None
+    return samples(policy, rows, task, Decoding.of(cfg, seed=cfg.seed), RIVALS, stages)
+
+
 def samples(
     policy: Policy, rows: Sequence[dict], task: Any, how: Decoding, extra: int, stages: Stages
 ) -> list[str]:
@@ -189,6 +205,44 @@ def win_rate(judge: Callable[[str], float], mine: Sequence[str], theirs: Sequenc
     """Share of prompts on which my sample beats theirs under the judge; ties count half."""
     scores = [(judge(a), judge(b)) for a, b in zip(mine, theirs)]
     return sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in scores) / len(scores)
+
+
+def side_by_side(
+    task: Any,
+    rows: Sequence[dict],
+    of: Sequence[int],
+    held: Pairs,
+    before: HeldOut,
+    after: HeldOut,
+) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl. ``of``: for each held-out row of pairs its place in ``rows``."""
+    pair_of = {of[pair.row]: index for index, pair in enumerate(held.pairs)}
+    found = []
+    for place, row in enumerate(rows):
+        pair = pair_of.get(place)
+        moved = (None, None)  # no pair of this row was scored
+        if pair is not None and after.scores is not None:
+            moved = after.scores.chosen_delta[pair], after.scores.rejected_delta[pair]
+        # a sampled pair has its answers in a row of its own
+        whole = row if pair is None else task.held_out[held.pairs[pair].row]
+        texts = {name: whole.get(name) for name in ("chosen", "rejected")}
+        texts["reference"] = row.get("answer", row.get("chosen"))
+        texts = {name: text and shown(text) for name, text in texts.items()}
+        found.append(
+            {
+                "prompt": shown(row["prompt"]),
+                "reference": texts["reference"],
+                "before": before.answers.texts[place],
+                "after": after.answers.texts[place],
+                "before_ok": before.answers.right[place],
+                "after_ok": after.answers.right[place],
+                "chosen_delta": moved[0],
+                "rejected_delta": moved[1],
+                "chosen": texts["chosen"],
+                "rejected": texts["rejected"],
+            }
+        )
+    return found
 
 
 def shown(text: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spo_lightning.models.scorer import PairLogps
+from spo_lightning.world import World
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), 0-d float64
 
@@ -19,12 +20,17 @@ class Totals:
     def __init__(self) -> None:
         self.sums: Sums = {}
 
-    def add(self, values: Mapping[str, Tensor | tuple[Tensor, Tensor]]) -> None:
-        """``values``: one value per row, or a (sum, count) pair."""
+    def add(
+        self, values: Mapping[str, Tensor | tuple[Tensor, Tensor]], counts: bool = True
+    ) -> None:
+        """``values``: one value per row, or a (sum, count) pair. Not ``counts``: their names only,
+        so that every process has the same."""
         for name, value in values.items():
             total, count = value if isinstance(value, tuple) else (value.sum(), value.numel())
             total = torch.as_tensor(total).detach().double()
             count = torch.as_tensor(count, device=total.device).detach().double()
+            if not counts:
+                total, count = torch.zeros_like(total), torch.zeros_like(count)
             before = self.sums.get(name)
             self.sums[name] = (
                 (total, count)
@@ -34,6 +40,13 @@ class Totals:
                     before[1] + count,
                 )
             )
+
+    def over(self, world: World) -> "Totals":
+        """The same sums and counts over all processes."""
+        if self.sums and world.size > 1:
+            stacked = world.sum(torch.stack([torch.stack(pair) for pair in self.sums.values()]))
+            self.sums = {name: (row[0], row[1]) for name, row in zip(self.sums, stacked)}
+        return self
 
     def means(self) -> dict[str, Tensor]:
         return {name: total / count for name, (total, count) in self.sums.items()}

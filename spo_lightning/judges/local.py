@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spo_lightning.errors import UserError
+from spo_lightning.world import World
 
 Judge = Callable[[Sequence[dict], Sequence[str]], list[float | None]]
 
@@ -93,7 +94,7 @@ def likelihood(asked: Asked, *, model: str | None, per_token: bool) -> Judge:
             Pairs(pairs, None, pad),
             batch_size=asked.batch_size,
             precision=asked.precision,
-            stages=Within(asked.stages),
+            stages=Within(asked.stages, World()),
             title="likelihood",
         )
         for pair, logps in zip(pairs, scored.references or ()):

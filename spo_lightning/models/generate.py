@@ -1,15 +1,17 @@
-"""Prompts in, answers out: batched greedy or sampled generation, and pairs made from samples."""
+"""Prompts in, answers out: batched greedy or sampled generation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from spo_lightning.data.encode import prompt_ids
 from spo_lightning.errors import UserError
 from spo_lightning.models.policy import Policy
 from spo_lightning.records.progress import Stages
+from spo_lightning.world import Turn
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class Decoding:
     temperature: float = 0.0
     seed: int = 0
     top_p: float = 1.0
+
+    @classmethod
+    def of(cls, cfg: DictConfig, temperature: float = 0.0, seed: int = 0) -> "Decoding":
+        """As the ``eval`` config says."""
+        stop = tuple(cfg.eval.stop)
+        return cls(cfg.eval.max_new_tokens, cfg.eval.batch_size, stop, temperature, seed)
 
 
 def stop_ids(policy: Policy, stop: Sequence[str]) -> list[int]:
@@ -40,24 +48,33 @@ def stop_ids(policy: Policy, stop: Sequence[str]) -> list[int]:
 def answers(
     policy: Policy, rows: Sequence[dict], how: Decoding, stages: Stages, title: str
 ) -> list[str]:
-    """One answer per row's prompt, in the rows' order. The same seed gives the same answers."""
+    """One answer per row's prompt, in the rows' order. The same seed gives the same answers.
+
+    Greedy ones are dealt over processes. Sampled ones come from one stream of random numbers that
+    goes on from batch to batch: every process draws them all, and the first one's are taken.
+    """
     prompts = [prompt_ids(row, policy.tokenizer) for row in rows]
     ends = stop_ids(policy, how.stop)
     # likes with likes, so that little is padded
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    found: list[str] = [""] * len(rows)
+    chunks = [order[at : at + how.batch_size] for at in range(0, len(order), how.batch_size)]
+    world = stages.world
+    turns = world.deal(chunks)
+    if how.temperature > 0:
+        turns = (Turn(chunk, world.first, [chunk]) for chunk in chunks)
+    mine: dict[int, str] = {}
     torch.manual_seed(how.seed)
     was_training = policy.lm.training
     policy.lm.eval()
     with stages.stage(title, len(rows)) as advance:
-        for start in range(0, len(order), how.batch_size):
-            chunk = order[start : start + how.batch_size]
+        for chunk, counts, together in turns:
             texts = _generate(policy, [prompts[i] for i in chunk], ends, how)
-            for i, text in zip(chunk, texts):
-                found[i] = text
-            advance(len(chunk))
+            if counts:
+                mine |= dict(zip(chunk, texts))
+            advance(sum(map(len, together)))
     policy.lm.train(was_training)
-    return found
+    whole = {place: text for some in world.gather(mine) for place, text in some.items()}
+    return [whole[place] for place in range(len(rows))]
 
 
 def _generate(
@@ -89,27 +106,3 @@ def _generate(
 def _text(policy: Policy, ids: list[int], ends: set[int]) -> str:
     cut = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     return policy.tokenizer.decode(ids[:cut], skip_special_tokens=True)
-
-
-def judged_pairs(
-    policy: Policy,
-    rows: Sequence[dict],
-    judge: Callable[[str], float],
-    how: Decoding,
-    stages: Stages,
-    *,
-    samples: int,
-) -> tuple[list[dict], int]:
-    """Per prompt the best and the worst of ``samples`` answers under the judge, on-policy.
-
-    Also how many prompts gave no pair because the judge saw no difference.
-    """
-    repeated = [row for row in rows for _ in range(samples)]
-    texts = answers(policy, repeated, how, stages, "sampling pairs")
-    pairs = []
-    for place, row in enumerate(rows):
-        mine = texts[place * samples : (place + 1) * samples]
-        best, worst = max(mine, key=judge), min(mine, key=judge)
-        if judge(best) > judge(worst):
-            pairs.append({**row, "chosen": best, "rejected": worst})
-    return pairs, len(rows) - len(pairs)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
 from spo_lightning.errors import UserError
 from spo_lightning.models.attention import FLEX, IMPLEMENTATION
+from spo_lightning.world import World
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +43,34 @@ class Policy:
         """A context in which the policy is its own start: adapters off, where there are any."""
         return self.module.disable_adapter() if self.adapted else nullcontext()  # type: ignore
 
-    def save(self, directory: Path, *, merge: bool, card: str) -> None:
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer as files name them, whole, one at a time."""
+        yield from self.lm.state_dict().items()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that decides the start's numbers: parameters but adapters', and buffers; whole."""
+        for name, value in self.lm.named_parameters():
+            if not (self.adapted and value.requires_grad):
+                yield name.replace(".base_layer.", "."), value
+        yield from self.lm.named_buffers()  # also those that no file holds: rotary frequencies
+
+    def read(self, directory: Path) -> None:
+        """Take the weights that ``save`` wrote of the same model, in place."""
+        from safetensors.torch import load_model
+
+        load_model(self.lm, directory / "model.safetensors", device=str(self.lm.device))
+
+    def save(self, directory: Path, world: World, *, merge: bool, card: str) -> None:
         """Write a Hugging Face directory: weights, tokenizer, generation config, model card.
 
         With adapters: the adapters alone when the base is a checkpoint of its own, else merged.
+        Every process calls it, the first writes.
         """
+        if world.first:
+            self._save(directory, merge=merge, card=card)
+        world.barrier()
+
+    def _save(self, directory: Path, *, merge: bool, card: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if self.adapted and not (merge or self.built):
             self.module.save_pretrained(directory)  # type: ignore[operator]
@@ -91,8 +116,9 @@ def load(
     attention: str,
     config: dict,
     seed: int,
+    device: torch.device | str = "cpu",
 ) -> Policy:
-    """Build or load a policy of which every weight trains."""
+    """Build or load a policy of which every weight trains, on ``device``."""
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype} is not one of {', '.join(DTYPES)}")
     if attention not in (*OWN, "sdpa", "eager"):
@@ -111,7 +137,35 @@ def load(
         lm.set_attn_implementation(OWN[attention])
     elif attention in OWN:
         log.info("Batches are padded, not packed: %s has eager attention only.", type(lm).__name__)
+    lm.to(device)
     return Policy(lm, lm, tokenizer, adapted=False, built=pretrained is None)
+
+
+def of_config(cfg: DictConfig, device: torch.device | str) -> Policy:
+    """The model of a run's config."""
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    named = ("pretrained", "revision", "trust_remote_code", "dtype", "attention", "config")
+    return load(**{key: model[key] for key in named}, seed=cfg.seed, device=device)
+
+
+def opened(where: str, settings: DictConfig, device: torch.device | str) -> Policy:
+    """A checkpoint as it is; ``settings`` has its dtype, attention and trust_remote_code."""
+    return load(
+        pretrained=where,
+        revision=None,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=settings.dtype,
+        attention=settings.attention,
+        config={},
+        seed=0,
+        device=device,
+    )
+
+
+def check_same_tokens(mine: Any, theirs: Any, where: str) -> None:
+    """Log-probabilities of two models compare only over the same token ids, so same tokenizer."""
+    if mine.get_vocab() != theirs.get_vocab():
+        raise UserError(f"the reference {where} has another tokenizer than the policy")
 
 
 def _build(config: dict, settings: dict) -> tuple[Any, Any]:

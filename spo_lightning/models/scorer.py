@@ -24,6 +24,7 @@ from spo_lightning.models import attention
 from spo_lightning.models.head import fused_logps, is_plain, logits_of, plain_logps
 from spo_lightning.records.progress import Stages
 
+FLOATS = 2**18  # in a MiB
 LOGITS = 2**28  # logits that are alive at once; where there are more, they are computed again
 ROOM = 1.8  # what a graph that can be differentiated twice may take, in plain forwards
 
@@ -288,19 +289,20 @@ def score(
     stages: Stages,
     title: str,
 ) -> Pairs:
-    """The pairs with ``scorer``'s log-probabilities as their reference."""
-    found: list[Tensor] = [torch.empty(0)] * len(pairs)
+    """The pairs with ``scorer``'s log-probabilities as their reference, whoever scored them."""
+    scored: dict[int, Tensor] = {}
     bare = replace(pairs, references=None)
     with stages.stage(title, len(pairs)) as advance:
-        for indices in bare.batches(batch_size):
+        for indices, mine, together in stages.world.deal(bare.batches(batch_size)):
             batch = bare.batch(indices)
             with precision():
                 logps = scorer(batch.to(scorer.model.device)).logps.cpu()
             sizes = (batch.lengths[:, 1] + batch.lengths[:, 2]).tolist()
-            for index, row in zip(indices, logps.split(sizes)):
-                found[index] = row.clone()
-            advance(len(indices))
-    return replace(pairs, references=found)
+            for index, row in zip(indices, logps.split(sizes)) if mine else ():
+                scored[index] = row.clone()
+            advance(sum(map(len, together)))
+    whole = {index: row for some in stages.world.gather(scored) for index, row in some.items()}
+    return replace(pairs, references=[whole[index] for index in range(len(pairs))])
 
 
 class MathKernel(AbstractContextManager):

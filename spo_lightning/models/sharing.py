@@ -1,15 +1,18 @@
 """A model in, how its batches are read out: packed, shared-prompt rows, or separate forwards."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from spo_lightning.data.batch import Pair, collate
 from spo_lightning.errors import UserError
 from spo_lightning.models import attention
-from spo_lightning.models.scorer import LOGITS, Scorer
+from spo_lightning.models.policy import Policy
+from spo_lightning.models.scorer import FLOATS, LOGITS, RECOMPUTED, Scorer
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,35 @@ def check_head(model: Any) -> None:
             f"{type(model).__name__} does more between its hidden states and its logits than its "
             f"output embedding (log-probabilities differ by {worst:.2g} nats): not supported"
         )
+
+
+def scorer_of_run(
+    cfg: DictConfig, policy: Policy, pairs: Iterable[Pair], *, streamed: bool
+) -> Scorer:
+    """How the pairs of a run are read, as the config says; more come where they are streamed."""
+    longest = longest_of(pairs)
+    if streamed:  # prompt + one response has max_length at most, so a row has:
+        longest = 2 * cfg.max_length
+    logits = cfg.hardware.logits_mib * FLOATS
+    scorer = scorer_of(policy, longest, share=cfg.model.share_prompt, logits=logits)
+    if cfg.hardware.activation_checkpointing:
+        policy.lm.gradient_checkpointing_enable(RECOMPUTED)
+    return scorer
+
+
+def scorer_of(policy: Policy, longest: int, *, share: bool, logits: int) -> Scorer:
+    """Decide how a policy's batches with rows of up to ``longest`` tokens are read.
+
+    ``logits``: how many are alive at once.
+    """
+    check_head(policy.lm)
+    policy.lm.train()  # dropout is off; activation checkpointing asks for it
+    return scorer_for(policy.lm, longest, share=share, logits=logits)
+
+
+def longest_of(pairs: Iterable[Pair]) -> int:
+    """Tokens of the longest row."""
+    return max((len(pair) for pair in pairs), default=0)
 
 
 def scorer_for(model: Any, longest: int, *, share: bool, logits: int = LOGITS) -> Scorer:

@@ -90,10 +90,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 class RunDir:
-    """The files of one run. Only the main process writes."""
+    """The files of one run. Of several processes only the first ``writes``."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self.last = self.checkpoints / "last.ckpt"
@@ -103,6 +103,8 @@ class RunDir:
 
     def refuse_used(self) -> None:
         """A new run never writes over what an earlier one left."""
+        if not self.writes:
+            return
         if self.last.exists() or (self.path / "metrics.csv").exists():
             raise UserError(
                 f"{self.path} holds a run: go on with ckpt_path=last, or take another "
@@ -113,6 +115,8 @@ class RunDir:
 
     def start(self, cfg: DictConfig, choices: Mapping[str, str], max_steps: int) -> None:
         """Write config.yaml and the first status.json."""
+        if not self.writes:
+            return
         self._fresh = not (self.path / "config.yaml").exists()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         resolved = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
@@ -135,16 +139,18 @@ class RunDir:
     @property
     def stage(self) -> str:
         """What the run is doing, or was when it ended."""
-        return self._status["stage"]
+        return self._status.get("stage", "start")
 
     def withdraw(self) -> None:
         """Bad input before the first number leaves status.json and the log, no half a run."""
-        if self._fresh and not (self.path / "metrics.json").exists():
+        if self.writes and self._fresh and not (self.path / "metrics.json").exists():
             (self.path / "config.yaml").unlink(missing_ok=True)
             self.checkpoints.rmdir()
 
     def note_status(self, **changes: Any) -> None:
         self._status |= {**changes, "updated": _now()}
+        if not self.writes:
+            return
         self._written = time.monotonic()
         write_text(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
 
@@ -157,11 +163,13 @@ class RunDir:
             self.note_status(stage=stage)
 
     def note_metrics(self, numbers: Mapping[str, Any]) -> None:
-        write_text(self.path / "metrics.json", json.dumps(numbers, indent=1) + "\n")
+        if self.writes:
+            write_text(self.path / "metrics.json", json.dumps(numbers, indent=1) + "\n")
 
     def note_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(self.path / "samples.jsonl", text)
+        if self.writes:
+            write_text(self.path / "samples.jsonl", text)
 
 
 class MetricsCsv:

@@ -10,10 +10,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from spo_lightning.errors import Interrupted
+from spo_lightning.world import World
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +51,25 @@ class Stop:
 
 
 class Stages:
-    """Shows the stages of one run. ``note`` is called with (stage, done, total) meanwhile."""
+    """Shows the stages of one run. ``note`` is called with (stage, done, total) meanwhile.
 
-    def __init__(self, note: Callable[[str, int, int], None], stop: Stop, how_to_go_on: str):
-        self.note, self.stop, self.how_to_go_on = note, stop, how_to_go_on
+    ``world``: the processes that take them; one of several shows nothing but the first.
+    """
+
+    def __init__(
+        self,
+        note: Callable[[str, int, int], None],
+        stop: Stop,
+        how_to_go_on: str,
+        world: World = World(),  # noqa: B008 (frozen)
+    ):
+        self.note, self.stop, self.how_to_go_on, self.world = note, stop, how_to_go_on, world
 
     @contextmanager
     def stage(self, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
         """``advance(count, text)`` moves the bar; raises when a signal came, unless told not."""
-        from rich.console import Console
-
-        console = Console()
         self.note(title, done, total)
-        shown = _bar(console, title, total, done) if console.is_terminal else _lines(title, total)
-        with shown as show:
+        with self._shown(title, total, done) as show:
             state = {"done": done}
 
             def advance(count: int = 1, text: str = "", *, check: bool = True) -> None:
@@ -75,12 +81,25 @@ class Stages:
 
             yield advance
 
+    def _shown(
+        self, title: str, total: int, done: int
+    ) -> AbstractContextManager[Callable[[int, str], None]]:
+        if not self.world.first:
+            return nullcontext(lambda *_: None)
+        from rich.console import Console
+
+        console = Console()
+        return _bar(console, title, total, done) if console.is_terminal else _lines(title, total)
+
 
 class Within(Stages):
-    """Stages inside another: nothing is shown or noted, and a signal waits for the outer one."""
+    """Stages inside another: nothing is shown or noted, and a signal waits for the outer one.
 
-    def __init__(self, outer: Stages):
-        super().__init__(lambda *_: None, outer.stop, outer.how_to_go_on)
+    ``world``: of one, where every process is at something of its own meanwhile.
+    """
+
+    def __init__(self, outer: Stages, world: World | None = None):
+        super().__init__(lambda *_: None, outer.stop, outer.how_to_go_on, world or outer.world)
 
     @contextmanager
     def stage(self, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:

@@ -1,7 +1,6 @@
 """Lightning's W&B logger for runs that stop and go on."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ class StepwiseLogger(WandbLogger):
 
     def __init__(self, *, last: int, record: Path, **kwargs: Any):
         super().__init__(**kwargs)
-        self.last, self.record, self.process = last, record, os.getpid()
+        self.last, self.record = last, record
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if step is not None and step <= self.last:
@@ -31,17 +30,3 @@ class StepwiseLogger(WandbLogger):
         self.record.parent.mkdir(parents=True, exist_ok=True)  # W&B may be disabled
         kept = {"id": self.experiment.id, "step": step}  # an agent has an id of its own
         write_text(self.record, json.dumps(kept) + "\n")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A rank of ddp_spawn opens the run itself: one shared with it would end with it."""
-        return {**self.__dict__, "_experiment": None}
-
-    def finalize(self, status: str) -> None:
-        """A rank of ddp_spawn ends its run with itself; the process that began it goes on with the
-        run under the same id, for what is told after training."""
-        super().finalize(status)
-        if os.getpid() == self.process:
-            if self.record.exists():  # something was logged, here or in a rank
-                _ = self.experiment
-        elif self._experiment is not None:
-            self._experiment.finish(exit_code=int(status != "success"))

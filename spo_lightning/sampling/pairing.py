@@ -1,57 +1,26 @@
-"""Rows of a task in, token pairs out: sampled from the policy where the data asks, encoded."""
+"""A policy and a judge in, preference pairs out: the policy's own answers, the best and the worst.
 
-import copy
+Sampled once per policy, rows and settings: what an earlier run sampled is taken from the cache.
+"""
+
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from spo_lightning.cache.tokens import Tokens, name_of
-from spo_lightning.data.encode import Encoded, encode_pairs, encode_some, encode_texts
-from spo_lightning.data.rows import Chunk, Task
-from spo_lightning.data.sets import Pairs
-from spo_lightning.errors import UserError
-from spo_lightning.evaluation import ches
-from spo_lightning.models.generate import Decoding, judged_pairs
+from spo_lightning.cache.shards import cache_of
+from spo_lightning.data.rows import Task
+from spo_lightning.models.generate import Decoding, answers
 from spo_lightning.models.policy import Policy
-from spo_lightning.models.scorer import Scorer
 from spo_lightning.records.directory import write_text
 from spo_lightning.records.progress import Stages
 from spo_lightning.training import sft
 
 log = logging.getLogger(__name__)
-
-MAX_GB = 5.0  # cache.max_gb of a configuration that has none
-
-
-def cache_of(cfg: DictConfig) -> Path | None:
-    """Where runs share what they trained, sampled and scored; None: nowhere."""
-    return Path(cfg.cache.dir) if cfg.cache.get("enabled", True) else None
-
-
-def limit_of(cfg: DictConfig) -> float:
-    """Bytes that one kind of what is shared may take."""
-    return cfg.cache.get("max_gb", MAX_GB) * 1e9
-
-
-def tokens_of(cfg: DictConfig, tokenizer: Any) -> Tokens | None:
-    """Where runs share what the tokenizer made of their rows; None: nowhere."""
-    home, name = cache_of(cfg), name_of(tokenizer)
-    if home is None or name is None:
-        return None
-    return Tokens(home / "tokens", name, limit_of(cfg))
-
-
-def decoding(cfg: DictConfig, temperature: float = 0.0, seed: int = 0) -> Decoding:
-    stop = tuple(cfg.eval.stop)
-    return Decoding(cfg.eval.max_new_tokens, cfg.eval.batch_size, stop, temperature, seed)
 
 
 @dataclass(frozen=True)
@@ -78,94 +47,49 @@ def sampled(
 ) -> tuple[list[dict], list[int], int]:
     """Pair rows judged among the policy's samples, the row each came from, the ties; cached."""
     assert task.judge is not None
-    how = decoding(cfg, task.temperature, cfg.seed)
+    how = Decoding.of(cfg, task.temperature, cfg.seed)
     asked = [list(rows), task.samples, str(how), sft.key(policy, (), {})]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     cached = cache_of(cfg)
     home = None if cached is None else cached / "sampled_pairs" / f"{digest[:16]}.json"
-    if home is not None and home.exists():
+
+    def known() -> Any:
+        if home is None or not home.exists():
+            return None
         log.info("Sampled pairs: taken from %s", home)
-        found = json.loads(home.read_text(encoding="utf-8"))
+        return json.loads(home.read_text(encoding="utf-8"))
+
+    found = stages.world.once(known)
+    if found is not None:
         return found["pairs"], found["of"], found["ties"]
     numbered = [{**row, "place": place} for place, row in enumerate(rows)]
     pairs, ties = judged_pairs(policy, numbered, task.judge, how, stages, samples=task.samples)
     of = [row.pop("place") for row in pairs]
-    if home is not None:
+    if home is not None and stages.world.first:
         home.parent.mkdir(parents=True, exist_ok=True)
         write_text(home, json.dumps({"pairs": pairs, "of": of, "ties": ties}))
     return pairs, of, ties
 
 
-def encoded(
-    cfg: DictConfig, tokenizer: Any, rows: Sequence[dict], name: str, kept: Tokens | None = None
-) -> Encoded:
-    """Token pairs of one side of the data; ``kept``: where they are looked up and kept."""
-    where, how = f"{cfg.data.get('path') or 'data'} ({name})", _how(cfg)
-    encode = partial(encode_pairs, rows, tokenizer, where=where, **how)
-    return encode() if kept is None else kept.find(rows, range(len(rows)), how, encode)
-
-
-def chunk_encoder(
-    cfg: DictConfig, tokenizer: Any, kept: Tokens | None
-) -> Callable[[Chunk], Encoded]:
-    """Token pairs of a part of the training rows; rows have the numbers they have in the file.
-
-    With a tokenizer of its own: two threads must not use the same one.
-    """
-    own, how = copy.deepcopy(tokenizer), _how(cfg)
-
-    def encode(chunk: Chunk) -> Encoded:
-        rows, places = chunk.rows, chunk.places
-        anew = partial(encode_some, rows, own, places, where=cfg.data.path, **how)
-        return anew() if kept is None else kept.find(rows, places, how, anew)
-
-    return encode
-
-
-def _how(cfg: DictConfig) -> dict[str, Any]:
-    return {
-        "max_length": cfg.max_length,
-        "on_mismatch": cfg.data.on_mismatch,
-        "strict": cfg.data.strict,
-    }
-
-
-def lower_texts(cfg: DictConfig, task: Task, policy: Policy) -> Pairs:
-    """The lower level's own texts, as pairs without a rejected side."""
-    texts = encode_texts(task.lower, policy.tokenizer, max_length=cfg.max_length)
-    if not texts:
-        raise UserError(
-            f"data.sft={cfg.data.sft}: no row has a prompt and a completion that fit max_length"
-        )
-    log.info("Texts (lower level): kept %d of %d", len(texts), len(task.lower))
-    return Pairs(texts, None, policy.tokenizer.pad_token_id)
-
-
-def without_high_ches(
-    cfg: DictConfig,
+def judged_pairs(
     policy: Policy,
-    scorer: Scorer,
-    pairs: Pairs,
-    precision: Callable[[], AbstractContextManager],
+    rows: Sequence[dict],
+    judge: Callable[[str], float],
+    how: Decoding,
     stages: Stages,
-) -> Pairs:
-    """The training pairs less the share with the highest normalised CHES under the policy's start.
+    *,
+    samples: int,
+) -> tuple[list[dict], int]:
+    """Per prompt the best and the worst of ``samples`` answers under the judge, on-policy.
 
-    Razin et al. 2410.08847 keep only the lowest 5%; here the highest share goes, and the rest
-    stays.
+    Also how many prompts gave no pair because the judge saw no difference.
     """
-    share = cfg.data.drop_high_ches
-    if not share:
-        return pairs
-    with policy.start(), stages.stage("CHES", len(pairs)) as advance:
-        found = ches.scores(
-            scorer, pairs, batch_size=cfg.eval.batch_size, precision=precision, advance=advance
-        )
-    kept = ches.without_highest(pairs, found[:, 1], share)
-    log.info(
-        "Pairs (train): %d of %d dropped, those of highest normalised CHES (the paper's filter "
-        "keeps the lowest 5%%)",
-        len(pairs) - len(kept),
-        len(pairs),
-    )
-    return kept
+    repeated = [row for row in rows for _ in range(samples)]
+    texts = answers(policy, repeated, how, stages, "sampling pairs")
+    pairs = []
+    for place, row in enumerate(rows):
+        mine = texts[place * samples : (place + 1) * samples]
+        best, worst = max(mine, key=judge), min(mine, key=judge)
+        if judge(best) > judge(worst):
+            pairs.append({**row, "chosen": best, "rejected": worst})
+    return pairs, len(rows) - len(pairs)

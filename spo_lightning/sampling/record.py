@@ -12,6 +12,11 @@ from spo_lightning.errors import UserError
 Drawn = dict[str, Any]  # number of the prompt, its row, samples, scores
 
 
+def record_of(output: Path) -> Path:
+    """Where the answers stand that a file of pairs is chosen from."""
+    return output.with_suffix(".samples.jsonl")
+
+
 class Record:
     """A file of one line of settings and a line per prompt, appended part by part.
 

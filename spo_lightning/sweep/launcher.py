@@ -250,4 +250,7 @@ def _import_libraries() -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    from spo_lightning.run import prepare  # noqa: F401
+    from spo_lightning.cache import reference  # noqa: F401
+    from spo_lightning.run import stages  # noqa: F401
+    from spo_lightning.sampling import pairing  # noqa: F401
+    from spo_lightning.training import fit  # noqa: F401

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+from omegaconf import DictConfig
+
+from spo_lightning.cache.reference import Referee
+from spo_lightning.cache.tokens import chunk_encoder, tokens_of
 from spo_lightning.data.batch import epoch_order
 from spo_lightning.data.encode import Encoded
-from spo_lightning.data.rows import Chunk
+from spo_lightning.data.rows import Chunk, Task
 from spo_lightning.data.sets import Pairs
 
 log = logging.getLogger(__name__)
@@ -20,6 +24,24 @@ log = logging.getLogger(__name__)
 APART = 1_000_003  # between the seeds of two chunks' orders
 AHEAD = 8  # Lightning asks for fewer outer steps than this before the first of them is trained on
 Item = TypeVar("Item")
+
+
+def streamed(
+    cfg: DictConfig,
+    task: Task,
+    tokenizer: Any,
+    first: Pairs,
+    counts: dict[str, int],
+    referee: Referee,
+) -> "Feed":
+    """The training pairs of a streamed file, as the config says; ``first``: those of chunk 0."""
+    assert task.chunks is not None
+    encode = chunk_encoder(cfg, tokenizer, tokens_of(cfg, tokenizer))
+
+    def judge(pairs: Pairs) -> Pairs:
+        return referee.over({"train": pairs})["train"]
+
+    return Feed(first, counts, task.chunks, encode, judge, seed=cfg.seed)
 
 
 class Place(NamedTuple):

@@ -1,25 +1,27 @@
 """Prepared pairs and an objective in, a trained policy out: the part that runs under Lightning."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra.utils
 import torch
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from spo_lightning.data.batch import Microbatches, by_pairs, by_tokens, draws
 from spo_lightning.data.sets import Pairs
-from spo_lightning.errors import Diverged, UserError
+from spo_lightning.errors import UserError
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.records.directory import RunDir, without_secrets
 from spo_lightning.records.progress import Stages, quiet
-from spo_lightning.run.prepare import Prepared
 from spo_lightning.training.callbacks.evaluation import Evaluation
 from spo_lightning.training.callbacks.reading import Reading
 from spo_lightning.training.callbacks.recorder import Recorder
@@ -27,6 +29,44 @@ from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.callbacks.start import StartCheck
 from spo_lightning.training.feed import Feed
 from spo_lightning.training.module import Preference
+from spo_lightning.world import World
+
+
+@dataclass(frozen=True)
+class Material:
+    """What preference training works on."""
+
+    scorer: Scorer
+    train: Pairs
+    held: Pairs
+    lower: Pairs | None  # the lower level's own texts; None: the chosen responses
+    feed: Feed | None  # the training pairs, where ``train`` has the first chunk only
+    precision: Callable[[], AbstractContextManager]  # of forwards outside Lightning's
+
+
+class GoesOn(NamedTuple):
+    """A checkpoint that a run goes on from."""
+
+    path: Path
+    done: int  # outer steps
+    weights: Mapping[str, Tensor]  # what was trained
+
+    def refuse_another(self, scorer: Scorer) -> None:
+        """A checkpoint whose trained weights are not the scorer's."""
+        named = {f"scorer.{n}": p for n, p in scorer.named_parameters() if p.requires_grad}
+        mine = {name: p.shape for name, p in named.items()}
+        theirs = {name: value.shape for name, value in self.weights.items()}
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                raise UserError(
+                    f"ckpt_path={self.path} belongs to another architecture: {name} is "
+                    f"{theirs.get(name)} there and {mine.get(name)} here"
+                )
+
+    def restore(self, scorer: Scorer) -> None:
+        """The scorer's weights become the checkpoint's."""
+        plain = {name.removeprefix("scorer."): value for name, value in self.weights.items()}
+        scorer.load_state_dict(plain, strict=False)
 
 
 class OuterSteps(IterableDataset):
@@ -96,28 +136,29 @@ class OuterSteps(IterableDataset):
 
 def fit(
     cfg: DictConfig,
-    given: Prepared,
-    run: RunDir,
-    stages: Stages,
+    given: Material,
     loss: Any,
     solver: Any,
     steps: int,
-    resume: Path | None,
-    precision: Callable[[], Any],
+    goes_on: GoesOn | None,
+    run: RunDir,
+    stages: Stages,
 ) -> int:
-    """Preference training; the policy of ``given`` is trained in place. The outer steps taken."""
+    """Preference training; the policy is trained in place. The outer steps taken."""
+    if goes_on is not None and goes_on.done >= steps:
+        goes_on.restore(given.scorer)
+        return steps
     quiet()  # Lightning, which is imported only here
     module = module_of(cfg, given.scorer, loss, solver, steps)
     data = OuterSteps.of(cfg, module, given.train, given.lower, feed=given.feed)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
-        devices=cfg.hardware.devices,
-        strategy=cfg.hardware.strategy,
+        **_processes(stages.world),
         precision=cfg.hardware.precision,
         max_steps=steps,
         max_epochs=-1,
-        callbacks=_callbacks(cfg, given, data.epoch, run, stages, steps, precision),
-        logger=_loggers(cfg, run),
+        callbacks=_callbacks(cfg, given, data.epoch, run, stages, steps),
+        logger=_loggers(cfg, run) if stages.world.first else False,
         default_root_dir=run.path,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -126,23 +167,33 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=1,
     )
-    loader = DataLoader(data, batch_size=None)
+    loader, status = DataLoader(data, batch_size=None), "failed"
+    path = None if goes_on is None else str(goes_on.path)
     try:
-        trainer.fit(
-            module, loader, ckpt_path=None if resume is None else str(resume), weights_only=True
-        )
-    except BaseException as error:
-        _finish(trainer, failed=True)
-        known = _from_rank(error, stages)
-        if known is error:
-            raise
-        raise known from error
-    _finish(trainer, failed=False)
+        trainer.fit(module, loader, ckpt_path=path, weights_only=True)
+        status = "success"
+    finally:
+        for logger in trainer.loggers:
+            logger.finalize(status)
+    module.to(stages.world.device)  # Lightning leaves it on the CPU
     if given.feed is not None:
         given.feed.tell()
-    # a callback may have stopped it early, and in another process
-    saved = torch.load(run.last, map_location="cpu", weights_only=True, mmap=True)
-    return saved["spo_lightning"]["outer_step"]
+    return module.outer_step  # a callback may have stopped it early
+
+
+def _processes(world: World) -> dict[str, Any]:
+    """What Lightning's Trainer is told of the processes, which have begun before."""
+    if world.size == 1:
+        return {"devices": 1}
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    return {
+        "devices": here,
+        "num_nodes": world.size // here,
+        "strategy": "ddp",
+        "plugins": [TorchElasticEnvironment()],  # it reads what run/processes.py has set
+    }
 
 
 def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: int) -> Preference:
@@ -169,21 +220,15 @@ def optimizer_of(cfg: DictConfig) -> Callable[[list[torch.nn.Parameter]], torch.
 
 def _callbacks(
     cfg: DictConfig,
-    given: Prepared,
+    given: Material,
     epoch: Callable[[int, int], float],
     run: RunDir,
     stages: Stages,
     steps: int,
-    precision: Callable[[], Any],
 ) -> list[Any]:
-    evaluation = Evaluation(
-        given.held,
-        epoch=epoch,
-        every=cfg.eval.every_n_steps,
-        batch_size=cfg.eval.batch_size,
-        precision=precision,
-    )
-    setting = Setting(run.path, given.train, given.held, cfg.eval.batch_size, precision)
+    looks = (cfg.eval.batch_size, given.precision, stages.world)
+    setting = Setting(run.path, given.train, given.held, *looks)
+    evaluation = Evaluation(setting, epoch=epoch, every=cfg.eval.every_n_steps)
     diagnostics = [
         hydra.utils.instantiate(node, _partial_=True, _convert_="all")(setting)
         for node in cfg.diagnostics.values()
@@ -208,7 +253,7 @@ def _callbacks(
         seed=cfg.seed,
         size=cfg.micro_batch_size,
         half=cfg.hardware.precision.startswith("bf16"),
-        precision=precision,
+        precision=given.precision,
     )
     return [*watching, check]
 
@@ -241,21 +286,3 @@ def _loggers(cfg: DictConfig, run: RunDir) -> list[Any]:
         )
         for node in cfg.logger.values()
     ]
-
-
-def _finish(trainer: Trainer, failed: bool) -> None:
-    for logger in trainer.loggers:
-        logger.finalize("failed" if failed else "success")
-
-
-def _from_rank(error: BaseException, stages: Stages) -> BaseException:
-    """What a rank of ddp_spawn died of, as the error it was."""
-    if type(error).__name__ != "ProcessRaisedException":
-        return error
-    if stages.stop.signal is not None:
-        return stages.stop.raised(stages.how_to_go_on)
-    last = str(error).strip().splitlines()[-1]
-    kind, _, message = last.partition(": ")
-    known = {cls.__name__: cls for cls in (Diverged, UserError)}
-    found = known.get(kind.rsplit(".", 1)[-1])
-    return error if found is None else found(message)

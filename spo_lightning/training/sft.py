@@ -12,27 +12,68 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
+from spo_lightning.cache.shards import cache_of
+from spo_lightning.config.knobs import warm_start_steps
 from spo_lightning.data.batch import Pair, collate, draws
-from spo_lightning.errors import Diverged
+from spo_lightning.data.encode import encode_texts
+from spo_lightning.data.rows import Task
+from spo_lightning.errors import Diverged, UserError
+from spo_lightning.evaluation.held_out import greedy_answers
+from spo_lightning.models.generate import Decoding
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.sharing import scorer_for
-from spo_lightning.records.progress import Stages
+from spo_lightning.records.progress import Stages, Within
+from spo_lightning.world import World
 
 log = logging.getLogger(__name__)
 
 WARMUP = 0.05  # share of the steps in which the rate rises
+CURVE_ROWS = 500  # held-out prompts on which it is watched
 CHECKS = 8  # points of the curve that is printed
+
+
+def begin(cfg: DictConfig, task: Task, policy: Policy, stages: Stages) -> None:
+    """The warm start that the config asks for, or that the data proposes for a built model."""
+    if policy.built and not task.sft and not task.samples:
+        log.warning(
+            "The model is built from its config and starts untrained: model.pretrained names "
+            "a checkpoint to start from"
+        )
+    steps = warm_start_steps(cfg)
+    if steps and task.sft:
+        settings: Any = {**OmegaConf.to_container(cfg.sft, resolve=True), "max_steps": steps}  # type: ignore
+        texts = encode_texts(task.sft, policy.tokenizer, max_length=cfg.max_length)
+        quality = _quality(cfg, task, policy, stages)
+        warm_start(policy, texts, quality, settings, cache_of(cfg), stages)
+    elif steps and cfg.sft.max_steps:
+        raise UserError("sft.max_steps is set, but this data brings no SFT text: leave it out")
+
+
+def _quality(
+    cfg: DictConfig, task: Task, policy: Policy, stages: Stages
+) -> Callable[[], float] | None:
+    if task.answer_of is None or not task.held_out or task.held_out[0].get("answer") is None:
+        return None
+    how, rows = Decoding.of(cfg), task.held_out[:CURVE_ROWS]
+
+    def exact_match() -> float:
+        found = greedy_answers(policy, rows, task, how, Within(stages))
+        return found.numbers["exact_match"]
+
+    return exact_match
 
 
 def key(policy: Policy, texts: Sequence[Pair], settings: dict[str, Any]) -> str:
     """A name for the warm start: a hash of the initial model, the token ids and the settings."""
     digest = hashlib.sha256()
-    for name, value in sorted(policy.lm.state_dict().items()):
+    for name, value in sorted(policy.weights()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     parts = [settings, [(pair.prompt, pair.chosen) for pair in texts]]
@@ -51,23 +92,24 @@ def warm_start(
     """Train the policy on ``texts`` in place, or load what an earlier run trained.
 
     ``settings``: max_steps, batch_size, lr, betas, seed. ``quality``: held-out exact match.
-    ``cache``: None trains anew and keeps nothing.
+    ``cache``: None trains anew and keeps nothing. Every process takes the whole of every batch, as
+    the warm start must not depend on how many there are; the first looks into the cache and keeps.
     """
     from filelock import FileLock
-    from safetensors.torch import load_model
 
+    world = stages.world
     if cache is None:
         _say(_train(policy, texts, quality, settings, stages))
         return
     home = cache / "warm_starts" / key(policy, texts, settings)
     home.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(home) + ".lock"):
-        if not (home / "model.safetensors").exists():
-            curve = _train(policy, texts, quality, settings, stages)
-            _keep(policy, curve, home)
-        else:
-            load_model(policy.lm, home / "model.safetensors", device=str(policy.lm.device))
+    with FileLock(str(home) + ".lock") if world.first else nullcontext():
+        if world.once((home / "model.safetensors").exists):
+            policy.read(home)
             log.info("Warm start: taken from %s", home)
+        else:
+            curve = _train(policy, texts, quality, settings, stages)
+            _keep(policy, curve, home, world)
     _say(json.loads((home / "curve.json").read_text()))
 
 
@@ -107,6 +149,7 @@ def _train(
             advance(1, f"nll {loss.item():.3f}")
             if quality and (step % max(1, steps // CHECKS) == 0 or step == steps):
                 curve.append((step, quality()))
+    stages.world.agree(policy.lm.state_dict().values())
     seconds = time.monotonic() - began
     log.info("Warm start: %d steps of %d texts, %.0f s", steps, size, seconds)
     return curve
@@ -127,15 +170,16 @@ def cosine(steps: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
-def _keep(policy: Policy, curve: list[tuple[int, float]], home: Path) -> None:
+def _keep(policy: Policy, curve: list[tuple[int, float]], home: Path, world: World) -> None:
     """Write beside and rename: a kill in mid-write leaves no half warm start."""
-    beside = home.with_name(f"{home.name}.{os.getpid()}.tmp")
-    policy.save(
-        beside, merge=True, card="The warm start (SFT) of a model built from its config.\n"
-    )
-    (beside / "curve.json").write_text(json.dumps(curve))
-    shutil.rmtree(home, ignore_errors=True)
-    beside.rename(home)
+    beside = home.with_name(f"{home.name}.{world.once(os.getpid)}.tmp")
+    card = "The warm start (SFT) of a model built from its config.\n"
+    policy.save(beside, world, merge=True, card=card)
+    if world.first:
+        (beside / "curve.json").write_text(json.dumps(curve))
+        shutil.rmtree(home, ignore_errors=True)
+        beside.rename(home)
+    world.barrier()
 
 
 def _shown(curve: Sequence[Sequence[float]]) -> str:

@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 
 from spo_lightning import losses
-from spo_lightning.data.sets import Pairs
 from spo_lightning.evaluation.held_out import pair_totals
+from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.module import Preference
 
 EVAL_NAMES = (
@@ -39,15 +38,12 @@ class Evaluation(Callback):
 
     def __init__(
         self,
-        held: Pairs,
+        setting: Setting,
         *,
         epoch: Callable[[int, int], float],
         every: int,
-        batch_size: int,
-        precision: Callable[[], AbstractContextManager],
     ):
-        self.held, self.epoch = held, epoch
-        self.every, self.batch_size, self.precision = every, batch_size, precision
+        self.setting, self.epoch, self.every = setting, epoch, every
 
     def on_train_start(self, trainer: Trainer, module: Preference) -> None:
         self.clock, self.tokens = time.monotonic(), 0
@@ -59,7 +55,7 @@ class Evaluation(Callback):
         if module.numbers:
             module.numbers |= self._pace(module)
         if self.every and module.outer_step % self.every == 0:
-            module.numbers |= self._evaluate(trainer, module)
+            module.numbers |= self._evaluate(module)
 
     def _pace(self, module: Preference) -> dict[str, float]:
         now = time.monotonic()
@@ -69,22 +65,19 @@ class Evaluation(Callback):
         return {"train/epoch": epoch, "train/time/tokens_per_second": rate}
 
     @torch.no_grad()
-    def _evaluate(self, trainer: Trainer, module: Preference) -> dict[str, float]:
+    def _evaluate(self, module: Preference) -> dict[str, float]:
         began = time.monotonic()
-        batches = self.held.batches(self.batch_size)
-        mine = batches[trainer.global_rank :: trainer.world_size]
-        with self.precision():
+        with self.setting.precision():
             totals = pair_totals(
                 module.scorer,
-                self.held,
-                mine or batches[:1],
+                self.setting.held,
+                batch_size=self.setting.batch_size,
                 loss=module.loss,
                 moments=losses.moments_of(module.moments_state),
                 beta=module.beta,
                 top=True,
+                world=self.setting.world,
             )
-        if not mine:  # more ranks than batches: zeros, under the names the other ranks reduce
-            totals.sums = {name: (0 * total, 0 * n) for name, (total, n) in totals.sums.items()}
-        means = module._reduce(totals).means()
+        means = totals.means()
         self.clock += time.monotonic() - began  # evaluation is not training's pace
         return {f"eval/{name}": value.item() for name, value in means.items()}

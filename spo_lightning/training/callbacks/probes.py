@@ -51,7 +51,7 @@ class Probes(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Preference) -> None:
         if module.outer_step == 0:
-            self.start = self._scores(trainer, module)
+            self.start = self._scores(module)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: Preference, outputs: Any, batch: Any, batch_idx: int
@@ -59,29 +59,26 @@ class Probes(Callback):
         step = module.outer_step
         if not due(step, self.every) and step != trainer.max_steps:
             return
-        for kind, value in self._scores(trainer, module).items():
+        for kind, value in self._scores(module).items():
             module.numbers[f"eval/probe/{kind}"] = value
             module.numbers[f"eval/probe/{kind}_change"] = value - self.start[kind]
 
     @torch.no_grad()
-    def _scores(self, trainer: Trainer, module: Preference) -> dict[str, float]:
+    def _scores(self, module: Preference) -> dict[str, float]:
         found = {}
         for kind, pairs in self.sets.items():
-            batches = pairs.batches(self.setting.batch_size)
-            mine = batches[trainer.global_rank :: trainer.world_size]
             with self.setting.precision():
                 totals = pair_totals(
                     module.scorer,
                     pairs,
-                    mine or batches[:1],
+                    batch_size=self.setting.batch_size,
                     loss=None,
                     moments=None,
                     beta=module.beta,
                     top=False,
+                    world=self.setting.world,
                 )
-            if not mine:
-                totals.sums = {name: (0 * s, 0 * n) for name, (s, n) in totals.sums.items()}
-            found[kind] = -module._reduce(totals).means()["nll/chosen"].item()
+            found[kind] = -totals.means()["nll/chosen"].item()
         return found
 
 

@@ -1,8 +1,6 @@
 """Last after each outer step: a row of metrics.csv, checkpoints, the bar, signals."""
 
-import logging
 import math
-import multiprocessing
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -49,11 +47,8 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Preference) -> None:
         self.stages.stop.install()  # Lightning's own handlers end a run with the wrong exit code
-        if multiprocessing.parent_process() is not None:  # a rank started by ddp_spawn
-            logging.basicConfig(level=logging.INFO, format="%(message)s")
-        stages = self.stages if trainer.is_global_zero else _quiet(self.stages)
         self.advance = self.shown.enter_context(
-            stages.stage("training", self.max_steps, module.outer_step)
+            self.stages.stage("training", self.max_steps, module.outer_step)
         )
 
     def on_train_batch_end(
@@ -67,8 +62,7 @@ class Recorder(Callback):
         if over or stopping or (self.checkpoint_every and step % self.checkpoint_every == 0):
             self._save(trainer, step)
         self._keep_best(trainer, row)
-        if trainer.is_global_zero:
-            self.advance(1, _said(row), check=False)
+        self.advance(1, _said(row), check=False)
         if stopping:
             raise self.stages.stop.raised(self.stages.how_to_go_on)
 
@@ -121,8 +115,3 @@ class Recorder(Callback):
 def _said(row: dict[str, float]) -> str:
     names = {"loss": "train/loss", "margin": "train/rewards/margins"}
     return " ".join(f"{short} {row[name]:.4f}" for short, name in names.items() if name in row)
-
-
-def _quiet(stages: Stages) -> Stages:
-    """Ranks other than the first show and write nothing."""
-    return Stages(lambda *_: None, stages.stop, stages.how_to_go_on)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spo_lightning.data.sets import Pairs
+from spo_lightning.world import World
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Setting:
     held: Pairs
     batch_size: int  # pairs per forward without gradients
     precision: Callable[[], AbstractContextManager]  # of forwards outside Lightning's
+    world: World = World()
 
 
 def due(step: int, every: int) -> bool:

@@ -1,0 +1,137 @@
+"""The stages of an evaluation, top to bottom: a checkpoint's held-out numbers."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo_lightning.errors import UserError
+from spo_lightning.records.progress import Stages, Stop, quiet
+from spo_lightning.run.record import Begun, Opened, Read, Stage, grown, walk
+from spo_lightning.world import World
+
+if TYPE_CHECKING:
+    from spo_lightning.data.sets import Pairs
+    from spo_lightning.models.policy import Policy
+    from spo_lightning.models.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Compared(Opened):
+    """The model that it is compared with, and its samples."""
+
+    reference: "Policy | None"  # None: what needs one is left out
+    rivals: list[str] | None  # None: the data has no judge, or there is no reference
+
+
+@dataclass(frozen=True)
+class Tokenised(Compared):
+    """The held-out pairs, and how batches of them are read."""
+
+    scorer: "Scorer"
+    held: "Pairs"
+
+
+@dataclass(frozen=True)
+class Measured(Tokenised):
+    """What eval.json holds."""
+
+    numbers: dict[str, float]
+
+
+def evaluate(cfg: Any, world: World) -> dict[str, float]:
+    """The held-out numbers of ``checkpoint``, against ``reference`` where there is one."""
+    from spo_lightning.models.policy import check_directory
+
+    for where in (cfg.checkpoint, cfg.reference):
+        if where is not None and Path(where).exists():
+            check_directory(Path(where))
+    stages = Stages(lambda *_: None, Stop(), "Run the command again.", world)
+    stages.stop.install()
+    quiet()
+    return walk(STAGES, Begun(cfg, world, stages, {})).numbers
+
+
+def data(at: Begun) -> Read:
+    """The held-out rows."""
+    from spo_lightning.data.load import load
+
+    task = load(at.cfg.data)
+    task = replace(task, held_out=task.held_out[: at.cfg.eval.max_rows])
+    if not task.held_out:
+        raise UserError("no held-out rows: raise data.eval_fraction or set data.eval_path")
+    return grown(Read, at, task=task)
+
+
+def policy(at: Read) -> Opened:
+    """The checkpoint."""
+    from spo_lightning.models.device import precision_of
+    from spo_lightning.models.policy import opened
+
+    precision = precision_of(at.cfg.hardware, at.world.device)
+    found = opened(at.cfg.checkpoint, at.cfg, at.world.device)
+    return grown(Opened, at, policy=found, precision=precision)
+
+
+def reference(at: Opened) -> Compared:
+    """The reference, if one is named, and its samples."""
+    from spo_lightning.evaluation.held_out import rivals_of
+    from spo_lightning.models.policy import check_same_tokens, opened
+
+    if at.cfg.reference is None:
+        return grown(Compared, at, reference=None, rivals=None)
+    theirs = opened(at.cfg.reference, at.cfg, at.world.device)
+    check_same_tokens(at.policy.tokenizer, theirs.tokenizer, at.cfg.reference)
+    rivals = rivals_of(at.cfg, theirs, at.task, at.task.held_out, at.stages)
+    return grown(Compared, at, reference=theirs, rivals=rivals)
+
+
+def pairs(at: Compared) -> Tokenised:
+    """The held-out pairs; where the data samples them, from the reference, or none without one."""
+    from spo_lightning.cache.tokens import encoded
+    from spo_lightning.data.sets import Pairs
+    from spo_lightning.models.scorer import FLOATS
+    from spo_lightning.models.sharing import longest_of, scorer_of
+    from spo_lightning.sampling.pairing import sampled
+
+    cfg, rows, tokenizer = at.cfg, at.task.held_out, at.policy.tokenizer
+    if at.task.samples:
+        theirs = at.reference
+        rows = [] if theirs is None else sampled(cfg, at.task, rows, theirs, at.stages)[0]
+    found = encoded(cfg, tokenizer, rows, "held-out").pairs if rows else []
+    logits = cfg.hardware.logits_mib * FLOATS
+    scorer = scorer_of(at.policy, longest_of(found), share=True, logits=logits)
+    held = Pairs(found, None, tokenizer.pad_token_id)
+    return grown(Tokenised, at, scorer=scorer, held=held)
+
+
+def scored(at: Tokenised) -> Tokenised:
+    """The pairs under the reference."""
+    from spo_lightning.models.scorer import score
+    from spo_lightning.models.sharing import as_read_by
+
+    if at.reference is None:
+        return at
+    theirs, size = as_read_by(at.scorer, at.reference.lm), at.cfg.eval.batch_size
+    how = {"precision": at.precision, "stages": at.stages, "title": "reference"}
+    return grown(Tokenised, at, held=score(theirs, at.held, batch_size=size, **how))
+
+
+def measured(at: Tokenised) -> Measured:
+    """All held-out numbers."""
+    from spo_lightning.evaluation.held_out import held_out
+    from spo_lightning.models.generate import Decoding
+
+    how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": at.cfg.loss.beta}
+    how |= {"rivals": at.rivals, "precision": at.precision, "stages": at.stages}
+    found = held_out(at.policy, at.scorer, at.task, at.task.held_out, at.held, **how)
+    return grown(Measured, at, numbers=found.numbers)
+
+
+STAGES = [
+    Stage("data", data, "a pass over the rows", "begins again"),
+    Stage("policy", policy, "a model's load", "begins again"),
+    Stage("reference: samples", reference, "a model's load and answers", "begins again"),
+    Stage("pairs", pairs, "a pass over the rows", "begins again"),
+    Stage("reference", scored, "a forward of every pair", "begins again"),
+    Stage("held-out", measured, "forwards and answers", "begins again"),
+]

@@ -1,0 +1,123 @@
+"""The stages of sampling, top to bottom: prompts to answers, judged, to a file of pairs."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo_lightning.config.build import built
+from spo_lightning.errors import UserError
+from spo_lightning.records.progress import Stages, Stop, quiet
+from spo_lightning.run import stages as shared
+from spo_lightning.run.record import Begun, Opened, Read, Stage, grown, walk
+from spo_lightning.sampling.record import record_of
+from spo_lightning.world import World
+
+if TYPE_CHECKING:
+    from spo_lightning.sampling.record import Record
+
+
+@dataclass(frozen=True)
+class Prompted(Read):
+    """Prompts, each once."""
+
+    prompts: list[dict]
+
+
+@dataclass(frozen=True)
+class Drawn(Opened):
+    """Every prompt's answers and scores, in a file."""
+
+    prompts: list[dict]
+    record: "Record"
+
+
+@dataclass(frozen=True)
+class Chosen(Drawn):
+    """How many prompts, samples and pairs there are."""
+
+    found: dict[str, int]
+
+
+def sample(cfg: Any, world: World) -> dict[str, int]:
+    """Draw answers, score them, write the pairs; counts of prompts, samples and pairs."""
+    if world.first:
+        refuse_output(cfg)
+    for where in ("strategy", "judge"):
+        called(cfg[where], where)
+    stages = Stages(lambda *_: None, Stop(), "Run the same command to go on.", world)
+    stages.stop.install()
+    return walk(STAGES, Begun(cfg, world, stages, {})).found
+
+
+def refuse_output(cfg: Any) -> None:
+    """Only pairs of an earlier try of this command are ever written over."""
+    output = Path(cfg.output) if cfg.output else Path(".")
+    if output.is_dir():
+        raise UserError(f"output={cfg.output}: name a file, as in output=pairs.jsonl")
+    if output.exists() and not record_of(output).exists():
+        raise UserError(f"output={output}: there is a file, and not of this command: name another")
+
+
+def called(node: Any, where: str) -> Any:
+    """A judge or strategy, its keys checked before anything slow."""
+    made = built(node)
+    try:
+        inspect.signature(made.func).bind_partial(**made.keywords)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}; see conf/{where} for its keys") from error
+    return made
+
+
+def prompts(at: Read) -> Prompted:
+    """Of a file, or the data's own."""
+    from spo_lightning.models.device import set_threads
+    from spo_lightning.models.policy import source_of
+    from spo_lightning.sampling import draw
+
+    set_threads(at.cfg.hardware)
+    quiet()
+    for where in (at.cfg.model.pretrained, at.cfg.model.reference):
+        if where is not None:
+            source_of(where)
+    return grown(Prompted, at, prompts=draw.prompts(at.cfg, at.task))
+
+
+def sampled(at: Any) -> Drawn:
+    """Every prompt's answers, judged."""
+    from spo_lightning.judges.local import Asked
+    from spo_lightning.models.policy import opened
+    from spo_lightning.sampling.draw import draw
+
+    cfg, device = at.cfg, at.world.device
+    asked = Asked(
+        at.task,
+        at.policy,
+        lambda where: opened(where, cfg.model, device),
+        at.precision,
+        at.stages,
+        cfg.eval.batch_size,
+        cfg.max_length,
+    )
+    judge = called(cfg.judge, "judge")(asked)
+    return grown(Drawn, at, record=draw(cfg, at.policy, at.prompts, judge, at.stages))
+
+
+def chosen(at: Drawn) -> Chosen:
+    """The pairs that the strategy chooses, as one file."""
+    from spo_lightning.sampling.draw import written
+
+    strategy = called(at.cfg.strategy, "strategy")
+    count = len(at.prompts)
+    found = at.world.once(lambda: written(at.cfg, at.record, count, strategy))
+    return grown(Chosen, at, found=found)
+
+
+STAGES = [
+    shared.DATA,
+    Stage("prompts", prompts, "a pass over the rows", "reads again"),
+    Stage("policy", shared.policy, "a model's load", "loads again"),
+    Stage("warm start", shared.warm_start, "of a built model, once for all runs", "begins again"),
+    Stage("sampling", sampled, "samples answers a prompt", "what was drawn stays"),
+    Stage("pairs", chosen, "a pass over the answers", "writes again"),
+]

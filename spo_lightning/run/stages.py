@@ -1,0 +1,156 @@
+"""The stages of a training run, top to bottom: each takes what the one before left and adds to it.
+
+Every process takes every stage; the first writes. How a stage does it stands in the room that it
+imports from once it begins, so that bad rows end a run before anything heavy is loaded.
+"""
+
+from functools import partial
+
+from spo_lightning.run import record as known
+from spo_lightning.run.job import Job
+from spo_lightning.run.record import Stage, grown
+
+
+def data(at: known.Begun) -> known.Read:
+    """Rows of text, checked and split."""
+    from spo_lightning.data.load import load
+
+    return grown(known.Read, at, task=load(at.cfg.data))
+
+
+def policy(at: known.Read) -> known.Opened:
+    """The model as it is built or loaded, on this process's device."""
+    from spo_lightning.models.device import precision_of
+    from spo_lightning.models.policy import of_config
+
+    precision = precision_of(at.cfg.hardware, at.world.device)
+    opened = of_config(at.cfg, at.world.device)
+    return grown(known.Opened, at, policy=opened, precision=precision)
+
+
+def warm_start(at: known.Opened) -> known.Opened:
+    """A model that was built here learns the task's texts."""
+    from spo_lightning.training.sft import begin
+
+    begin(at.cfg, at.task, at.policy, at.stages)
+    return at
+
+
+def pairs(at: known.Opened) -> known.Paired:
+    """Pairs as the data gives them, or made of the policy's own answers."""
+    from spo_lightning.sampling.pairing import with_pairs
+
+    task, places = with_pairs(at.cfg, at.task, at.policy, at.stages)
+    return grown(known.Paired, at, task=task, places=places)
+
+
+def tokens(at: known.Paired) -> known.Tokenised:
+    """Token ids of both sides, adapters, and how batches of such rows are read."""
+    from spo_lightning.cache.tokens import of_both_sides
+    from spo_lightning.data.sets import Pairs
+    from spo_lightning.models.policy import adapt
+    from spo_lightning.models.sharing import scorer_of_run
+
+    sides = of_both_sides(at.cfg, at.task, at.policy.tokenizer)
+    policy = adapt(at.policy, **at.cfg.model.lora, seed=at.cfg.seed)
+    rows = [pair for side in sides.values() for pair in side.pairs]
+    scorer = scorer_of_run(at.cfg, policy, rows, streamed=at.task.chunks is not None)
+    pad = policy.tokenizer.pad_token_id
+    sets = {name: Pairs(side.pairs, None, pad) for name, side in sides.items()}
+    counts = sides["train"].counts
+    return grown(known.Tokenised, at, policy=policy, scorer=scorer, sets=sets, counts=counts)
+
+
+def reference(at: known.Tokenised) -> known.Referenced:
+    """Every pair under the policy's start, or under ``model.reference``."""
+    from spo_lightning.cache.reference import Referee
+    from spo_lightning.cache.tokens import lower_texts
+    from spo_lightning.evaluation.ches import without_high_ches
+    from spo_lightning.training.feed import streamed
+
+    cfg, task, policy, scorer, sets = at.cfg, at.task, at.policy, at.scorer, dict(at.sets)
+    sets["train"] = without_high_ches(cfg, policy, scorer, sets["train"], at.precision, at.stages)
+    if task.lower:
+        sets["lower level"] = lower_texts(cfg, task, policy.tokenizer)
+    referee, feed = Referee(cfg, policy, scorer, at.precision, at.stages), None
+    sets = referee.over(sets)
+    if task.chunks is not None:
+        feed = streamed(cfg, task, policy.tokenizer, sets["train"], at.counts, referee.stays())
+    scorer.compiled = cfg.hardware.compile  # the probe and the reference have run without
+    train, held, lower = sets["train"], sets["held-out"], sets.get("lower level")
+    return grown(known.Referenced, at, train=train, held=held, lower=lower, feed=feed)
+
+
+def init(job: Job, at: known.Referenced) -> known.Measured:
+    """Held-out numbers before training, and the samples that later ones are held against."""
+    from spo_lightning.evaluation.held_out import rivals_of
+
+    if job.goes_on is not None:
+        job.goes_on.refuse_another(at.scorer)
+    rivals = rivals_of(at.cfg, at.policy, at.task, at.places.rows, at.stages)
+    before = _held_out(at, rivals)
+    job.begin(before, at.seconds)
+    return grown(known.Measured, at, before=before, rivals=rivals)
+
+
+def training(job: Job, at: known.Measured) -> known.Trained:
+    """Preference training under Lightning, from where the run goes on."""
+    from spo_lightning.training.fit import Material, fit
+
+    given = Material(at.scorer, at.train, at.held, at.lower, at.feed, at.precision)
+    steps = job.steps(at.train)
+    if steps:
+        steps = fit(at.cfg, given, job.loss, job.solver, steps, job.goes_on, job.run, at.stages)
+    return grown(known.Trained, at, steps=steps)
+
+
+def final(at: known.Trained) -> known.Ended:
+    """The held-out numbers of the same rows, after training."""
+    return grown(known.Ended, at, after=_held_out(at, at.rivals))
+
+
+def save(job: Job, at: known.Ended) -> known.Ended:
+    """The policy as a Hugging Face directory."""
+    from spo_lightning.report.table import model_card
+
+    card, merge = model_card(job.choices, at.cfg), at.cfg.model.lora.merge
+    at.policy.save(job.run.model, at.world, merge=merge, card=card)
+    return at
+
+
+def report(job: Job, at: known.Ended) -> known.Ended:
+    """What the run leaves to be read: numbers, answers before and after, a table."""
+    from spo_lightning.evaluation.held_out import side_by_side
+
+    rows = side_by_side(at.task, at.places.rows, at.places.of, at.held, at.before, at.after)
+    job.end(at.after, at.steps, rows)
+    return at
+
+
+def _held_out(at: known.Referenced, rivals: list[str] | None) -> "known.HeldOut":
+    from spo_lightning.evaluation.held_out import held_out
+    from spo_lightning.models.generate import Decoding
+
+    how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": at.cfg.loss.beta}
+    how |= {"rivals": rivals, "precision": at.precision, "stages": at.stages}
+    return held_out(at.policy, at.scorer, at.task, at.places.rows, at.held, **how)
+
+
+DATA = Stage("data", data, "a pass over the rows", "reads again")
+
+
+def after_data(job: Job) -> list[Stage]:
+    """The others: name, work, what it costs, how a run goes on that was killed in it."""
+    rows, shared, kept = "a pass over the rows", "once for all runs", "what was kept stays"
+    return [
+        Stage("policy", policy, "a model's load", "loads again"),
+        Stage("warm start", warm_start, f"sft.max_steps of SFT, {shared}", "begins again"),
+        Stage("pairs", pairs, f"data.samples answers a prompt, {shared}", "draws again"),
+        Stage("tokens", tokens, f"{rows}, {shared}", kept),
+        Stage("reference", reference, f"a forward of every pair, {shared}", kept),
+        Stage("held-out: init", partial(init, job), "forwards and answers", "measures again"),
+        Stage("training", partial(training, job), "max_steps", "from its last checkpoint"),
+        Stage("held-out: final", final, "forwards and answers", "measures again"),
+        Stage("save", partial(save, job), "a model's write", "writes again"),
+        Stage("report", partial(report, job), "nothing", "writes again"),
+    ]
