@@ -49,9 +49,9 @@ def train(
 ) -> dict[str, Any]:
     """Run everything, in as many processes as the config or the outside asks for, and return what
     metrics.json holds."""
-    from spo_lightning.run import job, processes
+    from spo_lightning.run import processes, training
 
-    walked = partial(job.train, cfg, Path(run_dir).absolute(), choices or {})
+    walked = partial(training.train, cfg, Path(run_dir).absolute(), choices or {})
     return processes.together(walked, cfg.hardware)
 
 

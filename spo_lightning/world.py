@@ -108,3 +108,6 @@ class World:
     def barrier(self) -> None:
         """Wait until all are here."""
         self.gather(None)
+
+
+ALONE = World()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spo_lightning.errors import UserError
-from spo_lightning.world import World
+from spo_lightning.world import ALONE
 
 Judge = Callable[[Sequence[dict], Sequence[str]], list[float | None]]
 
@@ -94,7 +94,7 @@ def likelihood(asked: Asked, *, model: str | None, per_token: bool) -> Judge:
             Pairs(pairs, None, pad),
             batch_size=asked.batch_size,
             precision=asked.precision,
-            stages=Within(asked.stages, World()),
+            stages=Within(asked.stages, ALONE),
             title="likelihood",
         )
         for pair, logps in zip(pairs, scored.references or ()):

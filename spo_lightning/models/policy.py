@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spo_lightning.errors import UserError
 from spo_lightning.models.attention import FLEX, IMPLEMENTATION
-from spo_lightning.world import World
+from spo_lightning.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Policy:
 
         load_model(self.lm, directory / "model.safetensors", device=str(self.lm.device))
 
-    def save(self, directory: Path, world: World, *, merge: bool, card: str) -> None:
+    def save(self, directory: Path, *, merge: bool, card: str, world: World = ALONE) -> None:
         """Write a Hugging Face directory: weights, tokenizer, generation config, model card.
 
         With adapters: the adapters alone when the base is a checkpoint of its own, else merged.

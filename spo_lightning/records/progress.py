@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from spo_lightning.errors import Interrupted
-from spo_lightning.world import World
+from spo_lightning.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Stages:
         note: Callable[[str, int, int], None],
         stop: Stop,
         how_to_go_on: str,
-        world: World = World(),  # noqa: B008 (frozen)
+        world: World = ALONE,
     ):
         self.note, self.stop, self.how_to_go_on, self.world = note, stop, how_to_go_on, world
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from spo_lightning.records.progress import quiet, silent
-from spo_lightning.run.record import Begun, walk
-from spo_lightning.run.stages import DATA, pairs, policy, warm_start
+from spo_lightning.run.record import Begun
+from spo_lightning.run.stages import data, pairs, policy, warm_start
 from spo_lightning.world import World
 
 
@@ -17,7 +17,7 @@ def inspect(cfg: Any) -> str:
 
         return device_of(cfg.hardware)
 
-    at = walk([DATA], Begun(cfg, World(place=place), silent(), {}))
+    at: Any = data(Begun(cfg, World(place=place), silent(), {}))
 
     from spo_lightning.cache.tokens import encoded
     from spo_lightning.data.page import page

@@ -114,7 +114,7 @@ def chosen(at: Drawn) -> Chosen:
 
 
 STAGES = [
-    shared.DATA,
+    Stage("data", shared.data, "a pass over the rows", "reads again"),
     Stage("prompts", prompts, "a pass over the rows", "reads again"),
     Stage("policy", shared.policy, "a model's load", "loads again"),
     Stage("warm start", shared.warm_start, "of a built model, once for all runs", "begins again"),

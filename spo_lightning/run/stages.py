@@ -4,11 +4,9 @@ Every process takes every stage; the first writes. How a stage does it stands in
 imports from once it begins, so that bad rows end a run before anything heavy is loaded.
 """
 
-from functools import partial
-
 from spo_lightning.run import record as known
 from spo_lightning.run.job import Job
-from spo_lightning.run.record import Stage, grown
+from spo_lightning.run.record import grown
 
 
 def data(at: known.Begun) -> known.Read:
@@ -114,7 +112,7 @@ def save(job: Job, at: known.Ended) -> known.Ended:
     from spo_lightning.report.table import model_card
 
     card, merge = model_card(job.choices, at.cfg), at.cfg.model.lora.merge
-    at.policy.save(job.run.model, at.world, merge=merge, card=card)
+    at.policy.save(job.run.model, merge=merge, card=card, world=at.world)
     return at
 
 
@@ -134,23 +132,3 @@ def _held_out(at: known.Referenced, rivals: list[str] | None) -> "known.HeldOut"
     how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": at.cfg.loss.beta}
     how |= {"rivals": rivals, "precision": at.precision, "stages": at.stages}
     return held_out(at.policy, at.scorer, at.task, at.places.rows, at.held, **how)
-
-
-DATA = Stage("data", data, "a pass over the rows", "reads again")
-
-
-def after_data(job: Job) -> list[Stage]:
-    """The others: name, work, what it costs, how a run goes on that was killed in it."""
-    rows, shared, kept = "a pass over the rows", "once for all runs", "what was kept stays"
-    return [
-        Stage("policy", policy, "a model's load", "loads again"),
-        Stage("warm start", warm_start, f"sft.max_steps of SFT, {shared}", "begins again"),
-        Stage("pairs", pairs, f"data.samples answers a prompt, {shared}", "draws again"),
-        Stage("tokens", tokens, f"{rows}, {shared}", kept),
-        Stage("reference", reference, f"a forward of every pair, {shared}", kept),
-        Stage("held-out: init", partial(init, job), "forwards and answers", "measures again"),
-        Stage("training", partial(training, job), "max_steps", "from its last checkpoint"),
-        Stage("held-out: final", final, "forwards and answers", "measures again"),
-        Stage("save", partial(save, job), "a model's write", "writes again"),
-        Stage("report", partial(report, job), "nothing", "writes again"),
-    ]

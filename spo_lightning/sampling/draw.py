@@ -24,7 +24,7 @@ from spo_lightning.records.directory import write_text
 from spo_lightning.records.progress import Stages, Within
 from spo_lightning.sampling.record import Record, record_of
 from spo_lightning.training import sft
-from spo_lightning.world import World
+from spo_lightning.world import ALONE
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def draw(cfg: Any, policy: Policy, rows: Sequence[dict], judge: Judge, stages: S
             number, part = turn.item
             asked = [rows[place] for place in part for _ in range(each)]
             seeded = replace(how, seed=cfg.seed * FIRST_SEED + number)
-            texts = answers(policy, asked, seeded, Within(stages, World()), "samples")
+            texts = answers(policy, asked, seeded, Within(stages, ALONE), "samples")
             scores = judge(asked, texts)
             mine = [
                 {

@@ -174,7 +174,7 @@ def _keep(policy: Policy, curve: list[tuple[int, float]], home: Path, world: Wor
     """Write beside and rename: a kill in mid-write leaves no half warm start."""
     beside = home.with_name(f"{home.name}.{world.once(os.getpid)}.tmp")
     card = "The warm start (SFT) of a model built from its config.\n"
-    policy.save(beside, world, merge=True, card=card)
+    policy.save(beside, merge=True, card=card, world=world)
     if world.first:
         (beside / "curve.json").write_text(json.dumps(curve))
         shutil.rmtree(home, ignore_errors=True)

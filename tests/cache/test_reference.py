@@ -29,7 +29,6 @@ from spo_lightning.errors import Interrupted, UserError
 from spo_lightning.models import policy as policies
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.records.progress import silent
-from spo_lightning.run import prepare
 from spo_lightning.train import train
 
 PLAIN = contextlib.nullcontext
@@ -473,7 +472,7 @@ else:
 def run_child(tmp_path, how):
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
-    tests = os.path.dirname(os.path.abspath(__file__))
+    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     text = CHILD.format(tests=tests, how=how, home=str(tmp_path / "home"), out=str(out))
     code = [sys.executable, "-c", text]
     done = subprocess.run(code, env=environment(), capture_output=True, text=True, timeout=300)
@@ -534,7 +533,7 @@ def test_a_signal_ends_the_wait_for_another_run(tmp_path, made, shelf):
 def counted(monkeypatch):
     """Forwards of any scorer while the reference is scored, run by run."""
     counts = []
-    forward, inside = Scorer.forward, prepare.with_reference
+    forward, inside = Scorer.forward, reference.Referee.over
     active = []
 
     def count(self, *args, **kwargs):
@@ -551,7 +550,7 @@ def counted(monkeypatch):
             active.pop()
 
     monkeypatch.setattr(Scorer, "forward", count)
-    monkeypatch.setattr(prepare, "with_reference", watched)
+    monkeypatch.setattr(reference.Referee, "over", watched)
     return counts
 
 
@@ -667,14 +666,14 @@ def from_checkpoints(home, name, mine, theirs, *words):
 
 
 def test_another_checkpoint_is_not_even_loaded(tmp_path, counted, checkpoints, monkeypatch):
-    opened, plain = [], prepare.opened_checkpoint
+    opened, plain = [], reference.opened
 
     def watched(*args):
         found = plain(*args)
         opened.append(weakref.ref(found.lm))
         return found
 
-    monkeypatch.setattr(prepare, "opened_checkpoint", watched)
+    monkeypatch.setattr(reference, "opened", watched)
     cold = from_checkpoints(tmp_path, "cold", *checkpoints)
     assert counted[-1] > 0
     assert len(opened) == 1
@@ -705,6 +704,6 @@ def test_a_reference_with_another_tokenizer_is_refused_before_it_is_loaded(
     tokenizer = policies.byte_tokenizer()
     tokenizer.add_tokens(["one more"])
     tokenizer.save_pretrained(checkpoints[1])
-    monkeypatch.setattr(prepare, "opened_checkpoint", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(reference, "opened", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match="another tokenizer"):
         from_checkpoints(tmp_path, "refused", *checkpoints)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import policy
 
+from spo_lightning.cache import tokens
 from spo_lightning.cache.tokens import CHECK, SUFFIX, Tokens, name_of
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import COUNTS, Encoded, encode_some
-from spo_lightning.sampling import pairing
 from spo_lightning.train import train
 
 HOW = {"max_length": 64, "on_mismatch": "split", "strict": False}
@@ -178,7 +178,7 @@ def tokenised(monkeypatch):
         return encode(rows, *args, **how)
 
     for name in ("encode_pairs", "encode_some"):
-        monkeypatch.setattr(pairing, name, partial(spied, getattr(pairing, name)))
+        monkeypatch.setattr(tokens, name, partial(spied, getattr(tokens, name)))
     return calls
 
 

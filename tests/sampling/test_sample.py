@@ -16,10 +16,11 @@ from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import prompt_ids
 from spo_lightning.data.rows import Task
 from spo_lightning.errors import UserError
+from spo_lightning.judges import local as judges
+from spo_lightning.models.device import precision_of
 from spo_lightning.records.progress import silent
-from spo_lightning.run.prepare import precision_of
-from spo_lightning.sample import as_asked, parts_of, prompts
-from spo_lightning.sampling import judges, strategies
+from spo_lightning.sampling import strategies
+from spo_lightning.sampling.draw import as_asked, parts_of, prompts
 from spo_lightning.sampling.record import Record
 
 MODULE = ("-m", "spo_lightning.sample")

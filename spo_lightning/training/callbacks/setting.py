@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spo_lightning.data.sets import Pairs
-from spo_lightning.world import World
+from spo_lightning.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Setting:
     held: Pairs
     batch_size: int  # pairs per forward without gradients
     precision: Callable[[], AbstractContextManager]  # of forwards outside Lightning's
-    world: World = World()
+    world: World = ALONE
 
 
 def due(step: int, every: int) -> bool:

@@ -1,0 +1,132 @@
+"""A training run in one process: its stages in order, its directory, and how it ends."""
+
+import logging
+import signal
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo_lightning.config.build import built
+from spo_lightning.errors import STOPPED, Lost, verdict
+from spo_lightning.records import loggers
+from spo_lightning.records.directory import RunDir
+from spo_lightning.records.progress import Stages, Stop
+from spo_lightning.run.job import Job, opened
+from spo_lightning.run.record import Begun, Read, Referenced, Stage, walk
+from spo_lightning.run.stages import (
+    data,
+    final,
+    init,
+    pairs,
+    policy,
+    reference,
+    report,
+    save,
+    tokens,
+    training,
+    warm_start,
+)
+from spo_lightning.world import World
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from spo_lightning.data.rows import Task
+
+log = logging.getLogger(__name__)
+
+ROWS, SHARED, KEPT = "a pass over the rows", "once for all runs", "what was kept stays"
+DATA = Stage("data", data, ROWS, "reads again")
+BEFORE_TRAINING = [
+    Stage("policy", policy, "a model's load", "loads again"),
+    Stage("warm start", warm_start, f"sft.max_steps of SFT, {SHARED}", "begins again"),
+    Stage("pairs", pairs, f"data.samples answers a prompt, {SHARED}", "draws again"),
+    Stage("tokens", tokens, f"{ROWS}, {SHARED}", KEPT),
+    Stage("reference", reference, f"a forward of every pair, {SHARED}", KEPT),
+]
+
+
+def after_data(job: Job) -> list[Stage]:
+    """All others: name, work, what it costs, how a run goes on that was killed in it."""
+    look, again = "forwards and answers", "measures again"
+    return [
+        *BEFORE_TRAINING,
+        Stage("held-out: init", partial(init, job), "forwards and answers", "measures again"),
+        Stage("training", partial(training, job), "max_steps", "from its last checkpoint"),
+        Stage("held-out: final", final, look, again),
+        Stage("save", partial(save, job), "a model's write", "writes again"),
+        Stage("report", partial(report, job), "nothing", "writes again"),
+    ]
+
+
+def train(
+    cfg: "DictConfig", run_dir: Path, choices: Mapping[str, str], world: World
+) -> dict[str, Any]:
+    """What one process of a run does, from its first file to its last; what metrics.json holds."""
+    run, stop = RunDir(run_dir, writes=world.first), Stop()
+    how = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
+    study = cfg.get("study") is not None
+    if study:
+        how = "A study starts from its beginning"
+    if cfg.ckpt_path is None:
+        run.refuse_used()
+    run.start(cfg, choices, cfg.max_steps)
+    stages = Stages(run.note, stop, how, world)
+    before = stop.install()
+    try:
+        numbers = _study(cfg, run, stages) if study else _run(cfg, run, choices, stages)
+    except BaseException as error:
+        ended = world.reason(error)
+        if isinstance(ended, Lost) and stop.signal is not None:  # the others heard it first
+            ended = stop.raised(how)
+        _note(run, ended, how)
+        if ended is error:
+            raise
+        raise ended from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    run.note_status(state="finished", stage="done")
+    loggers.close(run.path, 0)
+    return numbers
+
+
+def _note(run: RunDir, error: BaseException, how: str) -> None:
+    """What the directory and the loggers keep of a run that ends of an error."""
+    code, message = verdict(error)
+    stopped = code in STOPPED
+    run.note_status(state="interrupted" if stopped else "failed", error=message)
+    if code == 2:
+        run.withdraw()
+    loggers.close(run.path, code)
+    if run.last.exists() and not stopped and (code != 2 or run.stage == "training"):
+        log.error("The last good checkpoint is %s. %s", run.last, how)
+
+
+def _study(cfg: "DictConfig", run: RunDir, stages: Stages) -> dict[str, Any]:
+    """An experiment without a language model: its numbers, then what its report makes of them."""
+    study = built(cfg.study)
+    log.info("Run directory: %s", run.path)
+    run.note_status(max_steps=study.total)
+    with stages.stage("training", study.total) as advance:
+        numbers = study.run(run.path, advance)
+    stages.note("report", 0, 1)
+    for path in study.report(run.path):
+        log.info("Written: %s", path)
+    run.checkpoints.rmdir()  # a study has none
+    return numbers
+
+
+def _run(
+    cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], stages: Stages
+) -> dict[str, Any]:
+    at = walk([DATA], Begun(cfg, stages.world, stages, {}))
+    job = opened(cfg, run, choices)
+    walk(after_data(job), at)
+    return job.numbers
+
+
+def prepared(cfg: "DictConfig", task: "Task", stages: Stages, world: World) -> "Referenced":
+    """What training works on, of rows that are there already: for who only times it."""
+    return walk(BEFORE_TRAINING, Read(cfg, world, stages, {}, task))
