@@ -1,7 +1,7 @@
 """The stages of sampling, top to bottom: prompts to answers, judged, to a file of pairs."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +18,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prompted(Read):
-    """Prompts, each once."""
-
-    prompts: list[dict]
-
-
-@dataclass(frozen=True)
 class Drawn(Opened):
     """Every prompt's answers and scores, in a file."""
 
-    prompts: list[dict]
     record: "Record"
 
 
@@ -69,8 +61,8 @@ def called(node: Any, where: str) -> Any:
     return made
 
 
-def prompts(at: Read) -> Prompted:
-    """Of a file, or the data's own."""
+def prompts(at: Read) -> Read:
+    """The rows to be answered, each prompt once: of a file, or the data's own."""
     from spo_lightning.models.device import set_threads
     from spo_lightning.models.policy import source_of
     from spo_lightning.sampling import draw
@@ -80,10 +72,10 @@ def prompts(at: Read) -> Prompted:
     for where in (at.cfg.model.pretrained, at.cfg.model.reference):
         if where is not None:
             source_of(where)
-    return grown(Prompted, at, prompts=draw.prompts(at.cfg, at.task))
+    return grown(Read, at, task=replace(at.task, train=draw.prompts(at.cfg, at.task)))
 
 
-def sampled(at: Any) -> Drawn:
+def sampled(at: Opened) -> Drawn:
     """Every prompt's answers, judged."""
     from spo_lightning.judges.local import Asked
     from spo_lightning.models.policy import opened
@@ -100,7 +92,7 @@ def sampled(at: Any) -> Drawn:
         cfg.max_length,
     )
     judge = called(cfg.judge, "judge")(asked)
-    return grown(Drawn, at, record=draw(cfg, at.policy, at.prompts, judge, at.stages))
+    return grown(Drawn, at, record=draw(cfg, at.policy, at.task.train, judge, at.stages))
 
 
 def chosen(at: Drawn) -> Chosen:
@@ -108,7 +100,7 @@ def chosen(at: Drawn) -> Chosen:
     from spo_lightning.sampling.draw import written
 
     strategy = called(at.cfg.strategy, "strategy")
-    count = len(at.prompts)
+    count = len(at.task.train)
     found = at.world.once(lambda: written(at.cfg, at.record, count, strategy))
     return grown(Chosen, at, found=found)
 
