@@ -21,6 +21,10 @@ def device_of(hardware: DictConfig, local_rank: int = 0) -> torch.device:
     if wants == "gpu" and not has:
         raise UserError("hardware.accelerator=gpu, and there is none here: use hardware=cpu")
     found = torch.device("cuda", local_rank) if has and wants in ("auto", "gpu") else None
+    if found is not None and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"hardware.devices is more than the {torch.cuda.device_count()} GPUs here: lower it"
+        )
     if wants == "auto":
         named = torch.cuda.get_device_name() if has else f"{torch.get_num_threads()} CPU threads"
         log.info("Hardware: %s", named)

@@ -13,6 +13,7 @@ from spo_lightning.errors import UserError
 from spo_lightning.records import loggers
 from spo_lightning.records.directory import RunDir, cut_after
 from spo_lightning.records.progress import quiet
+from spo_lightning.world import World
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -76,6 +77,17 @@ def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str]) -> Job:
     goes_on = _checkpoint(cfg, run)
     log.info("Run directory: %s", run.path)
     return Job(cfg, run, choices, loss, solver, goes_on, {})
+
+
+def refuse_processes(cfg: "DictConfig", world: World) -> None:
+    """What several processes cannot do, whoever began them."""
+    if cfg.batch_size < world.size:
+        raise UserError(
+            f"batch_size={cfg.batch_size} gives no pair to some of the {world.size} processes: "
+            "raise it"
+        )
+    if world.size > 1 and cfg.data.get("stream"):
+        raise UserError("data.stream=true is read by one process: begin one, or leave it out")
 
 
 def objective(cfg: "DictConfig") -> tuple[Any, Any]:

@@ -88,19 +88,30 @@ def _joined(
     work: Work | None = None,
     hardware: Any = None,
     reason: Callable[[BaseException], BaseException] = lambda error: error,
+    share: int = 1,
 ) -> Any:
-    """Join the others, take the first one's work, and do it."""
+    """Join the others, take the first one's work, and do it, on a ``share``-th of the threads."""
     rank, local = int(told["RANK"]), int(told["LOCAL_RANK"])
     if rank:
         logging.getLogger().addHandler(logging.NullHandler())  # the first has the terminal
     with _group(told) as group:
         bare = World(rank, int(told["WORLD_SIZE"]), group=group)
         work, hardware = bare.once(lambda: (work, hardware))
-        share = int(told["LOCAL_WORLD_SIZE"])
-        _refuse(hardware, share)
-        place = partial(_place, hardware, local, share)
+        here = int(told["LOCAL_WORLD_SIZE"])
+        if hardware.devices not in (1, here):
+            raise UserError(
+                f"hardware.devices={hardware.devices}, and {here} processes were begun on this "
+                "machine: leave it out"
+            )
         assert work is not None  # the first has one
-        return work(World(rank, bare.size, place, group, reason))
+        world = World(rank, bare.size, partial(_place, hardware, local, share), group, reason)
+        try:
+            return work(world)
+        except Exception as error:
+            ended = reason(error)
+            if ended is error:
+                raise
+            raise ended from error
 
 
 def _another(error: BaseException) -> BaseException:
@@ -109,16 +120,8 @@ def _another(error: BaseException) -> BaseException:
     return Lost(told) if _of_the_wire(error) else error
 
 
-def _refuse(hardware: Any, share: int) -> None:
-    if hardware.devices not in (1, share):
-        raise UserError(
-            f"hardware.devices={hardware.devices}, and {share} processes were begun on this "
-            "machine: leave it out"
-        )
-
-
 def _place(hardware: Any, local_rank: int, share: int = 1) -> Any:
-    """The device of a process, and its share of the machine's threads."""
+    """The device of a process, which takes its share of the machine's threads."""
     from spo_lightning.models.device import device_of, set_threads
 
     set_threads(hardware, share)
@@ -134,7 +137,7 @@ def _group(told: Mapping[str, str]) -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in told} if told is not os.environ else {}
     os.environ.update(told)
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    if gpus:
+    if gpus and int(told["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(told["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=WAIT)
     try:
@@ -169,7 +172,7 @@ def _begun(work: Work, hardware: "DictConfig") -> Any:
     threading.Thread(target=_watch, args=([*others], over), daemon=True).start()
     try:
         mine = {**shared, "RANK": "0", "LOCAL_RANK": "0"}
-        return _joined(mine, work, hardware, partial(_reason, others))
+        return _joined(mine, work, hardware, partial(_reason, others), size)
     finally:
         over.set()
         for other in others:
@@ -183,7 +186,7 @@ def _other(told: dict[str, str], said: Connection) -> None:
     threading.Thread(target=_end_with_the_first, daemon=True).start()
     warnings.simplefilter("ignore")
     try:
-        _joined(told)
+        _joined(told, share=int(told["WORLD_SIZE"]))
     except BaseException as error:
         code, line = verdict(error)
         if not _of_the_wire(error):
@@ -231,7 +234,7 @@ def _reason(others: "dict[Any, Connection]", error: BaseException) -> BaseExcept
 
 def _of_the_wire(error: BaseException) -> bool:
     """Whether it is a broken connection between processes, the trace of another one's end."""
-    words = ("gloo", "connection", "socket", "nccl", "broken pipe", "store")
+    words = ("gloo", "connection closed", "connection reset", "socket", "nccl")
     return isinstance(error, RuntimeError | OSError) and any(
         word in str(error).lower() for word in words
     )

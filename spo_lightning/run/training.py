@@ -12,7 +12,7 @@ from spo_lightning.errors import STOPPED, Lost, verdict
 from spo_lightning.records import loggers
 from spo_lightning.records.directory import RunDir
 from spo_lightning.records.progress import Stages, Stop
-from spo_lightning.run.job import Job, opened
+from spo_lightning.run.job import Job, opened, refuse_processes
 from spo_lightning.run.record import Begun, Read, Referenced, Stage, walk
 from spo_lightning.run.stages import (
     data,
@@ -121,6 +121,7 @@ def _study(cfg: "DictConfig", run: RunDir, stages: Stages) -> dict[str, Any]:
 def _run(
     cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], stages: Stages
 ) -> dict[str, Any]:
+    refuse_processes(cfg, stages.world)
     at = walk([DATA], Begun(cfg, stages.world, stages, {}))
     job = opened(cfg, run, choices)
     walk(after_data(job), at)
