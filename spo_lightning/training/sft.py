@@ -34,6 +34,7 @@ from spo_lightning.world import World
 
 log = logging.getLogger(__name__)
 
+CODE = 2  # raise it when the same texts and settings come to train another model
 WARMUP = 0.05  # share of the steps in which the rate rises
 CURVE_ROWS = 500  # held-out prompts on which it is watched
 CHECKS = 8  # points of the curve that is printed
@@ -101,7 +102,7 @@ def warm_start(
     if cache is None:
         _say(_train(policy, texts, quality, settings, stages))
         return
-    home = cache / "warm_starts" / key(policy, texts, settings)
+    home = cache / "warm_starts" / key(policy, texts, {**settings, "code": CODE})
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(home) + ".lock") if world.first else nullcontext():
         if world.once((home / "model.safetensors").exists):
@@ -126,9 +127,8 @@ def _train(
     stages: Stages,
 ) -> list[tuple[int, float]]:
     steps, size = settings["max_steps"], settings["batch_size"]
-    optimizer = torch.optim.AdamW(
-        policy.lm.parameters(), lr=settings["lr"], betas=settings["betas"], weight_decay=0.0
-    )
+    how = {"lr": settings["lr"], "betas": settings["betas"], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(policy.lm.parameters(), fused=True, **how)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps, WARMUP))
     scorer = scorer_for(policy.lm, max(map(len, texts)), share=False)
     orders = draws(len(texts), size, settings["seed"], 0)

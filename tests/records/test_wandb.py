@@ -208,17 +208,17 @@ def test_a_run_that_goes_on_keeps_its_id(tmp_path, cache):
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_has_its_summary(tmp_path, cache):
-    """Steps are logged by a rank, what comes after by the process that began it: one id."""
+    """The first of them logs, from the first step to the summary."""
     words = (*SMALL, cache, "loss=dpo", "max_steps=3", "logger=wandb", "hydra.run.dir=run")
     more = ("hardware=ddp", "hardware.accelerator=cpu")
     done = command(tmp_path, *words, *more, timeout=300, WANDB_MODE="offline")
     assert done.code == 0, done.err
     folders = list((tmp_path / "run/wandb").glob("offline-run-*"))
-    assert len({run_of(folder).run_id for folder in folders}) == 1 and len(folders) == 2
+    assert len(folders) == 1
     rows = [row for folder in folders for row in history(folder)]
     assert [r["trainer/global_step"] for r in rows if "train/loss" in r] == [1, 2, 3]
     assert any("samples/ncols" in row or "samples/nrows" in row for row in rows), rows
     numbers = json.loads((tmp_path / "run/metrics.json").read_text())
     told = {name: value for folder in folders for name, value in summary_of(folder).items()}
     assert told["final/exact_match"] == numbers["final"]["exact_match"]
-    assert [exits_of(folder) for folder in folders] == [[0], [0]]
+    assert [exits_of(folder) for folder in folders] == [[0]]
