@@ -7,7 +7,8 @@ import pytest
 from benches import SHORT, TINY, bench_config, measured
 from conftest import command
 
-from spo_lightning.bench import asked, jobs, jobs_report, peer
+from spo_lightning.bench import asked, jobs
+from spo_lightning.bench.contestants import CONTESTANTS
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.records.progress import silent
 
@@ -16,7 +17,7 @@ JOBS = (*("what=jobs", *TINY, *SHORT), "betas=[0.1]", "weights=[1]", "steps=2", 
 
 @pytest.mark.slow
 def test_one_job(tmp_path):
-    if not peer.installed():
+    if not CONTESTANTS["trl"].installed:
         pytest.skip("needs TRL")
     words = ("hydra.run.dir=run",)
     done = command(tmp_path, *JOBS, *words, module=("-m", "spo_lightning.bench"), timeout=500)
@@ -98,10 +99,10 @@ def test_totals():
     setting |= {"vocabulary": 512, "pairs": 8, "steps": 2, "batch_size": 2, "train": []}
     setting |= {"prompt": [4, 9], "completion": [3, 6]}
     numbers = {"setting": setting, "imports": {"ours": 1.0, "trl": 2.0}, "jobs": rows}
-    text = jobs_report.table({**numbers, "totals": found})
+    text = jobs.table({**numbers, "totals": found})
     assert "| all  |        | 4.0     | 16.0   | 4.00       |" in text
     assert "imports of TRL: 2.00 s a run, 25.0% of its total" in text
     for row in rows:
         row.pop("trl")
     alone = jobs.totals(rows, {"ours": 1.0}, ["ours"])
-    assert "TRL" not in jobs_report.table({**numbers, "totals": alone})
+    assert "TRL" not in jobs.table({**numbers, "totals": alone})

@@ -7,7 +7,7 @@ from benches import measured
 from conftest import SMALL
 
 from spo_lightning.bench import start
-from spo_lightning.bench.processes import clocked
+from spo_lightning.bench.start import clocked
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.records.progress import silent
 
