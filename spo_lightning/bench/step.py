@@ -33,13 +33,14 @@ PEERS = ("trl", "liger")
 
 
 class Ratio(NamedTuple):
-    """One contestant's time over another's, as it is told and drawn."""
+    """What one contestant takes over another, as it is told and drawn."""
 
     key: str  # in bench.json
     mine: str
     other: str
-    words: str
+    words: str  # how it is told
     colour: str
+    quantity: str = "time"
     worst: Callable[[Sequence[float]], float] = min  # of the cells
     digits: int = 2  # in the table
     levels: tuple[float, ...] = (1.0,)  # to compare with in the picture
@@ -65,6 +66,7 @@ RATIOS = (
     Ratio("trl_over", "trl", "ours", "TRL over ours", output.RED),
     Ratio("liger_over", "liger", "ours", "TRL + Liger over ours", output.PINK),
 )
+MEMORY = Ratio("memory_over_trl", "ours", "trl", "", output.GREEN, quantity="memory")
 
 
 def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]:
@@ -100,8 +102,7 @@ def cells_of(cfg: DictConfig) -> list[Cell]:
     asked.refuse_strangers(cfg.only or (), "shapes", cfg.shapes, "only")
     spans = {
         name: [asked.span(sides[key], f"shapes.{name}.{key}") for key in ("prompt", "completion")]
-        for name, sides in cfg.shapes.items()
-        if name in (cfg.only or cfg.shapes)
+        for name, sides in ((name, cfg.shapes[name]) for name in cfg.only or cfg.shapes)
     }
     return [Cell(name, size, *sides) for name, sides in spans.items() for size in cfg.vocabularies]
 
@@ -205,7 +206,7 @@ def compared(
         if {each.mine, each.other} <= seconds.keys()
     }
     if memory.get("trl", 0) > 0:  # 0 where the system cannot forget an earlier, higher peak
-        found["memory_over_trl"] = memory["ours"] / memory["trl"]
+        found[MEMORY.key] = memory["ours"] / memory["trl"]
     return found
 
 
@@ -247,8 +248,7 @@ def table(numbers: Mapping[str, Any]) -> str:
         if mib:
             row = {f"{title}, MiB": f"{mib[name]:.0f}" for name, title in titles.items()}
             if "trl" in mib:
-                over = cell.get("memory_over_trl")
-                row["ours / TRL"] = "" if over is None else f"{over:.2f}"
+                row[MEMORY.title] = f"{cell[MEMORY.key]:.2f}" if MEMORY.key in cell else ""
             memory.append(where | row)
     said = [
         f"{each.words}: geometric mean {mean[each.key]:.{each.digits}f}, at "
@@ -297,31 +297,25 @@ def picture(numbers: Mapping[str, Any], directory: Path) -> list[Path]:
     """step.svg and step.png: a row per ratio, a panel per shape, a dot with extremes per cell."""
     cells = numbers["cells"]
     shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
-    rows = [(r.key, f"time, {r.title}", r.colour, r.levels, r.lowest) for r in RATIOS]
-    rows.append(("memory_over_trl", "memory, ours / TRL", output.GREEN, (1.0,), 0.0))
-    rows = [row for row in rows if any(row[0] in cell for cell in cells)]
+    rows = [r for r in (*RATIOS, MEMORY) if any(r.key in cell for cell in cells)]
     panels = []
-    for key, label, colour, levels, lowest in rows:
+    for ratio in rows:
         across = []
         for shape in shapes:
-            mine = [cell for cell in cells if cell["shape"] == shape and key in cell]
+            mine = [cell for cell in cells if cell["shape"] == shape and ratio.key in cell]
             sizes = [cell["vocabulary"] for cell in mine]
-            names = [f"{v // 1024}k" if v % 1024 == 0 else f"{v:,}" for v in sizes]
+            found = [cell[ratio.key] for cell in mine]
+            values = [v if isinstance(v, dict) else output.extremes([v]) for v in found]
             axes = {
                 "xticks": range(len(mine)),
-                "xticklabels": names,
+                "xticklabels": [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in sizes],
                 "xlim": (-0.5, max(len(mine), 1) - 0.3),
-                "title": shape if key == rows[0][0] else "",
-                "xlabel": "vocabulary" if key == rows[-1][0] else "",
-                "ylabel": "" if across else label,
+                "title": shape if ratio is rows[0] else "",
+                "xlabel": "vocabulary" if ratio is rows[-1] else "",
+                "ylabel": "" if across else f"{ratio.quantity}, {ratio.title}",
             }
-            values = [
-                v if isinstance(v, dict) else output.extremes([v])
-                for v in (cell[key] for cell in mine)
-            ]
-            across.append(
-                output.Panel(range(len(mine)), values, colour, axes, levels=levels, lowest=lowest)
-            )
+            panel = output.Panel(range(len(mine)), values, ratio.colour, axes)
+            across.append(panel._replace(levels=ratio.levels, lowest=ratio.lowest))
         panels.append(across)
     if not panels:
         return []
