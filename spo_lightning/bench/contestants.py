@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from spo_lightning.bench import peer
@@ -24,7 +24,7 @@ from spo_lightning.bench.ours import Ours, Watch, device_of, precision_of, unmov
 from spo_lightning.data.batch import Pair
 from spo_lightning.models.policy import DTYPES
 from spo_lightning.records.progress import quiet
-from spo_lightning.training.fit import module_of
+from spo_lightning.training.fit import optimizer_of
 
 AGAIN = 4  # steps after which the pairs come again, so that losses fall
 
@@ -102,7 +102,7 @@ class Floor:
     def __init__(self, race: Race):
         cfg, size, drawn = race.cfg, race.cfg.batch_size, race.drawn
         self.lm, self.clip = race.opened(), cfg.clip_norm
-        self.optimizer = module_of(cfg, nn.Module(), None, None, 1).make_optimizer  # type: ignore
+        self.optimizer = optimizer_of(cfg)
         self.precision = precision_of(cfg.hardware, race.device)
         starts = range(0, len(drawn) - size + 1, size)
         self.batches = [dense(drawn[s : s + size], race.device) for s in starts]

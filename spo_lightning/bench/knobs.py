@@ -95,8 +95,8 @@ def compared(
 
 def table(numbers: Mapping[str, Any]) -> str:
     """Markdown: what was measured on, then a row per entry."""
-    at, knobs = numbers["setting"], numbers["knobs"]
-    base = next(iter(knobs))
+    at, entries = numbers["setting"], numbers["knobs"]
+    base = next(iter(entries))
     rows = [
         {
             "knob": name,
@@ -107,7 +107,7 @@ def table(numbers: Mapping[str, Any]) -> str:
             f"memory over {base}": f"{row['memory']:.2f}" if "memory" in row else "",
             "losses differ by": f"{row['loss_difference']:.1e}",
         }
-        for name, row in knobs.items()
+        for name, row in entries.items()
     ]
     prompt, completion = ("{} to {}".format(*at[key]) for key in ("prompt", "completion"))
     lines = [

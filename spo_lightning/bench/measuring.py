@@ -24,7 +24,7 @@ from spo_lightning.records.progress import Stages, quiet
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # glibc: blocks of so many bytes are mappings of their own
-SMALL = 64 * 1024  # bytes
+SMALL = 64 * 1024  # bytes; by default a freed block of up to 32 MiB may stay, and count
 
 
 @contextmanager
@@ -125,7 +125,7 @@ class Memory(Watch):
 def forget_peak() -> bool:
     """Start the peak of this process anew; False where the system does not let us."""
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak
     except OSError:
         return False
     return True
@@ -148,15 +148,15 @@ def above(contestant: Contestant, steps: int) -> float:
     return watch.mib
 
 
-# makes the run whose first step loads the code, and the run that is measured
-Makes = partial[Any]
-
-
 def peaks(
-    calls: Mapping[str, tuple[DictConfig, Makes]], steps: int, stages: Stages
+    calls: Mapping[str, tuple[DictConfig, partial[Any]]], steps: int, stages: Stages
 ) -> dict[str, float]:
-    """MiB at the peak by name. What a CPU's process once held it may keep, so that each of the
-    calls, the hardware's settings and what makes the run, has a process of its own."""
+    """MiB at the peak by name, each call in a process of its own, as a process on a CPU may keep
+    what it once held.
+
+    A call: the hardware's settings, and what makes two contestants there, the one whose first step
+    loads the code and the one that is measured.
+    """
     # one process imports what the others inherit, where no GPU is at hand: CUDA outlives no fork
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     context = multiprocessing.get_context(method)
@@ -180,8 +180,8 @@ def peaks(
     return found
 
 
-def alone(hardware: DictConfig, make: Makes, steps: int) -> float:
-    """MiB of a run, once a step has loaded the code; in a fresh process."""
+def alone(hardware: DictConfig, make: partial[Any], steps: int) -> float:
+    """MiB of one call, in its process."""
     warnings.simplefilter("ignore")
     quiet()
     with suppress(AttributeError):  # glibc's, others have none: freed memory goes back at once

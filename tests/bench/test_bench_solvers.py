@@ -77,10 +77,13 @@ def test_a_signal_amid_the_steps_ends_as_one_line():
     made = policy()
     start = Start(Scorer(made.lm, True), scored(made.lm), None)
     entry = Entry(cfg, *objective("solver=none")[:2])
-    ask = Watch()
-    ask.start = lambda: signal.raise_signal(signal.SIGTERM)
+
+    class Asks(Watch):
+        def start(self):
+            signal.raise_signal(signal.SIGTERM)
+
     with pytest.raises(Interrupted, match="stopped by SIGTERM") as error:
-        Ours(entry, start).run(2, ask)
+        Ours(entry, start).run(2, Asks())
     assert command_line.verdict(error.value) == (143, "stopped by SIGTERM")
 
 
@@ -90,9 +93,12 @@ def test_steps_leave_the_policy_as_it_was():
     cfg = config("hardware=cpu", "hardware.precision=64-true", "batch_size=4", "optimizer.lr=0.1")
     loss, solver, _ = objective("solver=unrolled")
     before, moved = weights(start), []
-    look = Watch()
-    look.stop = lambda: moved.append(not torch.equal(weights(start), before))
-    Ours(Entry(cfg, loss, solver), start).run(2, look)
+
+    class Looks(Watch):
+        def stop(self):
+            moved.append(not torch.equal(weights(start), before))
+
+    Ours(Entry(cfg, loss, solver), start).run(2, Looks())
     assert moved == [True, True]
     assert torch.equal(weights(start), before)
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spo_lightning.bench import asked, output, step
 from spo_lightning.bench.cell import Cell, as_text, drawn, save_model, word_tokenizer
 from spo_lightning.bench.contestants import CONTESTANTS, dense, flops, race_of
-from spo_lightning.bench.ours import Ours
+from spo_lightning.bench.ours import Ours, Watch
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import encode_pairs
 from spo_lightning.errors import Diverged
@@ -152,7 +152,7 @@ def race(directory):
     return replace(race_of(cfg, mine, CELL, directory), order=tuple(range(8)))
 
 
-class Counted:
+class Counted(Watch):
     """A watch that counts."""
 
     def __init__(self):
