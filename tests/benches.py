@@ -4,10 +4,12 @@ import signal
 from contextlib import contextmanager
 
 import hydra.utils
+import pytest
 from hydra import compose, initialize_config_dir
 from pairs import CONF
 
 from spo_lightning.config import knobs
+from spo_lightning.errors import UserError
 
 # two narrow layers, few words, short texts
 TINY = (
@@ -59,3 +61,11 @@ def measured(directory, *words):
         line = knobs.Given(touched, {"what": "any"}, compose("bench", words[:1]))
         directory.mkdir(exist_ok=True)
         return hydra.utils.get_method(cfg.what._target_)(cfg, directory, line)
+
+
+def refused(directory, says, *words):
+    """Whether the words end in one line that says this, and leave nothing."""
+    with pytest.raises(UserError) as error:
+        measured(directory, *words)
+    assert says in str(error.value)
+    assert not list(directory.iterdir())

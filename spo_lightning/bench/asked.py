@@ -1,25 +1,29 @@
 """What was asked of the bench in; the training command's configuration out, and what was refused.
 
-So every key of the training command that stands here too, ``model.attention=...`` or
+Every key of the training command that stands here too, ``model.attention=...`` or
 ``hardware.precision=...``, holds for our side; ``train=[...]`` says the others.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from hydra import compose
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from spo_lightning.bench.cell import Cell, hushed
+from spo_lightning import __version__
+from spo_lightning.bench.cell import Cell
+from spo_lightning.bench.ours import device_of, set_threads
 from spo_lightning.config import knobs
 from spo_lightning.config.build import one_line
 from spo_lightning.errors import UserError
 from spo_lightning.records import progress
 from spo_lightning.records.directory import without_secrets, write_text
 from spo_lightning.records.progress import Stages, Stop
-from spo_lightning.run import prepare
 
 log = logging.getLogger(__name__)
 
@@ -28,24 +32,31 @@ OPEN = ("optimizer.fused", "optimizer.foreach")  # how the same steps are comput
 FIXED = ("data=pairs", "model=pretrained", "loss=dpo", "solver=none", "optimizer=adamw")
 
 
-def refuse_models(line: knobs.Given) -> None:
-    """Another model than one built here."""
+def refuse(
+    cfg: DictConfig, line: knobs.Given, least: Mapping[str, float], positive: Sequence[str] = ()
+) -> None:
+    """Another model than one built here; a number, or one of a list, below its ``least``, or not
+    above 0."""
     for key in line.touched:
-        parts = key.split(".")
-        if parts[0] == "model" and len(parts) > 1 and parts[1] in BUILT:
+        if key.startswith(tuple(f"model.{part}" for part in BUILT)):
             raise UserError(f"{key} has no effect: the bench builds its model from model.config")
+    bounds = [(key, number, "at least") for key, number in least.items()]
+    for key, bound, words in bounds + [(key, 0, "above") for key in positive]:
+        value = cfg[key]
+        numbers = value if OmegaConf.is_list(value) else [value]
+        if not numbers:
+            raise UserError(f"{key}=[]: name at least one")
+        for number in numbers:
+            known = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if not known or number < bound or (number == bound and words == "above"):
+                raise UserError(f"{key}={value}: it must be {words} {bound}")
 
 
-def refuse_below(cfg: DictConfig, key: str, least: float, *, within: bool) -> None:
-    """A number, or one of a list, under ``least``; ``within``: which itself is allowed."""
-    value = cfg[key]
-    for number in value if OmegaConf.is_list(value) else [value]:
-        known = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not known or number < least or (number == least and not within):
-            words = "at least" if within else "above"
-            raise UserError(f"{key}={value}: it must be {words} {least}")
-    if OmegaConf.is_list(value) and not value:
-        raise UserError(f"{key}=[]: name at least one")
+def refuse_strangers(names: Iterable[str], group: str, listed: Iterable[str], said: str) -> None:
+    """A name that is none of those listed."""
+    for name in names:
+        if name not in listed:
+            raise UserError(f"{said}: {name} is none of {group}: choose from {', '.join(listed)}")
 
 
 def span(found: Sequence[Any], where: str) -> tuple[int, int]:
@@ -58,9 +69,9 @@ def span(found: Sequence[Any], where: str) -> tuple[int, int]:
 
 def cell_of(cfg: DictConfig) -> Cell:
     """The one shape and vocabulary of a question that has no more."""
-    refuse_below(cfg, "vocabulary", 8, within=True)
-    prompt, completion = (span(cfg[key], key) for key in ("prompt", "completion"))
-    return Cell("pairs", cfg.vocabulary, prompt, completion)
+    return Cell(
+        "pairs", cfg.vocabulary, *(span(cfg[key], key) for key in ("prompt", "completion"))
+    )
 
 
 def begin(cfg: DictConfig, run_dir: Path) -> Stages:
@@ -68,21 +79,16 @@ def begin(cfg: DictConfig, run_dir: Path) -> Stages:
     stages = Stages(lambda *_: None, Stop(), "Run the command again.")
     stages.stop.install()
     progress.quiet()
-    prepare.set_threads(cfg.hardware)
+    set_threads(cfg.hardware)
     log.info("Run directory: %s", run_dir)
     resolved = OmegaConf.to_container(cfg, resolve=True)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(without_secrets(resolved)))
     return stages
 
 
-def device_of(cfg: DictConfig) -> torch.device:
-    with hushed():  # it says what it took, and here it is asked again for every cell
-        return prepare.device_of(cfg.hardware)
-
-
 def machine(cfg: DictConfig) -> dict[str, Any]:
     """What the numbers were measured on."""
-    cuda = device_of(cfg).type == "cuda"
+    cuda = device_of(cfg.hardware).type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": torch.get_num_threads(),
@@ -90,12 +96,38 @@ def machine(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
+def setting(cfg: DictConfig, *keys: str, **more: Any) -> dict[str, Any]:
+    """The machine, what was measured, and by which versions."""
+    values = {key: cfg[key] for key in keys}
+    plain = {key: list(v) if OmegaConf.is_list(v) else v for key, v in values.items()}
+    versions = {"spo_lightning": __version__, "torch": torch.__version__}
+    return {**machine(cfg), **more, **plain, **versions}
+
+
+# -- our configuration
+
+
+def entries(
+    cfg: DictConfig, group: str, first: str, composed: Callable[[list[str]], DictConfig]
+) -> dict[str, DictConfig]:
+    """The configuration of every entry of ``cfg[group]``, a list of words of the command line
+    each; ``first`` before all others, of which ``cfg.only`` names some."""
+    listed = cfg[group]
+    refuse_strangers(cfg.only or (), group, listed, "only")
+    found = {}
+    for name in dict.fromkeys([first, *(cfg.only or listed)]):
+        words = listed[name]
+        if not isinstance(words, ListConfig) or not all(isinstance(w, str) for w in words):
+            raise UserError(f"{group}.{name}={words}: it must be a list of overrides, [...]")
+        try:
+            found[name] = composed(list(words))
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            raise UserError(f"{group}.{name}: {one_line(error)}") from error
+    return found
+
+
 def trained(cfg: DictConfig, words: Sequence[str] = ()) -> DictConfig:
     """The training command's configuration with what was said here, and last with ``words``."""
-    from hydra import compose
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     own = {
         "model": {**cfg.model, "pretrained": "here", "config": {}},
         "hardware": cfg.hardware,
@@ -113,26 +145,13 @@ def trained(cfg: DictConfig, words: Sequence[str] = ()) -> DictConfig:
     try:
         found = compose("train", [*FIXED, "model.pretrained=here", *cfg.train, *words])
         found.merge_with(own)
-        found.merge_with_dotlist([word for word in words if _is_value(found, word)])
+        # a word wins over what stands here; one that chose an option of a group has done its work
+        found.merge_with_dotlist([word for word in words if sets_a_key(found, word)])
     except (HydraException, OmegaConfBaseException) as error:
-        said = [*cfg.train, *words]
-        raise UserError(f"train={said}: {one_line(error)}") from error
+        raise UserError(f"train={[*cfg.train, *words]}: {one_line(error)}") from error
     return found
 
 
-def _is_value(found: DictConfig, word: str) -> bool:
-    """Whether it sets a key, rather than choosing an option of a group."""
+def sets_a_key(found: DictConfig, word: str) -> bool:
     key = word.split("=")[0]
     return "/" not in key and not OmegaConf.is_dict(OmegaConf.select(found, key))
-
-
-def settled(mine: DictConfig, model: Path, cell: Cell, room: Path) -> Any:
-    """The same for one cell's model, without references to anything else."""
-    own = {
-        "model": {"pretrained": str(model)},
-        "max_length": cell.longest,
-        "cache": {"dir": str(room / "cache")},
-    }
-    whole: Any = OmegaConf.to_container(OmegaConf.merge(mine, own), resolve=True)
-    flat: Any = OmegaConf.create(whole)
-    return flat

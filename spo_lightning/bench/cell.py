@@ -3,10 +3,8 @@
 A token is a word, ``t17`` is token 17, so that text and tokens say exactly the same.
 """
 
-import logging
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,15 +120,3 @@ def save_model(
     lm.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return sum(p.numel() for p in lm.parameters())
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """What preparing says of its data is said once too often here, for every cell again."""
-    ours = logging.getLogger("spo_lightning")
-    before = ours.level
-    ours.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        ours.setLevel(before)

@@ -1,42 +1,32 @@
 """One cell's files in; what takes its outer steps out: ours, the floor and TRL.
 
 Each starts from the same weights, takes the same pairs in the same order, and leaves the weights
-as they were. One more contestant is a class here and its name in ``CONTESTANTS``.
+as they were. One more contestant is a class here and its line in ``CONTESTANTS``.
 """
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import hydra.utils
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from spo_lightning.bench.cell import as_text, hushed
-from spo_lightning.bench.costs import Entry, Start, take
+from spo_lightning.bench import peer
+from spo_lightning.bench.cell import Cell, as_text, drawn
+from spo_lightning.bench.ours import Ours, Watch, device_of, precision_of, unmoved
 from spo_lightning.data.batch import Pair
-from spo_lightning.data.rows import Task
 from spo_lightning.models.policy import DTYPES
-from spo_lightning.records.progress import silent
-from spo_lightning.run import prepare
-from spo_lightning.training.fit import module_of
+from spo_lightning.records.progress import quiet
+from spo_lightning.training.fit import optimizer_of
 
-
-class Watch(Protocol):
-    """Looks at a run: before its first step, and around every step."""
-
-    def begin(self) -> None: ...
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
+AGAIN = 4  # steps after which the pairs come again, so that losses fall
 
 
 class Contestant(Protocol):
@@ -47,13 +37,15 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Race:
-    """What every contestant of a cell is made from. ``cfg`` is one of the training command."""
+    """What every contestant of a cell is made from; ``cfg`` is one of the training command."""
 
     cfg: DictConfig
-    model: Path  # directory of the initial weights and the tokenizer
     pairs: Sequence[Pair]  # as they are stored
-    order: Sequence[int]  # of the pairs, as our run draws them; empty until that is known
-    device: torch.device
+    order: Sequence[int] = ()  # of the pairs, as our run draws them; empty until that is known
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.cfg.hardware)
 
     @property
     def drawn(self) -> list[Pair]:
@@ -63,115 +55,82 @@ class Race:
         """The model as transformers opens it."""
         from transformers import AutoModelForCausalLM
 
+        model = self.cfg.model
         lm: Any = AutoModelForCausalLM.from_pretrained(
-            self.model, dtype=DTYPES[self.cfg.model.dtype], attn_implementation="sdpa"
+            model.pretrained, dtype=DTYPES[model.dtype], attn_implementation="sdpa"
         )
         return lm.to(self.device).train()
 
 
-class Kept:
-    """The weights as they were, to be put back."""
+def race_of(cfg: DictConfig, mine: DictConfig, cell: Cell, room: Path) -> Race:
+    """One cell of the bench's ``cfg`` under a configuration ``mine`` of the training command, with
+    the model that ``save_model`` leaves in the room."""
+    own = {
+        "model": {"pretrained": str(room / "model")},
+        "max_length": cell.longest,
+        "cache": {"dir": str(room / "cache")},
+    }
+    # resolved and made anew: what goes to another process must not refer to Hydra's whole
+    whole: Any = OmegaConf.to_container(OmegaConf.merge(mine, own), resolve=True)
+    flat: Any = OmegaConf.create(whole)
+    return Race(flat, drawn(cell, AGAIN * cfg.batch_size, cfg.seed))
 
-    def __init__(self, module: nn.Module):
-        self.parameters = list(module.parameters())
-        self.before = [p.detach().clone() for p in self.parameters]
 
-    @torch.no_grad()
-    def put_back(self) -> None:
-        for p, before in zip(self.parameters, self.before):
-            p.copy_(before)
-            p.grad = None
+def flops(race: Race, pairs: Sequence[Pair]) -> float:
+    """Of the model, forward and backward (three forwards), over unique tokens.
 
-
-class Ours:
-    """The training command's own path: ``Preference`` under Lightning on ``OuterSteps``."""
-
-    def __init__(self, race: Race):
-        cfg, device = race.cfg, race.device
-        task = Task(train=as_text(race.pairs), held_out=[])
-        precision = prepare.precision_of(cfg.hardware, device)
-        with hushed():
-            given = prepare.prepare(cfg, task, device, precision, silent())
-        self.start = Start(given.scorer, given.train, given.lower)
-        node: Any = OmegaConf.to_container(cfg.loss, resolve=True)
-        node.pop("unit")
-        loss, solver = hydra.utils.instantiate(node), hydra.utils.instantiate(cfg.solver)
-        self.entry = Entry(cfg, loss, solver)
-        self.rows: list[int] = []  # of the last run, as drawn
-
-    def run(self, steps: int, watch: Watch) -> list[float]:
-        losses = []
-        self.rows = []
-
-        def before(trainer: Any, module: Any, batch: Any, number: int) -> None:
-            self.rows += [row for part in batch for row in part.rows.tolist()]
-            watch.start()
-
-        def after(trainer: Any, module: Any, *_: Any) -> None:
-            watch.stop()
-            losses.append(module.numbers.get("train/loss", float("nan")))
-
-        look = LambdaCallback(
-            on_train_start=lambda *_: watch.begin(),
-            on_train_batch_start=before,
-            on_train_batch_end=after,
-        )
-        take(self.entry, self.start, steps, look)
-        return losses
-
-    def twin(self, cfg: Any, start: Start) -> "Ours":
-        """The same with another configuration or start."""
-        made = object.__new__(Ours)
-        made.entry, made.start, made.rows = self.entry._replace(cfg=cfg), start, []
-        return made
-
-    def logging(self) -> "Ours":
-        """The same, and the numbers of every step are computed."""
-        return self.twin(
-            OmegaConf.merge(self.entry.cfg, {"log": {"every_n_steps": 1}}), self.start
-        )
+    Two per weight of the body and token, two per weight of the head and scored token, and four
+    per layer, width and attended position; nothing for recomputation, padding or masked ones.
+    """
+    lm = race.opened()
+    config, head = lm.config, lm.get_output_embeddings().weight.numel()
+    embedding = lm.get_input_embeddings().weight
+    tied = lm.get_output_embeddings().weight is embedding
+    body = sum(p.numel() for p in lm.parameters()) - embedding.numel() - (0 if tied else head)
+    total = 0.0
+    for pair in pairs:
+        p, sides = len(pair.prompt), (len(pair.chosen), len(pair.rejected))
+        attended = p * (p + 1) / 2 + sum(r * p + r * (r + 1) / 2 for r in sides)
+        total += 2 * body * len(pair) + 2 * head * sum(sides)
+        total += 4 * config.num_hidden_layers * config.hidden_size * attended
+    return 3 * total
 
 
 class Floor:
-    """The lower bound: a bare forward and backward over as many unique tokens, no more.
-
-    The transformers model itself on dense rows, one per pair, unique tokens // pairs wide: no
-    padding, no mask (plain causal attention), no Lightning. The head sees exactly as many
-    positions as are scored, gathered before it, and torch's cross-entropy takes all its logits at
-    once. Then clipping and the optimizer's step, as ours. Tokens: prompt once, both responses.
-    """
+    """The lower bound: a bare forward and backward over as many unique tokens, no more."""
 
     def __init__(self, race: Race):
-        cfg, size = race.cfg, race.cfg.batch_size
+        cfg, size, drawn = race.cfg, race.cfg.batch_size, race.drawn
         self.lm, self.clip = race.opened(), cfg.clip_norm
-        self.kept = Kept(self.lm)
-        self.optimizer = module_of(cfg, nn.Module(), None, None, 1).make_optimizer  # type: ignore
-        self.precision = prepare.precision_of(cfg.hardware, race.device)
-        drawn = race.drawn
+        self.optimizer = optimizer_of(cfg)
+        self.precision = precision_of(cfg.hardware, race.device)
         starts = range(0, len(drawn) - size + 1, size)
         self.batches = [dense(drawn[s : s + size], race.device) for s in starts]
 
     def run(self, steps: int, watch: Watch) -> list[float]:
-        optimizer = self.optimizer(list(self.lm.parameters()))
-        watch.begin()
-        for ids, rows, columns, targets in self.batches[:steps]:
-            watch.start()
-            with self.precision():
-                hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                logits = self.lm.get_output_embeddings()(hidden[rows, columns])
-                loss = F.cross_entropy(logits.float(), targets)
-            loss.backward()
-            del hidden, logits, loss
-            clip_grad_norm_(self.lm.parameters(), self.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            watch.stop()
-        self.kept.put_back()
+        with unmoved(self.lm):
+            optimizer = self.optimizer(list(self.lm.parameters()))
+            watch.begin()
+            for ids, rows, columns, targets in self.batches[:steps]:
+                watch.start()
+                with self.precision():
+                    hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                    logits = self.lm.get_output_embeddings()(hidden[rows, columns])
+                    loss = F.cross_entropy(logits.float(), targets)
+                loss.backward()
+                del hidden, logits, loss
+                clip_grad_norm_(self.lm.parameters(), self.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                watch.stop()
         return []
 
 
 def dense(pairs: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[B, T] ids, then row, column and target of each scored position: the last of every row."""
+    """[B, T] ids, then row, column and target of each scored position: the last of every row.
+
+    One row per pair, unique tokens // pairs wide, so that nothing is padded or masked.
+    """
     count = len(pairs)
     ids = [token for pair in pairs for token in (*pair.prompt, *pair.chosen, *pair.rejected)]
     scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
@@ -191,50 +150,78 @@ class Trl:
     """TRL's DPOTrainer, reference log-probabilities precomputed, nothing logged or saved."""
 
     def __init__(self, race: Race, *, liger: bool):
-        from spo_lightning.bench.peer import trainer_of
-
-        cfg, place = race.cfg, race.model / "trl"
-        lm = race.opened()
-        self.trainer, self.hooks, self.losses = trainer_of(
-            lm,
-            as_text(race.drawn),
-            race.model,
-            {
-                "output_dir": str(place),
-                "beta": cfg.loss.beta,
-                "max_length": cfg.max_length,
-                "per_device_train_batch_size": cfg.batch_size,
-                "learning_rate": cfg.optimizer.lr,
-                "weight_decay": cfg.optimizer.weight_decay,
-                "adam_beta1": cfg.optimizer.betas[0],
-                "adam_beta2": cfg.optimizer.betas[1],
-                "adam_epsilon": cfg.optimizer.eps,
-                "max_grad_norm": cfg.clip_norm,
-                "bf16": cfg.hardware.precision.startswith("bf16"),
-                "use_cpu": race.device.type == "cpu",
-                "seed": cfg.seed,
-                "use_liger_kernel": liger,
-            },
+        cfg, optimizer = race.cfg, race.cfg.optimizer
+        settings = peer.settings(
+            cfg,
+            output_dir=f"{cfg.model.pretrained}/trl",
+            beta=cfg.loss.beta,
+            learning_rate=optimizer.lr,
+            max_length=cfg.max_length,
+            use_cpu=race.device.type == "cpu",
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.betas[0],
+            adam_beta2=optimizer.betas[1],
+            adam_epsilon=optimizer.eps,
+            use_liger_kernel=liger,
         )
-        self.kept = Kept(lm)
+        self.lm = race.opened()
+        self.trainer, self.hooks, self.losses = peer.watched(
+            self.lm, as_text(race.drawn), cfg.model.pretrained, settings
+        )
+        quiet()  # what was imported since
 
     def run(self, steps: int, watch: Watch) -> list[float]:
         trainer = self.trainer
         trainer.args.max_steps = steps
         self.losses.clear()
         self.hooks.watch = watch
-        trainer.train()
-        trainer.optimizer = trainer.lr_scheduler = None  # a run has its own
-        trainer.accelerator.free_memory()
-        trainer.model_wrapped = trainer.model
-        self.kept.put_back()
+        with unmoved(self.lm):
+            trainer.train()
+            trainer.optimizer = trainer.lr_scheduler = None  # a run has its own
+            trainer.accelerator.free_memory()
+            trainer.model_wrapped = trainer.model
         gc.collect()
         return [float(loss) for loss in self.losses]
 
 
-CONTESTANTS: Mapping[str, Callable[[Race], Contestant]] = {
-    "ours": Ours,
-    "floor": Floor,
-    "trl": partial(Trl, liger=False),
-    "liger": partial(Trl, liger=True),
+class Kind(NamedTuple):
+    """A contestant as tables name it, what makes it, and what a reader has to know of it."""
+
+    title: str
+    make: Callable[[Race], Contestant]
+    needs: tuple[str, ...] = ()  # packages
+    note: str = ""
+
+    @property
+    def installed(self) -> bool:
+        return all(find_spec(package) is not None for package in self.needs)
+
+
+CONTESTANTS: Mapping[str, Kind] = {
+    "ours": Kind("ours", lambda race: Ours.on(race.cfg, race.pairs)),
+    "floor": Kind(
+        "floor",
+        Floor,
+        note="floor: a bare forward and backward of the same transformers model over as many "
+        "unique tokens (prompt once, both responses), in dense rows without padding or mask "
+        "(plain causal attention), the head on exactly as many positions as are scored and all "
+        "their logits at once, then the same clipping and AdamW. No Lightning, no preference "
+        "loss, nothing logged",
+    ),
+    "trl": Kind(
+        "TRL",
+        partial(Trl, liger=False),
+        needs=("trl",),
+        note="TRL: DPOTrainer with precomputed reference log-probabilities, no gradient "
+        "checkpointing, no logging, no saving; padding_free is switched off in this version by "
+        "TRL itself. It encodes the prompt once per response. On the CPU it scores every "
+        "position, prompts included, and computes entropies with them; on CUDA completions only",
+    ),
+    "liger": Kind("TRL + Liger", partial(Trl, liger=True), needs=("trl", "liger_kernel")),
 }
+
+
+def twice(race: Race, name: str) -> tuple[Contestant, Contestant]:
+    """The same for loading the code and for being measured."""
+    made = CONTESTANTS[name].make(race)
+    return made, made

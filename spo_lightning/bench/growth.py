@@ -4,58 +4,56 @@ Time is taken from the end of one step to the end of the next, so that whatever 
 costs between steps shows.
 """
 
+import math
 import random
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from spo_lightning import __version__
-from spo_lightning.bench import asked, growth_report
-from spo_lightning.bench.cell import Cell, drawn, save_model
-from spo_lightning.bench.contestants import Ours, Race
-from spo_lightning.bench.table import fitted, written
+from spo_lightning.bench import asked, output
+from spo_lightning.bench.cell import Cell, save_model
+from spo_lightning.bench.contestants import race_of
+from spo_lightning.bench.measuring import Ends, rounds
+from spo_lightning.bench.ours import Ours, device_of
 from spo_lightning.config import knobs
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.sets import Pairs
-from spo_lightning.records import progress
-from spo_lightning.records.progress import Stages
 
 POOL = 1 << 16  # random tokens of which every generated text is a stretch
 
 
 def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]:
     """Write config.yaml, bench.json, table.md and the picture; returns bench.json."""
-    asked.refuse_models(line)
-    for key in ("sizes", "counts"):
-        asked.refuse_below(cfg, key, 1, within=True)
-    for key in ("lr", "beta"):
-        asked.refuse_below(cfg, key, 0, within=False)
+    asked.refuse(cfg, line, {"vocabulary": 8, "sizes": 1, "counts": 1}, ("lr", "beta"))
     cell, mine = asked.cell_of(cfg), asked.trained(cfg)
     stages = asked.begin(cfg, run_dir)
     with tempfile.TemporaryDirectory(dir=run_dir) as place:
-        room = Path(place)
-        parameters = save_model(room / "model", cfg.model, cell.vocabulary, cfg.seed)
-        flat = asked.settled(mine, room / "model", cell, room)
-        ours = Ours(Race(flat, room / "model", drawn(cell, 2, cfg.seed), (), asked.device_of(cfg)))
-        progress.quiet()
-        runs = {("tokens", size): ours_on(ours, cell, max(cfg.counts), size) for size in cfg.sizes}
-        runs |= {("pairs", n): ours_on(ours, cell, n, cfg.batch_size) for n in cfg.counts}
-        found = timed(cfg, runs, stages)
-    numbers = {"setting": setting(cfg, parameters)}
-    for axis, by in (("tokens", "tokens"), ("pairs", "pairs")):
-        rows = [row for row in found if row["axis"] == axis]
-        per = 1.0 if axis == "tokens" else None
-        numbers[axis] = {"rows": rows, "fit": fit(rows, by, per)}
-    written(
-        numbers, growth_report.table(numbers), run_dir, growth_report.picture(numbers, run_dir)
-    )
-    return numbers
+        room, device = Path(place), device_of(cfg.hardware)
+        parameters = save_model(room / "model", cfg.model, cell.vocabulary, cfg.seed, device)
+        race = race_of(cfg, mine, cell, room)
+        ours = Ours.on(race.cfg, race.pairs)
+        runs = {
+            "tokens": {f"tokens {n}": on(ours, cell, max(cfg.counts), n) for n in cfg.sizes},
+            "pairs": {f"pairs {n}": on(ours, cell, n, cfg.batch_size) for n in cfg.counts},
+        }
+        seconds = rounds(cfg, runs["tokens"] | runs["pairs"], stages, watch=Ends)
+    keys = ("vocabulary", "steps", "warmup", "repetitions", "prompt", "completion", "train")
+    numbers = {"setting": asked.setting(cfg, *keys, parameters=parameters)}
+    for axis, along in runs.items():
+        rows = []
+        for name, run in along.items():
+            size, pairs = run.entry.cfg.batch_size, run.start.train.pairs
+            tokens = sum(len(pairs[row]) for row in run.rows[cfg.warmup * size :]) / cfg.steps
+            row = {"axis": axis, "pairs_per_step": size, "pairs": len(pairs), "tokens": tokens}
+            rows.append(row | {"seconds": seconds[name]})
+        numbers[axis] = {"rows": rows, "fit": fit(rows, axis)}
+    return output.written(numbers, table(numbers), run_dir, picture(numbers, run_dir))
 
 
 class Generated(Sequence):
@@ -73,16 +71,15 @@ class Generated(Sequence):
         if not 0 <= place < self.size:
             raise IndexError(place)
         chance = random.Random(self.seed * 1_000_003 + place)
-        prompt, chosen, rejected = (
-            self._text(chance, *span)
-            for span in (self.cell.prompt, self.cell.completion, self.cell.completion)
-        )
+
+        def text(least: int, most: int) -> tuple[int, ...]:
+            begins, length = chance.randrange(POOL - most), chance.randint(least, most)
+            return self.pool[begins : begins + length]
+
+        spans = self.cell.prompt, self.cell.completion, self.cell.completion
+        prompt, chosen, rejected = (text(*span) for span in spans)
         end = (self.words,)
         return Pair(prompt, chosen[:-1] + end, rejected[:-1] + end, row=place)
-
-    def _text(self, chance: random.Random, least: int, most: int) -> tuple[int, ...]:
-        begins, length = chance.randrange(POOL - most), chance.randint(least, most)
-        return self.pool[begins : begins + length]
 
 
 class References(Sequence):
@@ -99,76 +96,93 @@ class References(Sequence):
         return torch.zeros(len(pair.chosen) + len(pair.rejected))
 
 
-def ours_on(ours: Ours, cell: Cell, count: int, size: int) -> Ours:
+def on(ours: Ours, cell: Cell, count: int, size: int) -> Ours:
     """Our run on ``count`` generated pairs, ``size`` in a step."""
     generated = Generated(cell, count, ours.entry.cfg.seed)
     train = Pairs(generated, References(generated), ours.start.train.pad_id)
-    cfg = OmegaConf.merge(ours.entry.cfg, {"batch_size": size})
-    return ours.twin(cfg, ours.start._replace(train=train))
+    return replace(ours.changed(batch_size=size), start=ours.start._replace(train=train))
 
 
-class Ends:
-    """A watch that notes when each step ended."""
+def fit(rows: Sequence[Mapping[str, Any]], axis: str) -> dict[str, float] | None:
+    """The time as a power of the axis, and as a line: how far off it is at worst, as a share.
 
-    def __init__(self) -> None:
-        self.at: list[float] = []
-
-    def begin(self) -> None: ...
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.at.append(time.perf_counter())
-
-
-def timed(
-    cfg: DictConfig, runs: Mapping[tuple[str, int], Ours], stages: Stages
-) -> list[dict[str, Any]]:
-    """A row per run; rounds over all runs, each a run later."""
-    names = list(runs)
-    seconds: dict[Any, list[float]] = {name: [] for name in names}
-    tokens = {}
-    with stages.stage("time", cfg.repetitions * len(names)) as advance:
-        for number in range(cfg.repetitions):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                run, ends = runs[name], Ends()
-                run.run(cfg.warmup + cfg.steps, ends)
-                seconds[name].append((ends.at[-1] - ends.at[cfg.warmup - 1]) / cfg.steps)
-                size = run.entry.cfg.batch_size
-                rows = run.rows[cfg.warmup * size :]
-                pairs = run.start.train.pairs
-                tokens[name] = sum(len(pairs[row]) for row in rows) / cfg.steps
-                advance(1, f"{name[0]} {name[1]}: {1000 * seconds[name][-1]:.1f} ms")
-    return [
-        {
-            "axis": axis,
-            "pairs_per_step": runs[axis, n].entry.cfg.batch_size,
-            "pairs": len(runs[axis, n].start.train),
-            "tokens": tokens[axis, n],
-            "seconds": seconds[axis, n],
-        }
-        for axis, n in names
-    ]
-
-
-def fit(rows: Sequence[Mapping[str, Any]], by: str, per: float | None) -> dict[str, float] | None:
-    """The exponent of the time in ``by``; of the time per token where ``per`` is None."""
-    if len({row[by] for row in rows}) < 2:
+    Along the data's size it is the time per token, as drawn lengths differ.
+    """
+    x = [row[axis] for row in rows]
+    if len(set(x)) < 2:
         return None
-    times = [median(row["seconds"]) / (per or row["tokens"]) for row in rows]
-    return fitted([row[by] for row in rows], times)
+    y = [median(row["seconds"]) / (row["tokens"] if axis == "pairs" else 1) for row in rows]
+    return fitted(x, y)
 
 
-def setting(cfg: DictConfig, parameters: int) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        **asked.machine(cfg),
-        "parameters": parameters,
-        **{key: cfg[key] for key in ("vocabulary", "steps", "warmup", "repetitions")},
-        **{key: list(cfg[key]) for key in ("prompt", "completion", "train")},
-        "spo_lightning": __version__,
-        "torch": torch.__version__,
+def fitted(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    slope, intercept = linear_regression(x, y)
+    worst = max(abs(intercept + slope * one - two) / two for one, two in zip(x, y))
+    exponent = linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
+    return {"exponent": exponent, "intercept": intercept, "slope": slope, "worst": worst}
+
+
+def table(numbers: Mapping[str, Any]) -> str:
+    """Markdown: a table along either axis with what was fitted to it, then what was measured."""
+    at = numbers["setting"]
+    parts = ["# How our step grows"]
+    for axis, first in (("tokens", "tokens per step"), ("pairs", "pairs in the data")):
+        rows, fit = [], numbers[axis]["fit"]
+        for row in numbers[axis]["rows"]:
+            ms = output.extremes([1000 * seconds for seconds in row["seconds"]])
+            rows.append(
+                {
+                    first: f"{row[axis]:,.0f}",
+                    "pairs per step": row["pairs_per_step"],
+                    "ms per step": output.spread(ms, 1),
+                    "us per token": f"{1000 * ms['median'] / row['tokens']:.1f}",
+                }
+            )
+        parts.append(output.table(rows))
+        if fit is None:
+            parts.append("One size: nothing to fit.")
+        elif axis == "pairs":
+            parts.append(f"Exponent of time in the data's size: {fit['exponent']:.3f}.")
+        else:
+            parts.append(
+                f"Exponent of time in tokens: {fit['exponent']:.3f}; a line through them: "
+                f"{1000 * fit['intercept']:.1f} ms + {1e6 * fit['slope']:.1f} us per token, "
+                f"off by at most {100 * fit['worst']:.1f}%."
+            )
+    lines = [
+        f"{at['device']}, {at['threads']} threads, {at['precision']}, {at['parameters']:,} "
+        f"parameters, vocabulary {at['vocabulary']}",
+        f"prompts of {at['prompt'][0]} to {at['prompt'][1]} tokens, responses of "
+        f"{at['completion'][0]} to {at['completion'][1]}",
+        f"time: from the end of a step to the end of the next, {at['steps']} steps after "
+        f"{at['warmup']}, median of {at['repetitions']} rounds (least..most)",
+        "exponent: of time as a power of the first column, by least squares of the logarithms; 1 "
+        "is linear, 0 is flat. Along the data's size it is of time per token, as lengths differ",
+    ]
+    lines += [f"with {' '.join(at['train'])}"] * bool(at["train"])
+    return "\n\n".join([*parts, output.bullets(lines)]) + "\n"
+
+
+def picture(numbers: Mapping[str, Any], directory: Path) -> list[Path]:
+    """growth.svg and growth.png: both axes logarithmic, a dot with extremes per size."""
+    said = {
+        "tokens": {"title": "with its tokens", "xlabel": "unique tokens per step"},
+        "pairs": {"title": "with the data", "xlabel": "pairs in the data set"},
     }
+    panels = []
+    for axis, words in said.items():
+        rows, first = numbers[axis]["rows"], axis == "tokens"
+        scales = {"xscale": "log", "yscale": "log", "ylabel": "ms per step" if first else ""}
+        panels.append(
+            output.Panel(
+                [row[axis] for row in rows],
+                [output.extremes([1000 * s for s in row["seconds"]]) for row in rows],
+                output.BLUE,
+                {**words, **scales},
+                joined=True,
+                linear=first,
+                marks=((1, 2, 5) if first else (1,), (1, 2, 5)),
+            )
+        )
+    title = "Our step's time: median and extremes of the rounds"
+    return output.draw([panels], title, size=(7.6, 3.4), directory=directory, name="growth")

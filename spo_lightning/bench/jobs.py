@@ -12,50 +12,43 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from omegaconf import DictConfig
 
-from spo_lightning import __version__
-from spo_lightning.bench import asked, jobs_report, peer
+from spo_lightning.bench import asked, output, peer
 from spo_lightning.bench.cell import Cell, as_text, drawn, save_model
-from spo_lightning.bench.processes import clocked
-from spo_lightning.bench.table import kept, written
+from spo_lightning.bench.contestants import CONTESTANTS
+from spo_lightning.bench.start import IMPORTS, clocked
 from spo_lightning.config import knobs
 from spo_lightning.records.progress import Stages
 
 log = logging.getLogger(__name__)
 
-IMPORTS = {  # what every run of either loads before it does anything
-    "ours": "import torch, transformers, datasets, lightning",
-    "trl": "import torch, transformers, datasets, trl; trl.DPOTrainer, trl.DPOConfig",
-}
 TIMES = 3  # the imports are timed
 
 
 def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]:
     """Write config.yaml, bench.json and table.md; returns bench.json."""
-    asked.refuse_models(line)
-    for key in ("pairs", "steps"):
-        asked.refuse_below(cfg, key, 1, within=True)
-    for key in ("betas", "weights", "lr", "clip_norm"):
-        asked.refuse_below(cfg, key, 0, within=False)
+    least = {"vocabulary": 8, "pairs": 1, "steps": 1}
+    asked.refuse(cfg, line, least, ("betas", "weights", "lr", "clip_norm"))
     cell = asked.cell_of(cfg)
     stages = asked.begin(cfg, run_dir)
-    sides = ["ours", "trl"] if cfg.peer and peer.installed() else ["ours"]
+    sides = ["ours", "trl"] if cfg.peer and CONTESTANTS["trl"].installed else ["ours"]
     if cfg.peer and len(sides) == 1:
         log.warning("TRL is not installed: its runs are left out (pip install trl==1.16.0)")
     with tempfile.TemporaryDirectory(dir=run_dir) as place:
-        bench = Jobs(cfg, cell, Path(place), stages)
-        imports, rows = bench.imports(sides), []
-        numbers = {"setting": setting(cfg, bench.parameters), "imports": imports, "jobs": rows}
-        for row in bench.all(sides):
+        jobs = Jobs(cfg, cell, Path(place), stages)
+        keys = ("vocabulary", "pairs", "steps", "batch_size", "prompt", "completion", "train")
+        imports, rows = jobs.imports(sides), []
+        setting = asked.setting(cfg, *keys, parameters=jobs.parameters)
+        numbers = {"setting": setting, "imports": imports, "jobs": rows}
+        for row in jobs.all(sides):
             rows.append(row)
             numbers["totals"] = totals(rows, imports, sides)
-            kept(numbers, run_dir)
-    written(numbers, jobs_report.table(numbers), run_dir)
-    return numbers
+            output.kept(numbers, run_dir)
+    return output.written(numbers, table(numbers), run_dir)
 
 
 @dataclass
@@ -82,10 +75,8 @@ class Jobs:
         """Seconds that the bare imports take: the median of a few, after one that warms up."""
         found = {}
         for side in sides:
-            self.run([sys.executable, "-c", IMPORTS[side]], "imports")
-            taken = [
-                self.run([sys.executable, "-c", IMPORTS[side]], "imports") for _ in range(TIMES)
-            ]
+            words = [sys.executable, "-c", IMPORTS[side]]
+            _, *taken = (self.run(words, "imports") for _ in range(1 + TIMES))
             found[side] = median(taken)
         return found
 
@@ -102,7 +93,8 @@ class Jobs:
                 for side in sides[number % 2 :] + sides[: number % 2]:
                     row[side] = self.one(side, str(number), beta, weight, cfg.steps)
                     advance(1, f"{side}, beta {beta}, weight {weight}: {row[side]:.1f} s")
-                row["stages"] = self.told(str(number))
+                told = self.room / f"ours-{number}" / "metrics.json"  # of its own stages
+                row["stages"] = json.loads(told.read_text(encoding="utf-8"))["seconds"]
                 yield row
 
     def one(self, side: str, name: str, beta: float, weight: float, steps: int) -> float:
@@ -111,6 +103,10 @@ class Jobs:
         if side == "trl":
             words = self.trl(name, beta, steps)
         return self.run([sys.executable, "-m", *words], f"{side}, beta {beta}, weight {weight}")
+
+    def run(self, words: Sequence[str], what: str) -> float:
+        how = {"environment": self.environment, "room": self.room, "stages": self.stages}
+        return clocked(words, what, **how)
 
     def ours(self, name: str, beta: float, weight: float, steps: int) -> list[str]:
         """The training command, without held-out rows."""
@@ -142,45 +138,29 @@ class Jobs:
         }
         if hardware.threads:
             said["hardware.threads"] = hardware.threads
-        return [
-            "spo_lightning.train",
-            *(f"{key}={value}" for key, value in said.items()),
-            *cfg.train,
-        ]
+        words = [f"{key}={value}" for key, value in said.items()]
+        return ["spo_lightning.train", *words, *cfg.train]
 
     def trl(self, name: str, beta: float, steps: int) -> list[str]:
         """A script of TRL's trainer on the same files."""
         cfg = self.cfg
-        settings = {
-            "output_dir": str(self.room / f"trl-{name}"),
-            "beta": beta,
-            "max_length": self.cell.longest,
-            "max_steps": steps,
-            "per_device_train_batch_size": cfg.batch_size,
-            "learning_rate": cfg.lr,
-            "weight_decay": 0.0,
-            "max_grad_norm": cfg.clip_norm,
-            "bf16": cfg.hardware.precision.startswith("bf16"),
-            "use_cpu": cfg.hardware.accelerator == "cpu",
-            "seed": cfg.seed,
-        }
         words = {
             "model": str(self.model),
             "rows": str(self.rows),
             "dtype": cfg.model.dtype,
             "threads": cfg.hardware.threads,
-            "settings": settings,
+            "settings": peer.settings(
+                cfg,
+                output_dir=str(self.room / f"trl-{name}"),
+                beta=beta,
+                learning_rate=cfg.lr,
+                max_length=self.cell.longest,
+                use_cpu=cfg.hardware.accelerator == "cpu",
+                max_steps=steps,
+                weight_decay=0.0,
+            ),
         }
         return ["spo_lightning.bench.peer", json.dumps(words)]
-
-    def told(self, name: str) -> dict[str, float]:
-        """What our run says of its own stages, in seconds."""
-        path = self.room / f"ours-{name}" / "metrics.json"
-        return json.loads(path.read_text(encoding="utf-8"))["seconds"]
-
-    def run(self, words: Sequence[str], what: str) -> float:
-        how = {"environment": self.environment, "room": self.room, "stages": self.stages}
-        return clocked(words, what, **how)
 
 
 def totals(
@@ -199,12 +179,41 @@ def totals(
     return found
 
 
-def setting(cfg: DictConfig, parameters: int) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        **asked.machine(cfg),
-        "parameters": parameters,
-        **{key: cfg[key] for key in ("vocabulary", "pairs", "steps", "batch_size")},
-        **{key: list(cfg[key]) for key in ("prompt", "completion", "train")},
-        "spo_lightning": __version__,
-    }
+def table(numbers: Mapping[str, Any]) -> str:
+    """Markdown: a row per job, the totals, then what was run."""
+    at, found, jobs = numbers["setting"], numbers["totals"], numbers["jobs"]
+    titles = {n: kind.title for n, kind in CONTESTANTS.items() if n in found}
+    whole = {"beta": "all", "weight": "", **{side: found[side]["seconds"] for side in titles}}
+    rows = []
+    for job in [*jobs, whole]:
+        row = {"beta": job["beta"], "weight": job["weight"]}
+        row |= {f"{title}, s": f"{job[side]:.1f}" for side, title in titles.items()}
+        if "trl" in titles:
+            row["TRL / ours"] = f"{job['trl'] / job['ours']:.2f}"
+        rows.append(row)
+    lines = [
+        f"imports of {title}: {numbers['imports'][side]:.2f} s a run, "
+        f"{100 * found[side]['import_share']:.1f}% of its total"
+        for side, title in titles.items()
+    ]
+    told = {name: mean(job["stages"][name] for job in jobs) for name in jobs[0]["stages"]}
+    means = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in told.items())
+    lines += [
+        f"stages of our runs by their own account, means: {means}",
+        f"{at['parameters']:,} parameters, vocabulary {at['vocabulary']}, {at['pairs']} pairs "
+        f"with prompts of {at['prompt'][0]} to {at['prompt'][1]} tokens and responses of "
+        f"{at['completion'][0]} to {at['completion'][1]}, {at['batch_size']} per step; "
+        f"{at['device']}, {at['threads']} threads, {at['precision']}",
+        "ours: the training command with loss=spo, no held-out rows; reference log-probabilities "
+        "from a cache that a run of one step has filled",
+    ]
+    if "trl" in titles:
+        lines.append(
+            "TRL: a script of DPOTrainer on the same files (it has no second level, so a weight "
+            "is a run of DPO again), its reference log-probabilities precomputed once and cached "
+            "like ours, no gradient checkpointing, no logging; the model saved at the end"
+        )
+    lines += [f"ours with {' '.join(at['train'])}"] * bool(at["train"])
+    lines.append("seconds: wall-clock of each process from start to end, side by side in turns")
+    parts = [f"# {len(jobs)} jobs of {at['steps']} steps", output.table(rows)]
+    return "\n\n".join([*parts, output.bullets(lines)]) + "\n"

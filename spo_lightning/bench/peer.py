@@ -8,10 +8,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 BEST = {
@@ -29,12 +27,31 @@ BEST = {
 }
 
 
-NEEDS = {"trl": ("trl",), "liger": ("trl", "liger_kernel")}  # packages
+def settings(cfg: Any, **more: Any) -> dict[str, Any]:
+    """What a configuration of ours, of training or of the bench, is called there."""
+    return {
+        "per_device_train_batch_size": cfg.batch_size,
+        "max_grad_norm": cfg.clip_norm,
+        "bf16": cfg.hardware.precision.startswith("bf16"),
+        "seed": cfg.seed,
+        **more,
+    }
 
 
-def installed(name: str = "trl") -> bool:
-    """Whether a contestant's packages are here; one that needs none always is."""
-    return all(find_spec(package) is not None for package in NEEDS.get(name, ()))
+def trainer_of(
+    kind: Any, lm: Any, rows: Any, model: str, settings: dict[str, Any], **more: Any
+) -> Any:
+    """``DPOTrainer`` or one made from it, on rows of text."""
+    trl: Any = import_module("trl")
+    from transformers import AutoTokenizer
+
+    return kind(
+        model=lm,
+        args=trl.DPOConfig(**BEST, **settings),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(model),
+        **more,
+    )
 
 
 def quiet() -> None:
@@ -46,13 +63,13 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def trainer_of(
-    lm: Any, rows: Sequence[dict[str, str]], tokenizer: Path, settings: dict[str, Any]
+def watched(
+    lm: Any, rows: Sequence[dict[str, str]], model: str, settings: dict[str, Any]
 ) -> tuple[Any, Any, list[Any]]:
     """The trainer, its hooks (``watch`` is called around every step) and the losses of a run."""
     quiet()
     import datasets
-    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     trl: Any = import_module("trl")
     losses: list[Any] = []
@@ -75,36 +92,27 @@ def trainer_of(
             return losses[-1]
 
     hooks = Hooks()
-    trainer = Recording(
-        model=lm,
-        args=trl.DPOConfig(**BEST, **settings),
-        train_dataset=datasets.Dataset.from_list(list(rows)),
-        processing_class=AutoTokenizer.from_pretrained(tokenizer),
-        callbacks=[hooks],
-    )
+    given = datasets.Dataset.from_list(list(rows))
+    trainer = trainer_of(Recording, lm, given, model, settings, callbacks=[hooks])
     trainer.remove_callback(PrinterCallback)
     return trainer, hooks, losses
 
 
-def main(words: Mapping[str, Any]) -> None:
+def main(model: str, rows: str, dtype: str, threads: int | None, settings: dict[str, Any]) -> None:
     """One run, as a script of TRL's documentation does it."""
     quiet()
     import torch
     from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    trl: Any = import_module("trl")
-    if words["threads"]:
-        torch.set_num_threads(words["threads"])
-    trainer = trl.DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(words["model"], dtype=words["dtype"]),
-        args=trl.DPOConfig(**BEST, **words["settings"]),
-        train_dataset=load_dataset("json", data_files=words["rows"], split="train"),
-        processing_class=AutoTokenizer.from_pretrained(words["model"]),
-    )
+    if threads:
+        torch.set_num_threads(threads)
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    given = load_dataset("json", data_files=rows, split="train")
+    trainer = trainer_of(import_module("trl").DPOTrainer, lm, given, model, settings)
     trainer.train()
     trainer.save_model()
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(**json.loads(sys.argv[1]))

@@ -5,45 +5,39 @@ step is in metrics.csv, and ``--help``. One run before them fills the caches.
 """
 
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from omegaconf import DictConfig
 
-from spo_lightning import __version__
-from spo_lightning.bench import asked
-from spo_lightning.bench.jobs import IMPORTS
-from spo_lightning.bench.processes import clocked
-from spo_lightning.bench.table import aligned, written
+from spo_lightning.bench import asked, output
 from spo_lightning.config import knobs
-from spo_lightning.errors import UserError
+from spo_lightning.errors import Diverged, UserError
 from spo_lightning.records.progress import Stages
 
-ROWS = {
-    "imports": f"`{IMPORTS['ours']}`",
-    "first_step": "the command to the end of its first step",
-    "beyond": "beyond the imports",
-    "help": "`--help`",
+IMPORTS = {  # what every run of either loads before it does anything
+    "ours": "import torch, transformers, datasets, lightning",
+    "trl": "import torch, transformers, datasets, trl; trl.DPOTrainer, trl.DPOConfig",
 }
+POLL = 0.02  # seconds between two looks at what a process has done
 
 
 def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]:
     """Write config.yaml, bench.json and table.md; returns bench.json."""
-    asked.refuse_below(cfg, "repetitions", 1, within=True)
+    asked.refuse(cfg, line, {"repetitions": 1})
     for word in cfg.run:
         if str(word).split("=")[0].lstrip("+") in ("max_steps", "hydra.run.dir"):
             raise UserError(f"run: {word} is said by the bench: leave it out")
     stages = asked.begin(cfg, run_dir)
     with tempfile.TemporaryDirectory(dir=run_dir) as room:
         rounds = timed(cfg, Path(room), stages)
-    setting = {**asked.machine(cfg), "run": list(cfg.run), "spo_lightning": __version__}
-    numbers = {"setting": setting, "rounds": rounds}
-    written(numbers, table(numbers), run_dir)
-    return numbers
+    numbers = {"setting": asked.setting(cfg, "run"), "rounds": rounds}
+    return output.written(numbers, table(numbers), run_dir)
 
 
 def timed(cfg: DictConfig, room: Path, stages: Stages) -> list[dict[str, float]]:
@@ -77,15 +71,57 @@ def has_row(path: Path) -> bool:
     return path.exists() and path.read_bytes().count(b"\n") > 1
 
 
+def clocked(
+    words: Sequence[str],
+    what: str,
+    *,
+    environment: Mapping[str, str],
+    room: Path,
+    stages: Stages,
+    until: Callable[[], bool] | None = None,
+) -> float:
+    """Wall-clock seconds of a process to its end, or to the first time that ``until`` holds.
+
+    One that fails ends the measurement in one line; ``room`` takes what it says.
+    """
+    with open(room / "said.txt", "w+", encoding="utf-8") as said:
+        began, reached = time.perf_counter(), None
+        process = subprocess.Popen(words, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if reached is None and until is not None and until():
+                reached = time.perf_counter() - began
+            try:
+                # looks cost time of the very process that is timed: none more than is needed
+                process.wait(1.0 if until is None or reached else POLL)
+            except subprocess.TimeoutExpired:
+                if stages.stop.signal is not None:
+                    process.terminate()
+        taken = time.perf_counter() - began
+        said.seek(0)
+        lines = said.read().strip().splitlines() or [""]
+    if stages.stop.signal is not None:
+        raise stages.stop.raised(stages.how_to_go_on)
+    if process.returncode:
+        raise Diverged(f"{what}: its run ended with {process.returncode}: {lines[-1]}")
+    return reached or taken
+
+
 def table(numbers: Mapping[str, Any]) -> str:
     """Markdown: a row per kind of process."""
     at, rounds = numbers["setting"], numbers["rounds"]
+    titles = {
+        "imports": f"`{IMPORTS['ours']}`",
+        "first_step": "the command to the end of its first step",
+        "beyond": "beyond the imports",
+        "help": "`--help`",
+    }
     rows = []
-    for key, title in ROWS.items():
-        values = [each[key] for each in rounds]
-        rows.append([title, *(f"{v:.2f}" for v in (median(values), min(values), max(values)))])
+    for key, title in titles.items():
+        found = output.extremes([each[key] for each in rounds])
+        named = zip(("seconds", "least", "most"), found.values())
+        rows.append({"": title, **{name: f"{value:.2f}" for name, value in named}})
     return (
         f"# How soon a run trains: {' '.join(at['run'])}\n\n"
-        f"{aligned(['', 'seconds', 'least', 'most'], rows)}\n\n"
+        f"{output.table(rows)}\n\n"
         f"- {at['device']}, {at['threads']} threads; median of {len(rounds)} rounds, warm caches\n"
     )

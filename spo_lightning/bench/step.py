@@ -7,278 +7,109 @@ interleaved rounds, and memory at its peak in a process of its own.
 import gc
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import geometric_mean, median
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
 from spo_lightning import __version__
-from spo_lightning.bench import asked, peer, step_report
-from spo_lightning.bench.cell import Cell, drawn, save_model
-from spo_lightning.bench.contestants import CONTESTANTS, Contestant, Race
-from spo_lightning.bench.costs import Clock
-from spo_lightning.bench.memory import MIB, Memory, apart, can_forget, settle
-from spo_lightning.bench.table import geometric_mean, kept, ratio, written
+from spo_lightning.bench import asked, output
+from spo_lightning.bench.cell import Cell, save_model
+from spo_lightning.bench.contestants import CONTESTANTS, flops, race_of, twice
+from spo_lightning.bench.measuring import above, peaks, rounds
+from spo_lightning.bench.ours import Ours, Watch
 from spo_lightning.config import knobs
 from spo_lightning.errors import Diverged, UserError
-from spo_lightning.records import progress
 from spo_lightning.records.progress import Stages
 
 log = logging.getLogger(__name__)
 
-PEERS = peer.NEEDS.keys()
-SIDES = ("prompt", "completion")
-FEWEST = {"vocabularies": 8, "trajectory": 1}
-AGAIN = 4  # steps after which the pairs come again, so that losses fall
+PEERS = ("trl", "liger")
+
+
+class Ratio(NamedTuple):
+    """What one contestant takes over another, as it is told and drawn."""
+
+    key: str  # in bench.json
+    mine: str
+    other: str
+    words: str  # how it is told
+    colour: str
+    quantity: str = "time"
+    worst: Callable[[Sequence[float]], float] = min  # of the cells
+    digits: int = 2  # in the table
+    levels: tuple[float, ...] = (1.0,)  # to compare with in the picture
+    lowest: float = 0.0  # of the picture's axis
+
+    @property
+    def title(self) -> str:
+        return f"{CONTESTANTS[self.mine].title} / {CONTESTANTS[self.other].title}"
+
+
+RATIOS = (
+    Ratio(
+        "over_floor",
+        "ours",
+        "floor",
+        "Ours over the floor",
+        output.BLUE,
+        worst=max,
+        digits=3,
+        levels=(1.0, 1.1),
+        lowest=0.95,
+    ),
+    Ratio("trl_over", "trl", "ours", "TRL over ours", output.RED),
+    Ratio("liger_over", "liger", "ours", "TRL + Liger over ours", output.PINK),
+)
+MEMORY = Ratio("memory_over_trl", "ours", "trl", "", output.GREEN, quantity="memory")
 
 
 def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]:
     """Write config.yaml, bench.json, table.md and the picture; returns bench.json."""
-    refuse(cfg, line)
-    wanted, mine = cells(cfg.shapes, cfg.vocabularies, cfg.only), asked.trained(cfg)
-    names = [name for name in cfg.contestants if peer.installed(name)]
-    absent = [name for name in cfg.contestants if name not in names]
+    names = list(cfg.contestants)
+    if not names or any(name not in CONTESTANTS for name in names):
+        raise UserError(f"contestants={names}: some of {', '.join(CONTESTANTS)}, in a list")
+    if "ours" not in names:
+        raise UserError("contestants: ours must be among them, as it draws the pairs")
+    given = () if cfg.peak_flops is None else ("peak_flops",)
+    positive = ("tolerance", "lr", "beta", "clip_norm", *given)
+    asked.refuse(cfg, line, {"vocabularies": 8, "trajectory": 1}, positive)
+    cells, mine = cells_of(cfg), asked.trained(cfg)
+    absent = [name for name in names if not CONTESTANTS[name].installed]
+    names = [name for name in names if name not in absent]
     for name in absent:
-        log.warning(
-            "%s is left out, as not all of %s is installed", name, " and ".join(peer.NEEDS[name])
-        )
+        needs = " and ".join(CONTESTANTS[name].needs)
+        log.warning("%s is left out, as not all of %s is installed", name, needs)
     stages = asked.begin(cfg, run_dir)
-    found = []
+    found: list[dict[str, Any]] = []
     numbers = {"setting": setting(cfg, names, absent), "cells": found, "mean": {}}
-    for number, cell in enumerate(wanted, 1):
-        log.info("Cell %d/%d: %s", number, len(wanted), cell.name)
+    for number, cell in enumerate(cells, 1):
+        log.info("Cell %d/%d: %s", number, len(cells), cell.name)
         with tempfile.TemporaryDirectory(dir=run_dir) as room:
             found.append(measured(cfg, mine, cell, names, Path(room), stages))
         numbers["mean"] = means(found)
-        kept(numbers, run_dir)
-    written(numbers, step_report.table(numbers), run_dir, step_report.picture(numbers, run_dir))
-    return numbers
+        output.kept(numbers, run_dir)
+    return output.written(numbers, table(numbers), run_dir, picture(numbers, run_dir))
 
 
-def refuse(cfg: DictConfig, line: knobs.Given) -> None:
-    """What this question cannot be asked with."""
-    asked.refuse_models(line)
-    unknown = [name for name in cfg.contestants if name not in CONTESTANTS]
-    if unknown or not cfg.contestants:
-        raise UserError(
-            f"contestants={list(cfg.contestants)}: some of {', '.join(CONTESTANTS)}, in a list"
-        )
-    if "ours" not in cfg.contestants:
-        raise UserError("contestants: ours must be among them, as it draws the pairs")
-    for key in ("vocabularies", "trajectory"):
-        asked.refuse_below(cfg, key, FEWEST[key], within=True)
-    for key in ("tolerance", "lr", "beta", "clip_norm"):
-        asked.refuse_below(cfg, key, 0, within=False)
-    if cfg.peak_flops is not None:
-        asked.refuse_below(cfg, "peak_flops", 0, within=False)
-
-
-def cells(
-    shapes: DictConfig, vocabularies: Sequence[int], only: Sequence[str] | None
-) -> list[Cell]:
+def cells_of(cfg: DictConfig) -> list[Cell]:
     """Every shape at every vocabulary."""
-    for name in only or ():
-        if name not in shapes:
-            raise UserError(f"only: {name} is none of shapes: choose from {', '.join(shapes)}")
-    found = {
-        name: [asked.span(shapes[name][key], f"shapes.{name}.{key}") for key in SIDES]
-        for name in only or shapes
+    asked.refuse_strangers(cfg.only or (), "shapes", cfg.shapes, "only")
+    spans = {
+        name: [asked.span(sides[key], f"shapes.{name}.{key}") for key in ("prompt", "completion")]
+        for name, sides in ((name, cfg.shapes[name]) for name in cfg.only or cfg.shapes)
     }
-    return [
-        Cell(str(name), size, *sides) for name, sides in found.items() for size in vocabularies
-    ]
-
-
-def measured(
-    cfg: DictConfig,
-    mine: DictConfig,
-    cell: Cell,
-    names: Sequence[str],
-    room: Path,
-    stages: Stages,
-) -> dict[str, Any]:
-    """All numbers of one cell."""
-    device = asked.device_of(cfg)
-    parameters = save_model(room / "model", cfg.model, cell.vocabulary, cfg.seed, device)
-    longest = max(cfg.trajectory, cfg.warmup + cfg.steps)
-    pairs = drawn(cell, AGAIN * cfg.batch_size, cfg.seed)
-    flat = asked.settled(mine, room / "model", cell, room)
-    race = Race(flat, room / "model", pairs, (), device)
-    made: dict[str, Contestant] = {"ours": CONTESTANTS["ours"](race)}
-    watched = made["ours"].logging()  # type: ignore[attr-defined]
-    losses = watched.run(longest, Nothing())
-    race = replace(race, order=tuple(watched.rows))
-    for name in names:
-        made.setdefault(name, CONTESTANTS[name](race))
-    progress.quiet()  # what was imported since
-    differences = []
-    for name in PEERS & made.keys():
-        theirs = made[name].run(cfg.trajectory, Nothing())
-        differences.append(agree(cell, losses[: cfg.trajectory], theirs, cfg.tolerance))
-    seconds = rounds(cfg, cell, {name: made[name] for name in names}, stages)
-    memory_mib = peaks(cfg, race, made, names, stages) if cfg.memory else {}
-    timed = race.drawn[cfg.warmup * cfg.batch_size : (cfg.warmup + cfg.steps) * cfg.batch_size]
-    counted = {
-        "shape": cell.shape,
-        "vocabulary": cell.vocabulary,
-        "parameters": parameters,
-        "unique_tokens": sum(map(len, timed)) / cfg.steps,
-        "scored_tokens": sum(len(p.chosen) + len(p.rejected) for p in timed) / cfg.steps,
-        "trajectory_difference": max(differences, default=None),
-        "losses": losses[: cfg.trajectory],
-    }
-    numbers = counted | compared(seconds, memory_mib)
-    numbers |= {"seconds": seconds, "memory_mib": memory_mib}
-    if cfg.peak_flops is not None:
-        work = flops(race, timed) / cfg.steps
-        numbers["utilisation"] = {n: work / median(s) / cfg.peak_flops for n, s in seconds.items()}
-    log.info("%s: %s", cell.name, step_report.line(numbers))
-    return numbers
-
-
-class Nothing:
-    """A watch that looks away."""
-
-    def begin(self) -> None: ...
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-
-class Seconds(Clock):
-    """A watch of the clock."""
-
-    def begin(self) -> None: ...
-
-
-class Peak(Nothing):
-    """A watch of memory, from before the first step."""
-
-    def __init__(self) -> None:
-        self.memory = Memory()
-
-    def begin(self) -> None:
-        self.memory.start()
-
-
-def agree(cell: Cell, ours: Sequence[float], theirs: Sequence[float], tolerance: float) -> float:
-    """The largest difference of the losses of two runs; one above ``tolerance`` ends this one."""
-    apart = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
-    worst = max(apart)
-    if not worst <= tolerance:
-        raise Diverged(
-            f"{cell.name}: our losses and TRL's differ by {worst:.2g} in step "
-            f"{apart.index(worst) + 1} of {len(apart)} (tolerance {tolerance:g}): what they "
-            "cost cannot be compared"
-        )
-    log.info("%s: our losses and TRL's differ by %.1e over %d steps", cell.name, worst, len(apart))
-    return worst
-
-
-def rounds(
-    cfg: DictConfig, cell: Cell, made: Mapping[str, Contestant], stages: Stages
-) -> dict[str, list[float]]:
-    """Seconds per step, one per repetition; every round starts one contestant later."""
-    names = list(made)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    with stages.stage(f"time ({cell.name})", cfg.repetitions * len(names)) as advance:
-        for number in range(cfg.repetitions):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                clock = Seconds()
-                made[name].run(cfg.warmup + cfg.steps, clock)
-                found[name].append(sum(clock.seconds[cfg.warmup :]) / cfg.steps)
-                advance(1, f"{name} {1000 * found[name][-1]:.1f} ms")
-    return found
-
-
-def peaks(
-    cfg: DictConfig,
-    race: Race,
-    made: dict[str, Contestant],
-    names: Sequence[str],
-    stages: Stages,
-) -> dict[str, float]:
-    """MiB by contestant. A GPU's memory is counted by the byte; a CPU's is what its process holds,
-    so that each has one of its own, and ``made`` is given up before."""
-    steps = cfg.warmup + cfg.steps
-    if race.device.type == "cuda":
-        return {name: above(made[name], steps) for name in names}
-    made.clear()
-    gc.collect()
-    calls = {name: (peak, race, name, steps) for name in names}
-    return apart(calls, stages, shown=lambda mib: f"{mib:.0f} MiB")
-
-
-def peak(race: Race, name: str, steps: int) -> float:
-    """MiB of one contestant's steps, once a step has loaded the code. In a process of its own."""
-    settle(race.cfg.hardware)
-    made = CONTESTANTS[name](race)
-    progress.quiet()
-    if can_forget():  # else this run's peak would hide the other's
-        made.run(1, Nothing())
-    return above(made, steps)
-
-
-def above(contestant: Contestant, steps: int) -> float:
-    """MiB at the peak of so many steps, above what was in use before the first."""
-    watch = Peak()
-    contestant.run(steps, watch)
-    return watch.memory.above() / MIB
-
-
-def compared(
-    seconds: Mapping[str, Sequence[float]], memory: Mapping[str, float]
-) -> dict[str, Any]:
-    """Ours over the floor and TRL over ours in time, ours over TRL in memory."""
-    found: dict[str, Any] = {}
-    if "floor" in seconds:
-        found["over_floor"] = ratio(seconds["ours"], seconds["floor"])
-    for name in PEERS & seconds.keys():
-        found[f"{name}_over"] = ratio(seconds[name], seconds["ours"])
-    if memory.get("trl", 0) > 0:  # 0 where the system cannot forget an earlier, higher peak
-        found["memory_over_trl"] = memory["ours"] / memory["trl"]
-    return found
-
-
-def means(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Geometric means over the cells of the ratios of time, and each one's worst cell."""
-    numbers = {}
-    for name, worst in (("over_floor", max), ("trl_over", min), ("liger_over", min)):
-        each = [cell[name]["median"] for cell in found if name in cell]
-        if each:
-            numbers |= {name: geometric_mean(each), f"{name}_worst": worst(each)}
-    return numbers
-
-
-def flops(race: Race, pairs: Sequence[Any]) -> float:
-    """Of the model, forward and backward (three forwards), over unique tokens.
-
-    Two per weight of the body and token, two per weight of the head and scored token, and four
-    per layer, width and attended position; nothing for recomputation, padding or masked ones.
-    """
-    lm = race.opened()
-    config, head = lm.config, lm.get_output_embeddings().weight.numel()
-    embedding = lm.get_input_embeddings().weight
-    tied = lm.get_output_embeddings().weight is embedding
-    body = sum(p.numel() for p in lm.parameters()) - embedding.numel() - (0 if tied else head)
-    total = 0.0
-    for pair in pairs:
-        p, sides = len(pair.prompt), (len(pair.chosen), len(pair.rejected))
-        attended = p * (p + 1) / 2 + sum(r * p + r * (r + 1) / 2 for r in sides)
-        total += 2 * body * len(pair) + 2 * head * sum(sides)
-        total += 4 * config.num_hidden_layers * config.hidden_size * attended
-    return 3 * total
+    return [Cell(name, size, *sides) for name, sides in spans.items() for size in cfg.vocabularies]
 
 
 def setting(cfg: DictConfig, names: Sequence[str], absent: Sequence[str]) -> dict[str, Any]:
     """What the numbers were measured on."""
-    others = sorted({package for name in names for package in peer.NEEDS.get(name, ())})
+    others = sorted({package for name in names for package in CONTESTANTS[name].needs})
     return {
         **asked.machine(cfg),
         "contestants": list(names),
@@ -292,3 +123,202 @@ def setting(cfg: DictConfig, names: Sequence[str], absent: Sequence[str]) -> dic
             **{name: version(name) for name in ("torch", "transformers", *others)},
         },
     }
+
+
+# -- one cell
+
+
+def measured(
+    cfg: DictConfig,
+    mine: DictConfig,
+    cell: Cell,
+    names: Sequence[str],
+    room: Path,
+    stages: Stages,
+) -> dict[str, Any]:
+    """All numbers of one cell."""
+    race = race_of(cfg, mine, cell, room)
+    parameters = save_model(room / "model", cfg.model, cell.vocabulary, cfg.seed, race.device)
+    ours = Ours.on(race.cfg, race.pairs)
+    watched = ours.logging()
+    losses = watched.run(max(cfg.trajectory, cfg.warmup + cfg.steps), Watch())[: cfg.trajectory]
+    # what our run has drawn, the others are given in the same order
+    race = replace(race, order=tuple(watched.rows))
+    made = {n: ours if n == "ours" else CONTESTANTS[n].make(race) for n in names}
+    differences = [
+        agree(cell, losses, made[name].run(cfg.trajectory, Watch()), cfg.tolerance)
+        for name in PEERS
+        if name in made
+    ]
+    seconds = rounds(cfg, made, stages, title=f"time ({cell.name})")
+    memory: dict[str, float] = {}
+    if cfg.memory and race.device.type == "cuda":  # which counts its memory by the byte
+        memory = {name: above(one, cfg.warmup + cfg.steps) for name, one in made.items()}
+    elif cfg.memory:
+        made.clear()
+        del ours, watched
+        gc.collect()
+        calls = {name: (race.cfg.hardware, partial(twice, race, name)) for name in names}
+        memory = peaks(calls, cfg.warmup + cfg.steps, stages)
+    timed = race.drawn[cfg.warmup * cfg.batch_size : (cfg.warmup + cfg.steps) * cfg.batch_size]
+    numbers = {
+        "shape": cell.shape,
+        "vocabulary": cell.vocabulary,
+        "parameters": parameters,
+        "unique_tokens": sum(map(len, timed)) / cfg.steps,
+        "scored_tokens": sum(len(p.chosen) + len(p.rejected) for p in timed) / cfg.steps,
+        "trajectory_difference": max(differences, default=None),
+        "losses": losses,
+        **compared(seconds, memory),
+        "seconds": seconds,
+        "memory_mib": memory,
+    }
+    if cfg.peak_flops is not None:
+        work = flops(race, timed) / cfg.steps
+        numbers["utilisation"] = {n: work / median(s) / cfg.peak_flops for n, s in seconds.items()}
+    told = [f"{CONTESTANTS[n].title} {1000 * median(s):.1f} ms" for n, s in seconds.items()]
+    told += [f"{r.title} {output.spread(numbers[r.key])}" for r in RATIOS if r.key in numbers]
+    log.info("%s: %s", cell.name, ", ".join(told))
+    return numbers
+
+
+def agree(cell: Cell, ours: Sequence[float], theirs: Sequence[float], tolerance: float) -> float:
+    """The largest difference of the losses of two runs; one above ``tolerance`` ends this one."""
+    apart = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
+    worst = max(apart)
+    if not worst <= tolerance:  # so that nan ends it too
+        raise Diverged(
+            f"{cell.name}: our losses and TRL's differ by {worst:.2g} in step "
+            f"{apart.index(worst) + 1} of {len(apart)} (tolerance {tolerance:g}): what they "
+            "cost cannot be compared"
+        )
+    log.info("%s: our losses and TRL's differ by %.1e over %d steps", cell.name, worst, len(apart))
+    return worst
+
+
+def compared(
+    seconds: Mapping[str, Sequence[float]], memory: Mapping[str, float]
+) -> dict[str, Any]:
+    """Every ratio in time of those that ran, and ours over TRL in memory."""
+    found: dict[str, Any] = {
+        each.key: output.ratio(seconds[each.mine], seconds[each.other])
+        for each in RATIOS
+        if {each.mine, each.other} <= seconds.keys()
+    }
+    if memory.get("trl", 0) > 0:  # 0 where the system cannot forget an earlier, higher peak
+        found[MEMORY.key] = memory["ours"] / memory["trl"]
+    return found
+
+
+def means(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Geometric means over the cells of the ratios of time, and each one's worst cell."""
+    numbers = {}
+    for key, worst in ((each.key, each.worst) for each in RATIOS):
+        middles = [cell[key]["median"] for cell in cells if key in cell]
+        if middles:
+            numbers |= {key: geometric_mean(middles), f"{key}_worst": worst(middles)}
+    return numbers
+
+
+# -- what is shown
+
+
+def table(numbers: Mapping[str, Any]) -> str:
+    """Markdown: times, rates and memory, then what they were measured on and what they mean."""
+    at, mean = numbers["setting"], numbers["mean"]
+    titles = {name: CONTESTANTS[name].title for name in at["contestants"]}
+    times, rates, memory = [], [], []
+    for cell in numbers["cells"]:
+        where = {"shape": cell["shape"], "vocabulary": cell["vocabulary"]}
+        tokens, mib = cell["unique_tokens"], cell["memory_mib"]
+        seconds = {title: median(cell["seconds"][name]) for name, title in titles.items()}
+        row = {"unique tokens": f"{tokens:.0f}", "scored": f"{cell['scored_tokens']:.0f}"}
+        row |= {f"{title}, ms": f"{1000 * s:.1f}" for title, s in seconds.items()}
+        shown = [each for each in RATIOS if each.key in cell]
+        row |= {each.title: output.spread(cell[each.key], each.digits) for each in shown}
+        if cell["trajectory_difference"] is not None:
+            row["losses differ by"] = f"{cell['trajectory_difference']:.1e}"
+        times.append(where | row)
+        pairs = at["pairs_per_step"]
+        row = {f"{title}, pairs/s": f"{pairs / s:.2f}" for title, s in seconds.items()}
+        row |= {f"{title}, unique tokens/s": f"{tokens / s:.0f}" for title, s in seconds.items()}
+        for name, share in cell.get("utilisation", {}).items():
+            row[f"{titles[name]}, utilisation"] = f"{share:.3f}"
+        rates.append(where | row)
+        if mib:
+            row = {f"{title}, MiB": f"{mib[name]:.0f}" for name, title in titles.items()}
+            if "trl" in mib:
+                row[MEMORY.title] = f"{cell[MEMORY.key]:.2f}" if MEMORY.key in cell else ""
+            memory.append(where | row)
+    said = [
+        f"{each.words}: geometric mean {mean[each.key]:.{each.digits}f}, at "
+        f"{'most' if each.worst is max else 'least'} "
+        f"{mean[f'{each.key}_worst']:.{each.digits}f} in a cell."
+        for each in RATIOS
+        if each.key in mean
+    ]
+    parts = ["# One outer step of DPO", output.table(times), " ".join(said), output.table(rates)]
+    parts += [output.table(memory)] if memory else []
+    return "\n\n".join(part for part in [*parts, output.bullets(notes(numbers))] if part) + "\n"
+
+
+def notes(numbers: Mapping[str, Any]) -> list[str]:
+    at, cells = numbers["setting"], numbers["cells"]
+    sizes = sorted({cell["parameters"] for cell in cells})
+    versions = ", ".join(f"{name} {number}" for name, number in at["versions"].items())
+    lines = [
+        f"{at['device']}, {at['threads']} threads, {at['precision']}; {versions}",
+        f"{' to '.join(f'{size:,}' for size in dict.fromkeys((sizes[0], sizes[-1])))} parameters, "
+        f"{at['pairs_per_step']} pairs per step, the same pairs in the same order",
+        f"time: {at['steps']} steps after {at['warmup']}, median of {at['repetitions']} rounds "
+        "(least..most); ratios within a round. From the batch at hand to the weights moved",
+        "unique tokens: prompt once, both responses; rates count those, for every contestant",
+    ]
+    if at["train"]:
+        lines.append(f"ours with {' '.join(at['train'])}")
+    if any(cell["trajectory_difference"] is not None for cell in cells):
+        lines.append(
+            f"losses differ by: the largest difference over the first {at['trajectory']} steps "
+            f"(above {at['tolerance']:g} the measurement ends)"
+        )
+    if any(cell["memory_mib"] for cell in cells):
+        apart = ", in a process each" if at["device"] == "cpu" else ""
+        lines.append(
+            "memory: the peak above what was in use before the first step (weights and data; "
+            f"gradients and the optimizer's memory count){apart}"
+        )
+    ran = [kind for name, kind in CONTESTANTS.items() if name in at["contestants"]]
+    lines += [kind.note for kind in ran if kind.note]
+    absent = [CONTESTANTS[name].title for name in at["left_out"]]
+    return lines + [f"{title} is left out: it is not installed here" for title in absent]
+
+
+def picture(numbers: Mapping[str, Any], directory: Path) -> list[Path]:
+    """step.svg and step.png: a row per ratio, a panel per shape, a dot with extremes per cell."""
+    cells = numbers["cells"]
+    shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
+    rows = [r for r in (*RATIOS, MEMORY) if any(r.key in cell for cell in cells)]
+    panels = []
+    for ratio in rows:
+        across = []
+        for shape in shapes:
+            mine = [cell for cell in cells if cell["shape"] == shape and ratio.key in cell]
+            sizes = [cell["vocabulary"] for cell in mine]
+            found = [cell[ratio.key] for cell in mine]
+            values = [v if isinstance(v, dict) else output.extremes([v]) for v in found]
+            axes = {
+                "xticks": range(len(mine)),
+                "xticklabels": [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in sizes],
+                "xlim": (-0.5, max(len(mine), 1) - 0.3),
+                "title": shape if ratio is rows[0] else "",
+                "xlabel": "vocabulary" if ratio is rows[-1] else "",
+                "ylabel": "" if across else f"{ratio.quantity}, {ratio.title}",
+            }
+            panel = output.Panel(range(len(mine)), values, ratio.colour, axes)
+            across.append(panel._replace(levels=ratio.levels, lowest=ratio.lowest))
+        panels.append(across)
+    if not panels:
+        return []
+    title = "One outer step of DPO: median and extremes of the rounds"
+    size = (1.6 + 2.2 * max(2, len(shapes)), 0.8 + 1.9 * len(rows))
+    return output.draw(panels, title, size=size, directory=directory, name="step")

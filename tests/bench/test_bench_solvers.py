@@ -9,11 +9,11 @@ import torch
 from benches import bench_config
 from conftest import SMALL, command
 from fitting import config, objective, scored
-from lightning.pytorch.callbacks import LambdaCallback
 from tiny import policy
 
 from spo_lightning import command as command_line
-from spo_lightning.bench import costs, memory, solvers
+from spo_lightning.bench import measuring, solvers
+from spo_lightning.bench.ours import Entry, Ours, Start, Watch
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import Interrupted
@@ -75,27 +75,31 @@ def test_every_listed_solver_can_be_built():
 def test_a_signal_amid_the_steps_ends_as_one_line():
     cfg = config("hardware=cpu", "hardware.precision=64-true", "batch_size=4")
     made = policy()
-    start = costs.Start(Scorer(made.lm, True), scored(made.lm), None)
-    entry = costs.Entry(cfg, *objective("solver=none")[:2])
-    ask = LambdaCallback(on_train_batch_start=lambda *_: signal.raise_signal(signal.SIGTERM))
+    start = Start(Scorer(made.lm, True), scored(made.lm), None)
+    entry = Entry(cfg, *objective("solver=none")[:2])
+
+    class Asks(Watch):
+        def start(self):
+            signal.raise_signal(signal.SIGTERM)
+
     with pytest.raises(Interrupted, match="stopped by SIGTERM") as error:
-        costs.take(entry, start, 2, ask)
+        Ours(entry, start).run(2, Asks())
     assert command_line.verdict(error.value) == (143, "stopped by SIGTERM")
 
 
 def test_steps_leave_the_policy_as_it_was():
     made = policy()
-    start = costs.Start(Scorer(made.lm, True), scored(made.lm), None)
+    start = Start(Scorer(made.lm, True), scored(made.lm), None)
     cfg = config("hardware=cpu", "hardware.precision=64-true", "batch_size=4", "optimizer.lr=0.1")
     loss, solver, _ = objective("solver=unrolled")
-    before, moved, steps = weights(start), [], []
+    before, moved = weights(start), []
 
-    def look(trainer, module, *_):
-        steps.append(module.outer_step)
-        moved.append(not torch.equal(weights(start), before))
+    class Looks(Watch):
+        def stop(self):
+            moved.append(not torch.equal(weights(start), before))
 
-    costs.take(costs.Entry(cfg, loss, solver), start, 2, LambdaCallback(on_train_batch_end=look))
-    assert steps == [1, 2] and all(moved)
+    Ours(Entry(cfg, loss, solver), start).run(2, Looks())
+    assert moved == [True, True]
     assert torch.equal(weights(start), before)
 
 
@@ -108,9 +112,9 @@ def test_the_share_of_the_inner_pass():
     texts = Pairs([Pair((1, 2), (3, 4), ())], None, 0)
     lm = policy().lm
     # 3 + 3 tokens of 6 + 4; apart, the prompts' 2 + 1 once more; texts of 4 beside rows of 5
-    assert costs.inner_share(costs.Start(Scorer(lm, True), pairs, None)) == 6 / 10
-    assert costs.inner_share(costs.Start(Scorer(lm, False), pairs, None)) == 6 / 13
-    assert costs.inner_share(costs.Start(Scorer(lm, True), pairs, texts)) == 4 / 5
+    assert solvers.inner_share(Start(Scorer(lm, True), pairs, None)) == 6 / 10
+    assert solvers.inner_share(Start(Scorer(lm, False), pairs, None)) == 6 / 13
+    assert solvers.inner_share(Start(Scorer(lm, True), pairs, texts)) == 4 / 5
 
 
 def test_ratios_are_taken_within_a_round():
@@ -122,9 +126,9 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_memory_at_the_peak():
-    watched = memory.Memory()
-    watched.start()
+    watched = measuring.Memory()
+    watched.begin()
     # a mapping of its own: what malloc gives may be in memory already, left free by other tests
-    with mmap.mmap(-1, 64 * memory.MIB) as block:
+    with mmap.mmap(-1, 64 * measuring.MIB) as block:
         block.write(bytes(len(block)))
-    assert watched.above() >= 60 * memory.MIB
+    assert watched.mib >= 60

@@ -3,12 +3,12 @@
 import sys
 
 import pytest
-from benches import measured
+from benches import measured, refused
 from conftest import SMALL
 
 from spo_lightning.bench import start
-from spo_lightning.bench.processes import clocked
-from spo_lightning.errors import Diverged, UserError
+from spo_lightning.bench.start import clocked
+from spo_lightning.errors import Diverged
 from spo_lightning.records.progress import silent
 
 
@@ -33,8 +33,7 @@ def test_one_round(tmp_path, monkeypatch):
     ],
 )
 def test_refused(tmp_path, word, says):
-    with pytest.raises(UserError, match=says):
-        measured(tmp_path / "run", "what=start", word)
+    refused(tmp_path / "run", says, "what=start", word)
 
 
 def test_a_process_is_clocked_until_a_condition_and_then_ends(tmp_path):

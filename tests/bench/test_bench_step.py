@@ -2,22 +2,24 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from benches import STEP, bench_config, measured
+from benches import STEP, bench_config, measured, refused
 from conftest import command
 from torch.utils.flop_counter import FlopCounterMode
 
-from spo_lightning.bench import asked, peer, step, step_report, table
+from spo_lightning.bench import asked, output, step
 from spo_lightning.bench.cell import Cell, as_text, drawn, save_model, word_tokenizer
-from spo_lightning.bench.contestants import CONTESTANTS, Race, dense
+from spo_lightning.bench.contestants import CONTESTANTS, dense, flops, race_of
+from spo_lightning.bench.ours import Ours, Watch
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import encode_pairs
-from spo_lightning.errors import Diverged, UserError
+from spo_lightning.errors import Diverged
 
 CELL = Cell("chat", 512, (4, 9), (3, 6))
-needs_trl = pytest.mark.skipif(not peer.installed(), reason="needs TRL")
+needs_trl = pytest.mark.skipif(not CONTESTANTS["trl"].installed, reason="needs TRL")
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +86,7 @@ def test_all_three_from_the_command(tmp_path):
     ],
 )
 def test_refused(tmp_path, word, says):
-    with pytest.raises(UserError) as error:
-        measured(tmp_path / "run", *STEP, word)
-    assert says in str(error.value)
-    assert not list((tmp_path / "run").iterdir())
+    refused(tmp_path / "run", says, *STEP, word)
 
 
 def test_one_line_of_the_command(tmp_path):
@@ -98,7 +97,8 @@ def test_one_line_of_the_command(tmp_path):
 
 
 def test_without_trl_its_column_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(peer, "installed", lambda name: name == "ours")
+    missing = CONTESTANTS["trl"]._replace(needs=("no_such_package",))
+    monkeypatch.setattr(step, "CONTESTANTS", {**CONTESTANTS, "trl": missing})
     numbers = measured(tmp_path / "run", *STEP, "contestants=[ours,trl]", "repetitions=1")
     (cell,) = numbers["cells"]
     assert list(cell["seconds"]) == ["ours"]
@@ -140,21 +140,19 @@ def test_text_and_tokens_say_the_same():
     assert {len(pair.prompt) for pair in pairs} == {4, 5, 6, 7, 8, 9}
 
 
-def race(directory, **changes):
+def race(directory):
     """The pairs of ``CELL`` in their own order."""
     from hydra import compose, initialize_config_dir
     from pairs import CONF
 
-    pairs = drawn(CELL, 8, seed=0)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("bench", [*STEP])
         mine = asked.trained(cfg)
     save_model(directory / "model", cfg.model, 512, seed=0)
-    flat = asked.settled(mine, directory / "model", CELL, directory)
-    return Race(flat, directory / "model", pairs, tuple(range(8)), torch.device("cpu"))
+    return replace(race_of(cfg, mine, CELL, directory), order=tuple(range(8)))
 
 
-class Counted:
+class Counted(Watch):
     """A watch that counts."""
 
     def __init__(self):
@@ -172,9 +170,10 @@ class Counted:
 
 @pytest.mark.parametrize("name", [*CONTESTANTS])
 def test_a_contestant_runs_again_as_before(tmp_path, name):
-    if not peer.installed(name):
-        pytest.skip(f"needs {peer.NEEDS[name]}")
-    made = CONTESTANTS[name](race(tmp_path))
+    kind = CONTESTANTS[name]
+    if not kind.installed:
+        pytest.skip(f"needs {kind.needs}")
+    made = kind.make(race(tmp_path))
     first, second = Counted(), Counted()
     one, two = made.run(3, first), made.run(3, second)
     assert (first.begun, first.started, first.stopped) == (1, 3, 3) == tuple(vars(second).values())
@@ -186,17 +185,11 @@ def test_a_contestant_runs_again_as_before(tmp_path, name):
 
 @needs_trl
 def test_ours_and_trls_losses_agree(tmp_path):
-    drawn_by_ours = race(tmp_path)
-    ours = CONTESTANTS["ours"](drawn_by_ours).logging()
+    stored = race(tmp_path)
+    ours = Ours.on(stored.cfg, stored.pairs).logging()
     mine = ours.run(4, Counted())
-    given = Race(
-        drawn_by_ours.cfg,
-        drawn_by_ours.model,
-        drawn_by_ours.pairs,
-        tuple(ours.rows),
-        torch.device("cpu"),
-    )
-    theirs = CONTESTANTS["trl"](given).run(4, Counted())
+    given = replace(stored, order=tuple(ours.rows))
+    theirs = CONTESTANTS["trl"].make(given).run(4, Counted())
     assert mine == pytest.approx(theirs, abs=1e-4)
     assert abs(mine[-1] - mine[0]) > 1e-3  # they moved
     assert step.agree(CELL, mine, theirs, 1e-4) <= 1e-4
@@ -221,11 +214,10 @@ def test_the_floors_rows():
 
 
 def test_ratios_within_a_round():
-    assert table.ratio([2.0, 3.0, 16.0], [1.0, 2.0, 4.0]) == {"median": 2, "min": 1.5, "max": 4}
-    assert table.spread({"median": 2, "min": 1.5, "max": 4}, 1) == "2.0 (1.5..4.0)"
-    assert table.geometric_mean([1.0, 4.0]) == pytest.approx(2)
+    assert output.ratio([2.0, 3.0, 16.0], [1.0, 2.0, 4.0]) == {"median": 2, "min": 1.5, "max": 4}
+    assert output.spread({"median": 2, "min": 1.5, "max": 4}, 1) == "2.0 (1.5..4.0)"
     with pytest.raises(ValueError):
-        table.ratio([1.0], [1.0, 2.0])
+        output.ratio([1.0], [1.0, 2.0])
 
 
 def test_comparisons_and_their_means():
@@ -249,7 +241,7 @@ def test_flops_equal_torchs_count(tmp_path):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         lm(input_ids=ids, use_cache=False)
     # a response alone, every position scored; torch counts the whole square of attention
-    mine = step.flops(given, [Pair((), tuple(range(12)), ())]) / 3
+    mine = flops(given, [Pair((), tuple(range(12)), ())]) / 3
     square = 4 * 2 * 16 * (12 * 12 - 12 * 13 / 2)
     norms = 2 * 12 * 5 * 16  # weights that multiply no matrix: 2 per layer and the last
     assert mine + square - norms == pytest.approx(counter.get_total_flops(), rel=1e-3)
@@ -259,7 +251,7 @@ def test_the_picture_has_a_panel_per_shape(found, tmp_path):
     numbers, _ = found
     (cell,) = numbers["cells"]
     cells = [{**cell, "shape": shape, "vocabulary": v} for shape in "ab" for v in (8192, 500)]
-    paths = step_report.picture({**numbers, "cells": cells}, tmp_path)
+    paths = step.picture({**numbers, "cells": cells}, tmp_path)
     drawing = paths[0].read_text()
     assert [path.name for path in paths] == ["step.svg", "step.png"]
     assert drawing.count("<!-- 8k -->") >= 1 and drawing.count("<!-- a -->") == 1

@@ -1,0 +1,178 @@
+"""Our side of every measurement: a configuration and pairs in, the training command's steps out.
+
+All that the bench takes from ``run/`` goes through this file.
+"""
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+
+from spo_lightning.bench.cell import as_text
+from spo_lightning.data.batch import Pair
+from spo_lightning.data.rows import Task
+from spo_lightning.data.sets import Pairs
+from spo_lightning.errors import Interrupted
+from spo_lightning.models.scorer import Scorer
+from spo_lightning.records.progress import Stages, quiet, silent
+from spo_lightning.run import prepare
+from spo_lightning.train import Run
+from spo_lightning.training.fit import OuterSteps, module_of
+
+precision_of, set_threads = prepare.precision_of, prepare.set_threads
+
+
+def device_of(hardware: DictConfig) -> torch.device:
+    with hushed():  # it says what it took, and here it is asked again for every cell
+        return prepare.device_of(hardware)
+
+
+class Entry(NamedTuple):
+    """A loss and a solver with the rest of their run; ``cfg`` is the training command's."""
+
+    cfg: DictConfig
+    loss: Any
+    solver: Any
+
+
+def entry_of(cfg: DictConfig) -> Entry:
+    """Built before anything slow, so that bad knobs and paths end at once."""
+    prepare.check_checkpoints(cfg.model)
+    return Entry(cfg, *Run(cfg, None, silent(), {}).objective())
+
+
+class Start(NamedTuple):
+    """What the steps start from, whichever solver takes them."""
+
+    scorer: Scorer
+    train: Pairs
+    lower: Pairs | None  # the lower level's own texts; None: the chosen responses
+
+
+def start_of(cfg: DictConfig, task: Task, stages: Stages) -> Start:
+    """The policy and its pairs, tokenised and scored, as the training command prepares them."""
+    device = prepare.device_of(cfg.hardware)
+    given = prepare.prepare(cfg, task, device, precision_of(cfg.hardware, device), stages)
+    return Start(given.scorer, given.train, given.lower)
+
+
+class Watch:
+    """Looks at a run before its first step and around every step; this one looks away."""
+
+    def begin(self) -> None: ...
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Ours:
+    """``Preference`` under Lightning's Trainer on ``OuterSteps``, as in training."""
+
+    entry: Entry
+    start: Start
+    rows: list[int] = field(init=False, default_factory=list)  # of the last run, as drawn
+
+    @classmethod
+    def on(cls, cfg: DictConfig, pairs: Sequence[Pair]) -> "Ours":
+        task = Task(train=as_text(pairs), held_out=[])
+        with hushed(), threads_of(cfg.hardware):
+            return cls(entry_of(cfg), start_of(cfg, task, silent()))
+
+    def changed(self, **values: Any) -> "Ours":
+        """The same with other values of the configuration."""
+        cfg = OmegaConf.merge(self.entry.cfg, values)
+        return replace(self, entry=self.entry._replace(cfg=cfg))
+
+    def logging(self) -> "Ours":
+        """The same, and the numbers of every step are computed."""
+        return self.changed(log={"every_n_steps": 1})
+
+    def run(self, steps: int, watch: Watch) -> list[float]:
+        """Take so many steps; the loss of each, where it was computed."""
+        cfg, scorer = self.entry.cfg, self.start.scorer
+        losses: list[float] = []
+        self.rows = []
+
+        def before(trainer: Any, module: Any, batch: Any, number: int) -> None:
+            self.rows += [row for part in batch for row in part.rows.tolist()]
+            watch.start()
+
+        def after(trainer: Any, module: Any, *_: Any) -> None:
+            watch.stop()
+            losses.append(module.numbers.get("train/loss", float("nan")))
+
+        look = LambdaCallback(
+            on_train_start=lambda *_: watch.begin(),
+            on_train_batch_start=before,
+            on_train_batch_end=after,
+        )
+        quiet()  # what was imported since
+        with threads_of(cfg.hardware), unmoved(scorer):
+            module = module_of(cfg, scorer, self.entry.loss, self.entry.solver, steps)
+            trainer = Trainer(
+                accelerator=cfg.hardware.accelerator,
+                devices=1,
+                precision=cfg.hardware.precision,
+                max_steps=steps,
+                max_epochs=-1,
+                callbacks=[look],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            data = OuterSteps.of(cfg, module, self.start.train, self.start.lower)
+            try:
+                trainer.fit(module, DataLoader(data, batch_size=None))
+            except SIGTERMException as error:  # Lightning has taken the signal over
+                raise Interrupted(143, "stopped by SIGTERM") from error
+        del module, trainer, data
+        gc.collect()  # they hold each other, and the solver's and the optimizer's memory
+        return losses
+
+
+@contextmanager
+def unmoved(module: nn.Module) -> Iterator[None]:
+    """Afterwards the weights are as they were, so that every run starts from the same ones."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+    yield
+    with torch.no_grad():
+        for p, value in zip(parameters, before):
+            p.copy_(value)
+            p.grad = None
+
+
+@contextmanager
+def threads_of(hardware: DictConfig) -> Iterator[None]:
+    """As many threads as a configuration asks for; one of ``what=knobs`` asks for its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(hardware.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """What preparing says of its data is said once too often here, for every cell again."""
+    ours = logging.getLogger("spo_lightning")
+    before = ours.level
+    ours.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ours.setLevel(before)
