@@ -17,10 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spo_lightning import __version__
 from spo_lightning.bench.cell import Cell
-from spo_lightning.bench.ours import device_of, set_threads
+from spo_lightning.bench.ours import device_of
 from spo_lightning.config import knobs
 from spo_lightning.config.build import one_line
 from spo_lightning.errors import UserError
+from spo_lightning.models.device import set_threads
 from spo_lightning.records import progress
 from spo_lightning.records.directory import without_secrets, write_text
 from spo_lightning.records.progress import Stages, Stop

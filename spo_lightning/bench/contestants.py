@@ -20,8 +20,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from spo_lightning.bench import peer
 from spo_lightning.bench.cell import Cell, as_text, drawn
-from spo_lightning.bench.ours import Ours, Watch, device_of, precision_of, unmoved
+from spo_lightning.bench.ours import Ours, Watch, device_of, unmoved
 from spo_lightning.data.batch import Pair
+from spo_lightning.models.device import precision_of
 from spo_lightning.models.policy import DTYPES
 from spo_lightning.records.progress import quiet
 from spo_lightning.training.fit import optimizer_of

@@ -18,8 +18,9 @@ import torch
 from omegaconf import DictConfig
 
 from spo_lightning.bench.contestants import Contestant
-from spo_lightning.bench.ours import Watch, set_threads
+from spo_lightning.bench.ours import Watch
 from spo_lightning.errors import Diverged
+from spo_lightning.models.device import set_threads
 from spo_lightning.records.progress import Stages, quiet
 
 MIB = 2**20

@@ -23,18 +23,19 @@ from spo_lightning.data.batch import Pair
 from spo_lightning.data.rows import Task
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import Interrupted
+from spo_lightning.models import device
+from spo_lightning.models.policy import check_sources
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.records.progress import Stages, quiet, silent
-from spo_lightning.run import prepare
-from spo_lightning.train import Run
+from spo_lightning.run.job import objective
+from spo_lightning.run.training import prepared
 from spo_lightning.training.fit import OuterSteps, module_of
-
-precision_of, set_threads = prepare.precision_of, prepare.set_threads
+from spo_lightning.world import World
 
 
 def device_of(hardware: DictConfig) -> torch.device:
     with hushed():  # it says what it took, and here it is asked again for every cell
-        return prepare.device_of(hardware)
+        return device.device_of(hardware)
 
 
 class Entry(NamedTuple):
@@ -47,8 +48,8 @@ class Entry(NamedTuple):
 
 def entry_of(cfg: DictConfig) -> Entry:
     """Built before anything slow, so that bad knobs and paths end at once."""
-    prepare.check_checkpoints(cfg.model)
-    return Entry(cfg, *Run(cfg, None, silent(), {}).objective())
+    check_sources(cfg.model)
+    return Entry(cfg, *objective(cfg))
 
 
 class Start(NamedTuple):
@@ -61,8 +62,7 @@ class Start(NamedTuple):
 
 def start_of(cfg: DictConfig, task: Task, stages: Stages) -> Start:
     """The policy and its pairs, tokenised and scored, as the training command prepares them."""
-    device = prepare.device_of(cfg.hardware)
-    given = prepare.prepare(cfg, task, device, precision_of(cfg.hardware, device), stages)
+    given = prepared(cfg, task, stages, World(place=lambda: device.device_of(cfg.hardware)))
     return Start(given.scorer, given.train, given.lower)
 
 

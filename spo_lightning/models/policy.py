@@ -217,6 +217,13 @@ def source_of(where: str) -> tuple[str, bool]:
     return (str(path) if local else where), local
 
 
+def check_sources(model: DictConfig) -> None:
+    """Refuse local directories that hold no model, before any is loaded."""
+    for where in (model.pretrained, model.reference):
+        if where is not None:
+            source_of(where)
+
+
 def byte_tokenizer() -> Any:
     """256 bytes, an end mark and padding: any text, no file."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers

@@ -66,11 +66,9 @@ class Job:
 def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str]) -> Job:
     """Everything that can be refused before something slow is begun."""
     from spo_lightning.models.device import set_threads
-    from spo_lightning.models.policy import source_of
+    from spo_lightning.models.policy import check_sources
 
-    for where in (cfg.model.pretrained, cfg.model.reference):
-        if where is not None:
-            source_of(where)
+    check_sources(cfg.model)
     set_threads(cfg.hardware)
     quiet()
     loss, solver = objective(cfg)

@@ -64,14 +64,12 @@ def called(node: Any, where: str) -> Any:
 def prompts(at: Read) -> Read:
     """The rows to be answered, each prompt once: of a file, or the data's own."""
     from spo_lightning.models.device import set_threads
-    from spo_lightning.models.policy import source_of
+    from spo_lightning.models.policy import check_sources
     from spo_lightning.sampling import draw
 
     set_threads(at.cfg.hardware)
     quiet()
-    for where in (at.cfg.model.pretrained, at.cfg.model.reference):
-        if where is not None:
-            source_of(where)
+    check_sources(at.cfg.model)
     return grown(Read, at, task=replace(at.task, train=draw.prompts(at.cfg, at.task)))
 
 
