@@ -114,7 +114,7 @@ class Run:
 
     def go(self) -> dict[str, Any]:
         from spo_lightning.data.load import load
-        from spo_lightning.report.table import run_table
+        from spo_lightning.records.summary import run_table
 
         cfg = self.cfg
         self.stages.note("data", 0, 1)
@@ -322,7 +322,7 @@ class Run:
         return rows
 
     def save(self) -> None:
-        from spo_lightning.report.table import model_card
+        from spo_lightning.records.summary import model_card
 
         card = model_card(self.choices, self.cfg)
         self.given.policy.save(self.run.model, merge=self.cfg.model.lora.merge, card=card)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import private, write_text
+from spo_lightning.records.summary import run_table
 from spo_lightning.report import run_page, sweep_page
 from spo_lightning.report.charts import Chart, Drawing, Heat, Histogram, still
 from spo_lightning.report.page import Section, page
 from spo_lightning.report.reading import runs_of
 from spo_lightning.report.settings import SHOWN
-from spo_lightning.report.table import finished, run_table, sweep_table
+from spo_lightning.report.table import finished, sweep_table
 
 PAGE, TABLE, FIGURES = "report.html", "table.md", "figures"
 
