@@ -8,9 +8,17 @@ from spo_lightning.report.charts import unit
 from spo_lightning.report.page import Note, Section, Table
 from spo_lightning.report.reading import Run
 from spo_lightning.report.run_page import lost
-from spo_lightning.report.settings import CAPABILITY, LOSS, MEANINGS, Sweep, kept, less
+from spo_lightning.report.settings import (
+    CAPABILITY,
+    LOSS,
+    MEANINGS,
+    Sweep,
+    cell,
+    interval,
+    kept,
+    less,
+)
 from spo_lightning.report.sweep_charts import curves, front, heats, keys, points
-from spo_lightning.report.table import interval
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -21,11 +29,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("Ranking", ranking(sweep), RANKING),
         Section("Differences by seed", differences(sweep), DIFFERENCES),
         Section("Methods, bare and with SPO", methods(sweep)),
-        Section(
-            "Over the grid",
-            heats(sweep),
-            "Means over seeds, and over whatever else varies; an empty field has no run.",
-        ),
+        Section("Over the grid", heats(sweep), "Means; an empty field has no run."),
         Section("Quality against displacement", front(sweep), FRONT),
         Section("Curves", curves(sweep), CURVES),
         pairs(sweep),
@@ -102,10 +106,7 @@ def verdict(apart: Sequence[float]) -> str:
 
 def shown(values: Any) -> str:
     found = [*values]
-    if not found:
-        return "unknown"
-    mean, half = interval(found)
-    return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else " (one seed)")
+    return (cell(found) + (" (one seed)" if len(found) == 1 else "")) or "unknown"
 
 
 def meanings(sweep: Sweep) -> list[Table]:
@@ -142,7 +143,7 @@ def ranking(sweep: Sweep) -> list[Table]:
     rows = []
     for place, setting in enumerate(sweep.ranked, 1):
         word = {None: "", True: "kept", False: "lost"}[kept(setting)]
-        row: list[Any] = [place, setting.name, len({run.seed for run in setting.runs}), word]
+        row: list[Any] = [place, setting.name, len(setting.seeds), word]
         for name in sweep.names:
             values = [*setting.values(name).values()]
             mean, half = interval(values) if values else (None, None)
@@ -159,7 +160,7 @@ def differences(sweep: Sweep) -> list[Any]:
         row: list[Any] = [other.name]
         for name in sweep.names:
             apart = less(best, other, name)
-            row.append(paper.signed(apart) + star(apart) if len(apart) > 1 else "")
+            row.append(cell(apart, "+.3f") + star(apart) if len(apart) > 1 else "")
         if any(row[1:]):
             rows.append(row)
     head = [f"{best.name}, minus", *sweep.names]
@@ -181,7 +182,9 @@ def methods(sweep: Sweep) -> list[Any]:
             words = {name: run.choices.get(name, "") for name in ("loss", "solver")}
             data = run.config.get("data")
             words["data.sft"] = str(data.get("sft")) if isinstance(data, dict) else ""
-            rows.append((told | words, run.seed, paper.numbers_of(run.init, run.final)))
+            numbers = {f"init/{name}": value for name, value in run.init.items()}
+            numbers |= {f"final/{name}": value for name, value in run.final.items()}
+            rows.append((told | words, run.seed, numbers))
     found = []
     for part in paper.parts(rows)[0]:
         if (part.has(paper.CAPABILITY) or part.has(part.preference)) and any(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from spo_lightning.report.build import sections
+from spo_lightning.report.build import content, found
 from spo_lightning.report.page import page
 from spo_lightning.report.reading import MARKS
 
@@ -53,7 +53,7 @@ def serve(directories: Sequence[Path], port: int) -> ThreadingHTTPServer:
 def fresh(directories: Sequence[Path], state: str) -> str:
     """The page as the files are now; one that tries again where they cannot be read."""
     try:
-        return page(*sections(directories), state=state)
+        return page(*content(directories, found(directories)), state=state)
     except Exception as error:  # a run may be writing; a server must not end for it
         return WAITING.format(html.escape(f"{type(error).__name__}: {error}"))
 
