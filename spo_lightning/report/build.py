@@ -54,7 +54,7 @@ def build(
         for chart in (block for section in sections for block in section.blocks):
             if isinstance(chart, Chart):
                 still(chart, written[-1])
-        written += steps.report([run for run in done if steps.watched(run)], room)
+        written += steps.report(done, room)
     return written
 
 

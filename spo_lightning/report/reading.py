@@ -53,7 +53,7 @@ class Run:
         return bool(self.final and self.config)
 
 
-def rows_of(file: Path | io.StringIO, **how: Any) -> Any:
+def rows_of(file: Path | io.BytesIO, **how: Any) -> Any:
     """A csv as a pandas frame."""
     import pandas as pd
 
@@ -105,20 +105,23 @@ def read(path: Path, name: str, job: Mapping[str, str]) -> Run:
     """``job``: what its sweep says of the run where it ended badly, which outlives the process."""
     problems: list[str] = []
 
-    def text(file: str) -> str:
+    def content(file: str) -> bytes:
         place = path / file
         # a link may lead to a file that is not the run's
         if not place.is_file() or not place.resolve().is_relative_to(path.resolve()):
-            return ""
+            return b""
         try:
-            return private(place.read_text(encoding="utf-8", errors="replace"))
+            return place.read_bytes()
         except OSError as error:
             problems.append(f"{file}: unreadable ({error.strerror})")
-            return ""
+            return b""
+
+    def text(file: str) -> str:
+        return private(content(file).decode("utf-8", "replace"))
 
     def loaded(file: str) -> dict[str, Any]:
-        content = text(file)
-        found = _parsed(content) if content else {}
+        told = text(file)
+        found = _parsed(told) if told else {}
         if not isinstance(found, dict):
             problems.append(f"{file}: unreadable: it was cut off, or is no object")
         return found if isinstance(found, dict) else {}
@@ -129,7 +132,7 @@ def read(path: Path, name: str, job: Mapping[str, str]) -> Run:
     config, choices = _config(text("config.yaml"), problems.append)
     state = job.get("state") or status.get("state") or ("finished" if final else "unknown")
     error = status.get("error") or (job.get("error") if state in ENDED_BADLY else None)
-    curves, alarm = _curves(text("metrics.csv"), problems.append)
+    curves, alarm = _curves(content("metrics.csv"), problems.append)
     return Run(
         path=path,
         name=name,
@@ -186,21 +189,22 @@ def _config(text: str, tell: Callable[[str], None]) -> tuple[dict[str, Any], Any
     return kept, _parsed(first.removeprefix(CHOICES)) if first.startswith(CHOICES) else None
 
 
-def _curves(text: str, tell: Callable[[str], None]) -> tuple[dict[str, Any], int | None]:
+def _curves(content: bytes, tell: Callable[[str], None]) -> tuple[dict[str, Any], int | None]:
     """The columns of metrics.csv without their empty fields, and where the alarm first sounded."""
     import numpy as np
     import pandas as pd
 
-    whole, _, cut = text.replace("\0", "").rpartition("\n")  # a row is flushed with its line's end
+    whole, _, cut = content.rpartition(b"\n")  # a row is flushed with its line's end
     if cut.strip():
         tell("metrics.csv: 1 row(s) cut off, left out")
     try:
-        cells = rows_of(io.StringIO(whole), on_bad_lines="skip", low_memory=False)
+        how = {"encoding_errors": "replace", "on_bad_lines": "skip", "low_memory": False}
+        cells = rows_of(io.BytesIO(whole), **how)
     except ValueError:  # no line, or none that is a table's
-        cells = rows_of(io.StringIO("step"))
+        cells = rows_of(io.BytesIO(b"step"))
     rows = cells.apply(pd.to_numeric, errors="coerce").astype(float)
     odd = (rows.isna() & cells.notna()).any(axis=1)
-    lost = int(odd.sum()) + max(0, whole.count("\n") - len(cells))
+    lost = int(odd.sum()) + max(0, whole.count(b"\n") - len(cells))
     if lost:
         tell(f"metrics.csv: {lost} unreadable row(s) left out")
     rows = rows[~odd].replace([np.inf, -np.inf], np.nan)
@@ -208,9 +212,9 @@ def _curves(text: str, tell: Callable[[str], None]) -> tuple[dict[str, Any], int
         tell("metrics.csv: no row yet")
         return {}, None
     rows = rows.dropna(subset="step").drop_duplicates("step", keep="last").set_index("step")
-    found = {str(name): column.dropna() for name, column in rows.items()}
-    loud = [step for step, value in found[ALARM].items() if value > 0] if ALARM in found else []
-    alarm = int(loud[0]) if loud else None
+    found: dict[str, Any] = {str(name): column.dropna() for name, column in rows.items()}
+    loud = found[ALARM].index[found[ALARM] > 0] if ALARM in found else ()
+    alarm = next(map(int, loud), None)
     return {name: _thinned(curve) for name, curve in found.items() if len(curve)}, alarm
 
 

@@ -14,18 +14,13 @@ SIDES = {  # name, colour and mark
 TITLED = ("loss", "solver")  # groups that a panel's title names
 
 
-def watched(run: Run) -> bool:
-    return (run.path / "evolution.csv").is_file()
-
-
 def report(runs: Sequence[Run], directory: Path) -> list[Path]:
-    """A column of panels per run that was ``watched``; what was written."""
+    """A column of panels per run whose steps were watched; what was written."""
     import matplotlib
 
-    if not runs:
-        return []
+    watched = [run for run in runs if (run.path / "evolution.csv").is_file()]
     with matplotlib.rc_context(STYLE):
-        return saved(draw(runs), directory / "steps", dpi=160)
+        return saved(draw(watched), directory / "steps", dpi=160) if watched else []
 
 
 def draw(runs: Sequence[Run]) -> Any:
