@@ -9,11 +9,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spo_lightning.errors import UserError
 from spo_lightning.report.reading import natural
-from spo_lightning.report.settings import cell, paired, table
+from spo_lightning.report.settings import Setting, cell, less, table
 from spo_lightning.report.style import FELL, GREW, INK, OTHER, STYLE, saved
 
 INIT, CHOSEN, SFT_SET, SPO = "init", "SFT on chosen", "SFT on the SFT set", " + SPO"
@@ -36,18 +36,27 @@ MOVED = ("displacement/rate", "displacement/chosen")
 METHOD, FRONT = ("loss", "solver", "data.sft"), ("optimizer.lr", "solver.weight")
 
 
+class Job(NamedTuple):
+    """``choices``: the words it was started with."""
+
+    choices: Mapping[str, str]
+    seed: int
+    init: Mapping[str, float]
+    final: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class Part:
-    """Jobs of one setting: per method and seed its numbers, ``init/NAME`` and ``final/NAME``."""
+    """Jobs of one setting, by method."""
 
     name: str
-    methods: Mapping[str, Mapping[int, Mapping[str, float]]]
+    methods: Mapping[str, Setting]
 
     @property
     def preference(self) -> str:
         """The win rate where the data has a judge, else how often the chosen is the likelier."""
-        numbers = next(iter(next(iter(self.methods.values())).values()))
-        return WIN_RATE if f"final/{WIN_RATE}" in numbers else ACCURACY
+        first = next(iter(self.methods.values()))
+        return WIN_RATE if WIN_RATE in first.runs[0].final else ACCURACY
 
     @property
     def bases(self) -> list[str]:
@@ -57,19 +66,14 @@ class Part:
 
     def values(self, method: str, name: str) -> dict[int, float]:
         """By seed; ``INIT`` is the policy before training, whatever was trained then."""
-        wanted = self.methods.values() if method == INIT else [self.methods[method]]
-        key = f"init/{name}" if method == INIT else f"final/{name}"
-        return {seed: row[key] for rows in wanted for seed, row in rows.items() if key in row}
+        if method != INIT:
+            return self.methods[method].values(name)
+        every = [job for setting in self.methods.values() for job in setting.runs]
+        return Setting({}, every).values(name, "init")
 
     def has(self, name: str) -> bool:
         """Whether some job has the number."""
         return any(self.values(method, name) for method in self.methods)
-
-    def less(self, method: str, other: str, name: str) -> list[float]:
-        """Differences of two methods at the seeds that both have."""
-        if other not in self.methods:
-            return []
-        return paired(self.values(method, name), self.values(other, name))
 
     def both(self, method: str) -> bool:
         """Whether some job of the method has both numbers of a point."""
@@ -106,9 +110,6 @@ def read(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-Job = tuple[Mapping[str, str], int, Mapping[str, float]]  # words, seed, numbers
-
-
 def jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
     """The rows of the file, taken apart."""
     found = []
@@ -117,27 +118,36 @@ def jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
         for word in row["words"].split():
             key, _, value = word.lstrip("+~").partition("=")
             words[key] = value.replace("\\", "")  # Hydra's, before braces
-        numbers = {name: float(value) for name, value in row.items() if "/" in name and value}
-        found.append((words, int(words.pop("seed", 0)), numbers))
+        init, final = (
+            {name[len(when) :]: float(v) for name, v in row.items() if name.startswith(when) and v}
+            for when in ("init/", "final/")
+        )
+        found.append(Job(words, int(words.pop("seed", 0)), init, final))
     return found
 
 
-def parts(jobs: Sequence[Job]) -> tuple[list[Part], list[Part]]:
+def parts(jobs: Sequence[Job]) -> tuple[list[Part], ...]:
     """The settings with their methods, and those along whose front a method was followed."""
-    main: dict[str, dict[str, dict[int, Any]]] = {}
-    front: dict[str, dict[str, dict[int, Any]]] = {}
-    for words, seed, numbers in jobs:
-        method = method_of(words)
-        kept = (f"{k}={v}" for k, v in words.items() if k not in (*METHOD, *FRONT))
-        setting = " ".join(kept)
+    main: dict[str, dict[str, list[Job]]] = {}
+    front: dict[str, dict[str, list[Job]]] = {}
+    for job in jobs:
+        words, method = job.choices, method_of(job.choices)
+        setting = " ".join(f"{k}={v}" for k, v in words.items() if k not in (*METHOD, *FRONT))
         if "optimizer.lr" in words:
             at = ", ".join(f"{k.split('.')[1]} {words[k]}" for k in FRONT if k in words)
-            front.setdefault(setting, {}).setdefault(f"{method}, {at}", {})[seed] = numbers
+            front.setdefault(setting, {}).setdefault(f"{method}, {at}", []).append(job)
         else:
-            main.setdefault(setting, {}).setdefault(method, {})[seed] = numbers
-    names = sorted(main, key=natural)
-    ordered = {name: dict(sorted(main[name].items(), key=place)) for name in names}
-    return [Part(*item) for item in ordered.items()], [Part(*item) for item in front.items()]
+            main.setdefault(setting, {}).setdefault(method, []).append(job)
+    ordered = {
+        name: dict(sorted(main[name].items(), key=place)) for name in sorted(main, key=natural)
+    }
+    return tuple(
+        [
+            Part(name, {method: Setting({}, some) for method, some in methods.items()})
+            for name, methods in found.items()
+        ]
+        for found in (ordered, front)
+    )
 
 
 def method_of(words: Mapping[str, str]) -> str:
@@ -168,8 +178,10 @@ def cells(part: Part) -> tuple[list[str], list[list[Any]]]:
         row = [cell([*part.values(method, name).values()]) for name in shown]
         row += [""] * (len(columns) - len(shown))
         for other in (method.removesuffix(SPO), CHOSEN):
-            given = method.endswith(SPO)
-            apart = [part.less(method, other, name) if given else [] for name in pair]
+            one, two = part.methods.get(method), part.methods.get(other)
+            apart = [[]] * len(pair)
+            if method.endswith(SPO) and one and two:
+                apart = [less(one, two, name) for name in pair]
             row += [cell(values, "+.3f") for values in apart]
         rows.append([method, len(part.values(method, columns[0])), *row])
     return head, rows
@@ -179,8 +191,8 @@ def along(part: Part) -> tuple[list[str], list[list[Any]]]:
     """The same of a front, a row per point."""
     columns = [CAPABILITY, part.preference, *MOVED]
     rows = [
-        [method, len(seeds), *(cell(part.values(method, name).values()) for name in columns)]
-        for method, seeds in part.methods.items()
+        [method, len(setting.seeds), *(cell(setting.values(name).values()) for name in columns)]
+        for method, setting in part.methods.items()
     ]
     return ["method", "seeds", *(HEADINGS[name] for name in columns)], rows
 

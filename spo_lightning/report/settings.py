@@ -44,7 +44,7 @@ class Setting:
     """Runs that differ in their seed only."""
 
     told: Mapping[str, Any]  # what tells it from the others
-    runs: Sequence[Run]
+    runs: Sequence[Any]  # of reading.Run, or of whatever has its choices, seed, init and final
 
     @property
     def name(self) -> str:
@@ -165,11 +165,8 @@ def less(one: Setting, other: Setting, number: str) -> list[float]:
     """Differences at the seeds that both have; none between data that differ."""
     if one.data != other.data:
         return []
-    return paired(one.values(number), other.values(number))
-
-
-def paired(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
-    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    left, right = one.values(number), other.values(number)
+    return [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -71,7 +71,7 @@ def averaged(fields: Sequence[Sequence[Setting]], number: str) -> str:
     if any(len(s.values(number)) > 1 for field in fields for s in field):
         over.append("seed")
     runs = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
-    return f": a field is the mean of {runs} runs, over {', '.join(over)}" if over else ""
+    return f": a field is the mean of {runs} runs, over {' and '.join(over)}" if over else ""
 
 
 def keys(sweep: Sweep) -> list[str]:

@@ -18,26 +18,23 @@ WAITING = (
 
 def serve(directories: Sequence[Path], port: int) -> ThreadingHTTPServer:
     """A server of the page; ``serve_forever`` runs it. ``port`` 0 takes a free one."""
-    made = threading.Lock()
+    made = threading.Lock()  # the page is made once, however many ask
     kept: dict[str, bytes] = {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state = state_of(directories)
-            if self.path == "/state":
-                self._send(state.encode(), "text/plain")
-            elif self.path in ("/", "/report.html"):
+            body, kind = state.encode(), "text/plain"
+            if self.path in ("/", "/report.html"):
                 with made:
                     if state not in kept:
-                        body = fresh(directories, state)
+                        page = fresh(directories, state).encode("utf-8", "replace")
                         kept.clear()
-                        kept[state] = body.encode("utf-8", "replace")
-                    body = kept[state]
-                self._send(body, "text/html; charset=utf-8")
-            else:
+                        kept[state] = page
+                    body, kind = kept[state], "text/html; charset=utf-8"
+            elif self.path != "/state":
                 self.send_error(404)
-
-        def _send(self, body: bytes, kind: str) -> None:
+                return
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))

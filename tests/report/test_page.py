@@ -8,6 +8,7 @@ import subprocess
 import threading
 import urllib.request
 from html.parser import HTMLParser
+from itertools import product
 
 import pytest
 from omegaconf import OmegaConf
@@ -305,8 +306,8 @@ def test_the_papers_layout_knows_spo_from_other_solvers(tmp_path):
     ],
 )
 def test_a_method_by_the_words_of_its_row(words, name):
-    ((told, _, _),) = paper.jobs([{"words": words}])
-    assert paper.method_of(told) == name
+    (job,) = paper.jobs([{"words": words}])
+    assert paper.method_of(job.choices) == name
 
 
 @pytest.mark.parametrize(
@@ -386,6 +387,20 @@ def test_a_sweep(tmp_path):
     assert (tmp_path / "sweep/report.html").exists() is False
     assert [p.name for p in build([tmp_path / "sweep"])] == ["report.html", "table.md", "figures"]
     assert (tmp_path / "sweep/figures/heat_win_rate.svg").exists()
+
+
+def test_a_map_says_what_it_averages(tmp_path):
+    """Three keys vary: two are the axes, and a field is a mean over the third and the seeds."""
+    for beta, weight, margin in product((0.1, 0.5, 0.9), (1, 3, 5), (0, 0.1)):
+        for seed in (0, 1) if margin else (0,):
+            config = {"loss": {"beta": beta}, "solver": {"weight": weight, "margin": margin}}
+            room = tmp_path / f"sweep/{beta}-{weight}-{margin}-{seed}"
+            written(room, steps=2, seed=seed, final={"win_rate": margin}, config=config)
+    (chart,) = blocks([tmp_path / "sweep"])["Over the grid"]
+    told = "win_rate (share of prompts, ties half): a field is the mean of 3 runs, over "
+    assert chart.title == told + "solver.margin and seed"
+    assert chart.data[0]["z"] == [[pytest.approx(0.2 / 3)] * 3] * 3
+    assert f"<figcaption>{chart.title}</figcaption>" in html_of(tmp_path / "sweep")
 
 
 def test_a_comparison_leaves_each_runs_own_page(tmp_path, monkeypatch):
