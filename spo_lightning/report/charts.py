@@ -99,6 +99,12 @@ def series(
     return found
 
 
+def nth(number: int) -> dict[str, str]:
+    """Colour and dash of one of many series."""
+    dash = DASHES[number // len(COLOURS) % len(DASHES)]
+    return {"colour": COLOURS[number % len(COLOURS)], "dash": dash}
+
+
 def lines(
     key: str,
     title: str,

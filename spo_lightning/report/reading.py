@@ -3,6 +3,7 @@
 What stands in the files is of any kind; here it becomes what the pages count on.
 """
 
+import csv
 import io
 import json
 import math
@@ -20,6 +21,8 @@ MARKS = ("status.json", "metrics.json", "metrics.csv")  # a run has one of them
 SWEEP = "sweep.json"
 ENDED_BADLY = ("failed", "interrupted", "died")
 LAST_LINES = 200  # of train.log
+TEXTS = ("prompt", "reference", "chosen", "rejected", "before", "after")  # of a sample
+DELTAS = ("chosen_delta", "rejected_delta")
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def _parsed(text: str) -> Any:
 def _numbers(found: Any) -> dict[str, float]:
     """What is a number in it."""
     return {
-        str(name): value
+        str(name): float(value)
         for name, value in (found.items() if isinstance(found, dict) else ())
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }
@@ -198,7 +201,9 @@ def _curves(content: bytes, tell: Callable[[str], None]) -> tuple[dict[str, Any]
     if cut.strip():
         tell("metrics.csv: 1 row(s) cut off, left out")
     try:
-        how = {"encoding_errors": "replace", "on_bad_lines": "skip", "low_memory": False}
+        # a stray quote, or a first row too long, must not shift what comes after
+        how = {"quoting": csv.QUOTE_NONE, "index_col": False, "low_memory": False}
+        how |= {"encoding_errors": "replace", "on_bad_lines": "skip"}
         cells = rows_of(io.BytesIO(whole), **how)
     except ValueError:  # no line, or none that is a table's
         cells = rows_of(io.BytesIO(b"step"))
@@ -226,7 +231,19 @@ def _thinned(curve: Any) -> Any:
 
 def _samples(text: str, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = [_parsed(line) for line in text.split("\n") if line.strip()]
-    found = [row for row in rows if isinstance(row, dict)]
+    found = [_sample(row) for row in rows if isinstance(row, dict)]
     if len(found) < len(rows):
         tell(f"samples.jsonl: {len(rows) - len(found)} unreadable row(s) left out")
     return found
+
+
+def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Its texts, the changes in nats, and whether the answers are right; None where unknown."""
+    found: dict[str, Any] = {}
+    for name in TEXTS:
+        value = "" if row.get(name) is None else row[name]
+        found[name] = value if isinstance(value, str) else json.dumps(value)
+    moved = _numbers({name: row.get(name) for name in DELTAS})
+    found |= {name: moved.get(name) for name in DELTAS}
+    right = {name: row.get(name) for name in ("before_ok", "after_ok")}
+    return found | {name: v if isinstance(v, bool) else None for name, v in right.items()}

@@ -1,18 +1,15 @@
 """One run's files in, the sections of its page out."""
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
 from spo_lightning.report.charts import GREY, Chart, histogram, lines, series, unit
 from spo_lightning.report.page import Folded, Note, Samples, Section, Table
-from spo_lightning.report.reading import ALARM, LAST_LINES, Run
+from spo_lightning.report.reading import ALARM, DELTAS, LAST_LINES, TEXTS, Run
 from spo_lightning.report.style import COLOURS
 
 WORST = 20  # pairs in the table of those that lost most
-DELTAS = ("chosen_delta", "rejected_delta")
 # charts everybody looks at: key, title, what is drawn; the rest of metrics.csv follows
 MAIN = (
     (
@@ -51,7 +48,11 @@ def sections(run: Run) -> list[Section]:
         Section("Before and after", [*told(run), *numbers(run)], "Held-out numbers."),
         Section("Where the probability goes", [*goes, *balance(run)], ABOUT),
         Section("Pair by pair", [*spread(run), *lost(run)], "Held-out pairs: change in nats."),
-        Section("Samples", samples(run), "Greedy answers to held-out prompts, before and after."),
+        Section(
+            "Samples",
+            [Samples(run.samples)] if run.samples else [],
+            "Greedy answers to held-out prompts, before and after.",
+        ),
         Section("The optimisation", rest),
         Section("Diagnostics", others(run), "Whatever else was logged."),
         Section("Configuration and environment", environment(run)),
@@ -88,8 +89,8 @@ def numbers(run: Run) -> list[Any]:
     rows = []
     for name in {**run.init, **run.final}:
         before, after = run.init.get(name), run.final.get(name)
-        moved = None if before is None or after is None else float(after - before)
-        rows.append([name, _number(before), _number(after), moved, unit(name)])
+        moved = None if before is None or after is None else after - before
+        rows.append([name, before, after, moved, unit(name)])
     return [Table("numbers", ["held out", "init", "final", "difference", "unit"], rows)]
 
 
@@ -139,71 +140,42 @@ def balance(run: Run) -> list[Chart]:
 def spread(run: Run) -> list[Chart]:
     """The change of every held-out pair."""
     found = {
-        side: [row[f"{side}_delta"] for row in run.samples if _moved(row, f"{side}_delta")]
-        for side in ("chosen", "rejected")
+        side: [row[delta] for row in run.samples if row[delta] is not None]
+        for side, delta in zip(("chosen", "rejected"), DELTAS)
     }
     if not found["chosen"]:
         return []
     told = histogram("deltas", "Change of log-probability per pair", "nats", found)
-    rows = [row for row in run.samples if _moved(row, "chosen_delta", "rejected_delta")]
+    rows = [row for row in run.samples if None not in (row[delta] for delta in DELTAS)]
     if not rows:
         return [told]
     data = []
     for label, right in (("right after", True), ("wrong after", False), ("pairs", None)):
-        some = [row for row in rows if row.get("after_ok") is right]
+        some = [row for row in rows if row["after_ok"] is right]
         if some:
-            x, y = ([row[f"{side}_delta"] for row in some] for side in found)
-            texts = [str(row.get("prompt", ""))[:80] for row in some]
-            more = {"mark": "x" if right is False else "circle", "texts": texts}
-            data.append(series(label, x, y, "markers", COLOURS[len(data)], **more))
+            x, y = ([row[delta] for row in some] for delta in DELTAS)
+            mark, texts = "x" if right is False else "circle", [r["prompt"][:80] for r in some]
+            look = ("markers", COLOURS[len(data)])
+            data.append(series(label, x, y, *look, mark=mark, texts=texts))
     ends = [f(row["chosen_delta"] for row in rows) for f in (min, max)]
     data.append(series("both move alike", ends, ends, colour=GREY, dash="dot"))
     named = ("change of log pi(y_w), nats", "change of log pi(y_l), nats")
     return [told, lines("pairs", "Chosen against rejected, a point per pair", *named, data)]
 
 
-def _moved(row: Mapping[str, Any], *names: str) -> bool:
-    return all(_number(row.get(name)) is not None for name in names)
-
-
-def _number(value: Any) -> float | None:
-    """A finite one; a file may hold anything."""
-    known = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if known else None
-
-
 def lost(run: Run) -> list[Any]:
     """The pairs whose chosen answer lost most."""
-    told = [row for row in run.samples if _moved(row, "chosen_delta")]
+    told = [row for row in run.samples if row["chosen_delta"] is not None]
     rows = sorted((r for r in told if r["chosen_delta"] < 0), key=lambda r: r["chosen_delta"])
     if not rows:
         return []
-    texts = ("prompt", "reference", "chosen", "rejected", "before", "after")
-    cells = [
-        [*(_written(row.get(name)) for name in texts), *(_number(row.get(n)) for n in DELTAS)]
-        for row in rows[:WORST]
-    ]
+    cells = [[row[name] for name in (*TEXTS, *DELTAS)] for row in rows[:WORST]]
     note = (
         f"{len(rows)} of {len(told)} held-out pairs lost log-probability of their chosen answer; "
         f"the {len(cells)} that lost most, with the greedy answers before and after:"
     )
-    head = [*texts, "chosen, nats", "rejected, nats"]
+    head = [*TEXTS, "chosen, nats", "rejected, nats"]
     return [Note(note), Table("lost", head, cells, digits=2)]
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
-
-
-def samples(run: Run) -> list[Samples]:
-    texts = ("prompt", "reference", "before", "after")
-    rows = [
-        {name: _written(row.get(name)) for name in texts}
-        | {name: _number(row.get(name)) for name in DELTAS}
-        | {name: row.get(name) for name in ("before_ok", "after_ok")}
-        for row in run.samples
-    ]
-    return [Samples(rows)] if rows else []
 
 
 def others(run: Run) -> list[Chart]:

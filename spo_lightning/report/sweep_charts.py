@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spo_lightning.report import paper
-from spo_lightning.report.charts import DASHES, GREY, Chart, heat, lines, series, unit
+from spo_lightning.report.charts import GREY, Chart, heat, lines, nth, series, unit
 from spo_lightning.report.settings import CAPABILITY, Setting, Sweep
 from spo_lightning.report.style import COLOURS
 
@@ -24,8 +24,7 @@ def points(part: paper.Part, number: int) -> list[Chart]:
     for n, base in enumerate(part.bases):
         ends = [base, base + paper.SPO]
         x, y = zip(*map(part.point, ends))
-        colour, dash = COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)]
-        data.append(series(base, x, y, "lines+markers", colour, dash=dash, texts=ends))
+        data.append(series(base, x, y, "lines+markers", texts=ends, **nth(n)))
     x, y = zip(*map(part.point, part.bases))
     data.append(series("bare", x, y, "markers", GREY, mark="circle-open", texts=part.bases))
     names = (paper.HEADINGS[part.preference], "exact match")
@@ -125,9 +124,7 @@ def curves(sweep: Sweep) -> list[Chart]:
             every = [c for r in setting.runs if (c := r.curves.get(f"train/{name}")) is not None]
             if every:
                 mean = pd.concat(every, axis=1, join="inner").mean(axis=1)
-                colour, dash = COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)]
-                steps, values = mean.index.tolist(), mean.tolist()
-                data.append(series(setting.name, steps, values, colour=colour, dash=dash))
+                data.append(series(setting.name, mean.index.tolist(), mean.tolist(), **nth(n)))
         if data:
             key = f"curves_{name.replace('/', '_')}"
             found.append(lines(key, f"train/{name}", "outer step", unit(name), data))
