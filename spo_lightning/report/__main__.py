@@ -11,9 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spo_lightning.errors import UserError
-from spo_lightning.report.table import finished
-
-TITLED = ("loss", "solver")  # groups that a picture's title names
 
 
 def main() -> None:
@@ -31,50 +28,44 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="of --watch; 0: a free one")
     args = parser.parse_args()
     try:
-        report(args)
+        if args.watch:
+            return watched(args.dirs, args.port)
+        for file in report(args.dirs, args.output):
+            print(f"written to {file}", file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def report(args: argparse.Namespace) -> None:
-    if len(args.dirs) == 1 and args.dirs[0].suffix == ".csv":
-        return of_jobs(args.dirs[0])
-    for directory in args.dirs:
-        if not directory.is_dir():
-            raise UserError(f"no such directory: {directory}")
-    if args.watch:
-        return watched(args.dirs, args.port)
-    from spo_lightning.report.build import build, markdown
+def report(directories: Sequence[Path], output: Path | None) -> list[Path]:
+    """Print the table; what was written."""
+    if len(directories) == 1 and directories[0].suffix == ".csv":
+        from spo_lightning.report import paper
 
+        text, files = paper.report(directories[0])
+        print(text, end="")
+        return files
+    refuse_missing(directories)
+    from spo_lightning.report.build import TABLE, build
+
+    # a run's own page is not written over by a comparison with another
+    room = output or (directories[0] if len(directories) == 1 else Path("report"))
     try:
-        # a run's own page is not written over by a comparison with another
-        room = args.output or (args.dirs[0] if len(args.dirs) == 1 else Path("report"))
-        files = [*build(args.dirs, room), *evolutions(args.dirs, room)]
+        files = build(directories, room)
     except OSError as error:
-        raise UserError(
-            f"{error.filename}: {error.strerror}: the report is not written"
-        ) from error
-    print(markdown(args.dirs) or "no run has come to its numbers yet")
-    for file in files:
-        print(f"written to {file}", file=sys.stderr)
-    return None
-
-
-def of_jobs(path: Path) -> None:
-    from spo_lightning.report import paper
-
-    text, files = paper.report(path)
-    print(text, end="")
-    for file in files:
-        print(f"written to {file}", file=sys.stderr)
+        told = f"{error.filename}: {error.strerror}: the report is not written"
+        raise UserError(told) from error
+    tables = [file.read_text(encoding="utf-8") for file in files if file.name == TABLE]
+    print(*tables or ["no run has come to its numbers yet"])
+    return files
 
 
 def watched(directories: Sequence[Path], port: int) -> None:
-    from spo_lightning.report.build import sections
+    refuse_missing(directories)
+    from spo_lightning.report.build import found
     from spo_lightning.report.watch import serve
 
-    sections(directories)  # refuses directories without a run
+    found(directories)  # refuses directories without a run
     try:
         server = serve(directories, port)
     except (OSError, OverflowError) as error:
@@ -87,16 +78,10 @@ def watched(directories: Sequence[Path], port: int) -> None:
         server.server_close()
 
 
-def evolutions(directories: Sequence[Path], room: Path) -> list[Path]:
-    """Every step as predicted and measured, where a run watched it."""
-    from spo_lightning.report import steps
-
-    runs = {
-        " ".join(f"{k}={numbers['choices'].get(k)}" for k in TITLED) + f"\n{run.name}": run
-        for run, numbers, _ in finished(directories)
-        if (run / "evolution.csv").is_file()
-    }
-    return steps.report(runs, room) if runs else []
+def refuse_missing(directories: Sequence[Path]) -> None:
+    for directory in directories:
+        if not directory.is_dir():
+            raise UserError(f"no such directory: {directory}")
 
 
 if __name__ == "__main__":

@@ -5,50 +5,56 @@ from pathlib import Path
 
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import private, write_text
-from spo_lightning.report import run_page, sweep_page
-from spo_lightning.report.charts import Chart, Drawing, Heat, Histogram, still
+from spo_lightning.records.summary import run_table
+from spo_lightning.report import run_page, steps, sweep_page
+from spo_lightning.report.charts import Chart, still
 from spo_lightning.report.page import Section, page
-from spo_lightning.report.reading import runs_of
-from spo_lightning.report.settings import SHOWN
-from spo_lightning.report.table import finished, run_table, sweep_table
+from spo_lightning.report.reading import Run, runs_of
+from spo_lightning.report.settings import Sweep, markdown
 
 PAGE, TABLE, FIGURES = "report.html", "table.md", "figures"
 
 
-def sections(directories: Sequence[Path]) -> tuple[str, list[Section]]:
-    """The page's title and content. Raises ``UserError`` where there is no run."""
+def found(directories: Sequence[Path]) -> list[Run]:
+    """The runs of a report. Raises ``UserError`` where there is none."""
     runs = runs_of(directories)
     if not runs:
         where = ", ".join(map(str, directories))
         raise UserError(f"no run (status.json, metrics.json or metrics.csv) in {where}")
+    return runs
+
+
+def content(directories: Sequence[Path], runs: Sequence[Run]) -> tuple[str, list[Section]]:
+    """The page's title and sections."""
     if len(runs) == 1:
         return f"Run {runs[0].name}", run_page.sections(runs[0])
-    return title(directories), sweep_page.sections([run.read() for run in runs])
-
-
-def title(directories: Sequence[Path]) -> str:
-    return " and ".join(directory.absolute().name for directory in directories)
+    title = " and ".join(directory.absolute().name for directory in directories)
+    return title, sweep_page.sections(runs)
 
 
 def build(
     directories: Sequence[Path], room: Path | None = None, *, stills: bool = True
 ) -> list[Path]:
     """Write the report of the directories into ``room`` (the one directory); what was written."""
-    named, content = sections(directories)
+    runs = found(directories)
+    title, sections = content(directories, runs)
     room = room or directories[0]
     room.mkdir(parents=True, exist_ok=True)
     written = [room / PAGE]
-    write_text(written[0], page(named, content))
-    text = markdown(directories)
-    if text:
+    write_text(written[0], page(title, sections))
+    done = [run for run in runs if run.finished]
+    if done:
+        numbers = {"init": done[0].init, "final": done[0].final}
+        text = run_table(numbers) if len(done) == 1 else markdown(Sweep(done))
         written.append(room / TABLE)
         write_text(written[-1], private(text))
     if stills:
-        folder = room / FIGURES
-        folder.mkdir(exist_ok=True)
-        for chart in drawings(content):
-            still(chart, folder)
-        written.append(folder)
+        written.append(room / FIGURES)
+        written[-1].mkdir(exist_ok=True)
+        for chart in (block for section in sections for block in section.blocks):
+            if isinstance(chart, Chart):
+                still(chart, written[-1])
+        written += steps.report(done, room)
     return written
 
 
@@ -59,18 +65,3 @@ def attempted(directory: Path) -> str:
         return f"Report: {build([directory], stills=False)[0]}"
     except Exception as error:
         return f"No report: {type(error).__name__}: {str(error).splitlines()[0]}"
-
-
-def drawings(content: Sequence[Section]) -> list[Drawing]:
-    kinds = (Chart, Heat, Histogram)
-    return [block for section in content for block in section.blocks if isinstance(block, kinds)]
-
-
-def markdown(directories: Sequence[Path]) -> str | None:
-    """The table of one run, or of a sweep; None before any has its numbers."""
-    runs = finished(directories)
-    if not runs:
-        return None
-    if len(runs) == 1:
-        return run_table(runs[0][1])
-    return sweep_table(directories, SHOWN)

@@ -1,22 +1,25 @@
-"""A chart as plain data; what plotly draws of it in the page, and matplotlib as a still."""
+"""A chart is a plotly figure as data: the page shows it as it is, matplotlib draws its still.
 
-import json
+Text enters through ``plain``, so that plotly makes no markup of it.
+"""
+
+import html
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.report.evolution_figures import STYLE
+from spo_lightning.report.style import COLOURS, STYLE, saved
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; dashes tell more lines apart
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#808080"  # what is compared with; readable on white and on black
-DASHES = ("solid", "dash", "dot", "dashdot")
-STILL_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-MARKS = {"circle": "o", "circle-open": "o", "diamond": "D", "square": "s", "x": "x"}
-SCALE = "Cividis"  # of heat maps: the same order to every eye
+DASHES = ("solid", "dash", "dot", "dashdot")  # tell more lines apart than there are colours
+MOST_LABELS = 24  # in a legend; page.js has the same number
 WRAPPED = 60  # letters of a text beside a point
+# matplotlib's words for plotly's
+STILL_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+STILL_MARKS = {"circle": "o", "circle-open": "o", "diamond": "D", "square": "s", "x": "x"}
 
 # units of the axes, by the name of a number without its train/ or eval/
 UNITS = {
@@ -47,214 +50,150 @@ UNITS = {
 
 def unit(name: str) -> str:
     """What a number is measured in, for its axis."""
-    plain = name.removeprefix("train/").removeprefix("eval/")
-    found = max((key for key in UNITS if plain.startswith(key)), key=len, default=None)
-    return UNITS[found] if found else plain
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points or a line; ``texts`` stand beside points or show under the pointer."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    mode: str = "lines"  # lines, markers, lines+markers, markers+text
-    colour: str | None = None
-    dash: str = "solid"
-    mark: str = "circle"
-    texts: Sequence[str] = ()
+    plain_name = name.removeprefix("train/").removeprefix("eval/")
+    found = max((key for key in UNITS if plain_name.startswith(key)), key=len, default=None)
+    return UNITS[found] if found else plain_name
 
 
 @dataclass(frozen=True)
 class Chart:
-    """``upright``: x of vertical lines with their words, such as the step of an alarm."""
+    """``data`` and ``layout`` are plotly's."""
 
     key: str  # names the files and the place in the page
     title: str
-    x: str
-    y: str
-    series: Sequence[Series] = ()
-    upright: Mapping[float, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Heat:
-    """A number over two settings; ``z`` by row, None where there is no run."""
-
-    key: str
-    title: str
-    x: str
-    y: str
-    columns: Sequence[str]
-    rows: Sequence[str]
-    z: Sequence[Sequence[float | None]]
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How often values fall where."""
-
-    key: str
-    title: str
-    x: str
-    values: Mapping[str, Sequence[float]]  # by label
-
-
-Drawing = Chart | Heat | Histogram
-
-
-def coloured(series: Sequence[Series]) -> list[Series]:
-    """Series without a colour get one, and a dash where colours run out."""
-    from dataclasses import replace
-
-    found, number = [], 0
-    for one in series:
-        if one.colour is None:
-            dash = DASHES[number // len(COLOURS) % len(DASHES)]
-            one = replace(one, colour=COLOURS[number % len(COLOURS)], dash=dash)
-            number += 1
-        found.append(one)
-    return found
-
-
-def plotly(chart: Drawing) -> dict[str, Any]:
-    """``data`` and ``layout`` of a plotly figure. Text is given as text, never as markup."""
-    layout: dict[str, Any] = {
-        "xaxis": {"title": {"text": plain(chart.x)}, "automargin": True},
-        "yaxis": {"automargin": True},
-    }
-    if isinstance(chart, Heat):
-        layout["xaxis"] |= {"type": "category"}
-        layout["yaxis"] |= {"title": {"text": plain(chart.y)}, "type": "category"}
-        shown = [["" if v is None else f"{v:.3f}" for v in row] for row in chart.z]
-        across, up = ([plain(name) for name in names] for names in (chart.columns, chart.rows))
-        heat = {"type": "heatmap", "x": across, "y": up, "z": chart.z}
-        heat |= {
-            "text": shown,
-            "texttemplate": "%{text}",
-            "colorscale": SCALE,
-            "hoverongaps": False,
-        }
-        return {"data": [heat], "layout": layout}
-    if isinstance(chart, Histogram):
-        layout |= {"barmode": "overlay"}
-        layout["yaxis"] |= {"title": {"text": "pairs"}}
-        data = [
-            {"type": "histogram", "x": values, "name": plain(label), "opacity": 0.6}
-            | {"marker": {"color": COLOURS[n % len(COLOURS)]}, "nbinsx": 50}
-            for n, (label, values) in enumerate(chart.values.items())
-        ]
-        return {"data": data, "layout": layout}
-    layout["yaxis"] |= {"title": {"text": plain(chart.y)}}
-    lines = [
-        {"type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1}
-        | {"line": {"color": COLOURS[1], "dash": "dot", "width": 1.5}}
-        for at in chart.upright
-    ]
-    words = [
-        {"x": at, "yref": "paper", "y": 1, "text": plain(text), "showarrow": False}
-        | {"xanchor": "left", "yanchor": "top", "font": {"size": 11}}
-        for at, text in chart.upright.items()
-    ]
-    return {
-        "data": [_trace(one) for one in coloured(chart.series)],
-        "layout": layout | {"shapes": lines, "annotations": words},
-    }
-
-
-def _trace(one: Series) -> dict[str, Any]:
-    size = 12 if "open" in one.mark else 8  # a ring around a point
-    found: dict[str, Any] = {
-        "type": "scatter",
-        "mode": one.mode,
-        "name": plain(one.label),
-        "x": one.x,
-        "y": one.y,
-        "line": {"color": one.colour, "dash": one.dash, "width": 1.8},
-        "marker": {"color": one.colour, "symbol": one.mark, "size": size},
-    }
-    if one.texts:
-        found |= {"text": [plain(text) for text in one.texts], "textposition": "top right"}
-        found |= {"textfont": {"size": 10}, "hovertemplate": "%{text}<br>%{x:.4g}, %{y:.4g}"}
-    return found
+    data: Sequence[Mapping[str, Any]]
+    layout: Mapping[str, Any]
+    high: int = 340  # px in the page
 
 
 def plain(text: str) -> str:
     """Text of which plotly makes no markup."""
     cut = text if len(text) <= 4 * WRAPPED else text[: 4 * WRAPPED] + "..."
-    return cut.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return html.escape(cut, quote=False)
 
 
-def numbered(value: Any) -> Any:
-    """The same with what JSON has no word for, nan and infinities, as null; floats rounded."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: numbered(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [numbered(one) for one in value]
-    return value
+def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
+    across, up = ({"title": {"text": plain(text)}, "automargin": True} for text in (x, y))
+    return {"xaxis": across | more, "yaxis": up | more}
 
 
-def embedded(value: Any) -> str:
-    """JSON that stands in a script element whatever texts it holds."""
-    text = json.dumps(numbered(value), allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def series(
+    label: str,
+    x: Sequence[float],
+    y: Sequence[float],
+    mode: str = "lines",
+    colour: str = COLOURS[0],
+    *,
+    dash: str = "solid",
+    mark: str = "circle",
+    texts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Points or a line; ``texts`` show under the pointer."""
+    size = 12 if "open" in mark else 8  # a ring around a point
+    found = {"type": "scatter", "mode": mode, "name": plain(label), "x": x, "y": y}
+    found |= {"line": {"color": colour, "dash": dash, "width": 1.8}}
+    found |= {"marker": {"color": colour, "symbol": mark, "size": size}}
+    if texts:
+        found["text"] = [plain(text) for text in texts]
+        found["hovertemplate"] = "%{text}<br>%{x:.4g}, %{y:.4g}"
+    return found
 
 
-def still(chart: Drawing, folder: Path) -> list[Path]:
+def nth(number: int) -> dict[str, str]:
+    """Colour and dash of one of many series."""
+    dash = DASHES[number // len(COLOURS) % len(DASHES)]
+    return {"colour": COLOURS[number % len(COLOURS)], "dash": dash}
+
+
+def lines(
+    key: str,
+    title: str,
+    x: str,
+    y: str,
+    data: Sequence[Mapping[str, Any]],
+    alarm: int | None = None,
+) -> Chart:
+    """Series over the same axes; an upright line at the step of the ``alarm``."""
+    layout = axes(x, y)
+    if alarm is not None:
+        look = {"color": COLOURS[1], "dash": "dot", "width": 1.5}
+        upright = {"type": "line", "x0": alarm, "x1": alarm, "yref": "paper", "y0": 0, "y1": 1}
+        word = {"x": alarm, "yref": "paper", "y": 1, "text": "alarm", "showarrow": False}
+        word |= {"xanchor": "left", "yanchor": "top", "font": {"size": 11}}
+        layout |= {"shapes": [upright | {"line": look}], "annotations": [word]}
+    return Chart(key, title, data, layout)
+
+
+def heat(
+    key: str, title: str, x: str, y: str, columns: Sequence[str], rows: Sequence[str], z: Any
+) -> Chart:
+    """A number over two settings; ``z`` by row, None where there is no run."""
+    data: dict[str, Any] = {"type": "heatmap", "z": z, "hoverongaps": False}
+    data |= {"x": [plain(name) for name in columns], "y": [plain(name) for name in rows]}
+    data |= {"text": [["" if v is None else f"{v:.3f}" for v in row] for row in z]}
+    # Cividis has the same order to every eye
+    data |= {"texttemplate": "%{text}", "colorscale": "Cividis", "colorbar": {"thickness": 12}}
+    return Chart(key, title, [data], axes(x, y, type="category"), 120 + 30 * len(rows))
+
+
+def histogram(key: str, title: str, x: str, values: Mapping[str, Sequence[float]]) -> Chart:
+    """How often the values of each label fall where."""
+    data = [
+        {"type": "histogram", "x": some, "name": plain(label), "nbinsx": 50, "opacity": 0.6}
+        | {"marker": {"color": colour}}
+        for (label, some), colour in zip(values.items(), COLOURS)
+    ]
+    return Chart(key, title, data, axes(x, "pairs") | {"barmode": "overlay"})
+
+
+def still(chart: Chart, folder: Path) -> list[Path]:
     """The chart as SVG and PNG, named by its key."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    found = [folder / f"{chart.key}.svg", folder / f"{chart.key}.png"]
     with matplotlib.rc_context({**STYLE, "text.parse_math": False}):
         figure = Figure(figsize=(6.2, 4.2), layout="constrained")
         axis = figure.subplots()
-        axis.set(title=chart.title, xlabel=chart.x)
-        if isinstance(chart, Heat):
-            _still_heat(chart, axis)
-        elif isinstance(chart, Histogram):
-            axis.set_ylabel("pairs")
-            for n, (label, values) in enumerate(chart.values.items()):
-                axis.hist(values, 50, alpha=0.6, label=label, color=COLOURS[n % len(COLOURS)])
-        else:
-            _still_lines(chart, axis)
+        across, up = (chart.layout[name]["title"]["text"] for name in ("xaxis", "yaxis"))
+        title = "\n".join(textwrap.wrap(chart.title, 80))
+        axis.set(title=title, xlabel=html.unescape(across), ylabel=html.unescape(up))
+        for one in chart.data:
+            STILLS[one["type"]](axis, one)
+        for upright, word in zip(*(chart.layout.get(n, ()) for n in ("shapes", "annotations"))):
+            axis.axvline(upright["x0"], color=upright["line"]["color"], linestyle=":", linewidth=1)
+            at = axis.get_xaxis_transform()
+            axis.text(word["x"], 1, word["text"], transform=at, va="top", fontsize=7)
         handles, labels = axis.get_legend_handles_labels()
-        if 1 < len(labels) <= 24:
+        if 1 < len(labels) <= MOST_LABELS:
             figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
-        figure.savefig(found[0], metadata={"Date": None})
-        figure.savefig(found[1], dpi=130)
-    return found
+        return saved(figure, folder / chart.key, dpi=130)
 
 
-def _still_heat(chart: Heat, axis: Any) -> None:
-    values = [[math.nan if v is None else v for v in row] for row in chart.z]
+def _still_series(axis: Any, one: Mapping[str, Any]) -> None:
+    mark = one["marker"]["symbol"]
+    drawn = STILL_DASHES[one["line"]["dash"]] if "lines" in one["mode"] else ""
+    drawn += STILL_MARKS[mark] if "markers" in one["mode"] else ""
+    ring = {"mfc": "none", "markersize": 8} if "open" in mark else {"markersize": 5}
+    label = html.unescape(one["name"])[:WRAPPED]
+    axis.plot(one["x"], one["y"], drawn, color=one["marker"]["color"], label=label, **ring)
+
+
+def _still_histogram(axis: Any, one: Mapping[str, Any]) -> None:
+    label, colour = html.unescape(one["name"]), one["marker"]["color"]
+    axis.hist(one["x"], one["nbinsx"], alpha=one["opacity"], label=label, color=colour)
+
+
+def _still_heat(axis: Any, one: Mapping[str, Any]) -> None:
+    values = [[math.nan if v is None else v for v in row] for row in one["z"]]
     image = axis.imshow(values, cmap="cividis", aspect="auto", origin="lower")
-    axis.set(ylabel=chart.y)
-    axis.set_xticks(range(len(chart.columns)), chart.columns)
-    axis.set_yticks(range(len(chart.rows)), chart.rows)
+    for ticks, names in ((axis.set_xticks, one["x"]), (axis.set_yticks, one["y"])):
+        ticks(range(len(names)), [html.unescape(name) for name in names])
     axis.figure.colorbar(image)
-    middle = image.norm.vmin is not None and (image.norm.vmin + image.norm.vmax) / 2
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             if math.isfinite(value):
-                ink = "black" if value > middle else "white"
+                ink = "black" if value > sum(image.get_clim()) / 2 else "white"
                 axis.text(x, y, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=8)
 
 
-def _still_lines(chart: Chart, axis: Any) -> None:
-    axis.set_ylabel(chart.y)
-    for one in coloured(chart.series):
-        line = STILL_DASHES[one.dash] if "lines" in one.mode else ""
-        mark = MARKS[one.mark] if "markers" in one.mode else ""
-        label = one.label[:WRAPPED]
-        ring = {"mfc": "none", "markersize": 8} if "open" in one.mark else {"markersize": 5}
-        axis.plot(one.x, one.y, line + mark, color=one.colour, label=label, **ring)
-        if "text" in one.mode:
-            for x, y, text in zip(one.x, one.y, one.texts):
-                axis.annotate(text, (x, y), (3, 3), textcoords="offset points", fontsize=6)
-    for at, text in chart.upright.items():
-        axis.axvline(at, color=COLOURS[1], linestyle=":", linewidth=1)
-        axis.text(at, 1, text, transform=axis.get_xaxis_transform(), va="top", fontsize=7)
+STILLS = {"scatter": _still_series, "histogram": _still_histogram, "heatmap": _still_heat}

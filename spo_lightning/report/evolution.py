@@ -5,33 +5,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.report import evolution_figures as figures
+from spo_lightning.report.evolution_figures import drawn
+from spo_lightning.report.settings import table
 
-PARTS = {"chosen": "π(y_w)", "rejected": "π(y_l)", "others": "π(others)"}
+PARTS = ("chosen", "rejected", "others", "rare", "likely")
 CHANGES = {"chosen": "log π(y_w)", "rejected": "log π(y_l)", "others": "π(others)"}
+TRAINED = (
+    *("policy", "method", "π(y_w)", "π(y_l)", "π(others)", "rare π(y_w)", "likely π(y_w)"),
+    *("fell", "deepest fall (nats)", "margin (nats)"),
+)
 
 
 def report(directory: Path) -> list[Path]:
     """Write table.md, evolution, trajectories and theory; returns what was written."""
-    import matplotlib
-
     numbers = json.loads((directory / "numbers.json").read_text(encoding="utf-8"))
-    table = directory / "table.md"
-    table.write_text(markdown(numbers), encoding="utf-8")
-    written = [table]
-    for draw in (figures.evolution, figures.trajectories, figures.theory):
-        with matplotlib.rc_context(figures.STYLE):
-            figure = draw(numbers, directory)
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # laid out; once is enough
-            for ending, more in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 160})):
-                written.append(directory / f"{draw.__name__}{ending}")
-                figure.savefig(written[-1], **more)
-    return written
+    told = directory / "table.md"
+    told.write_text(markdown(numbers), encoding="utf-8")
+    return [told, *drawn(numbers, directory)]
 
 
 def markdown(numbers: Mapping[str, Any]) -> str:
     """Where the mass went, how the theory agrees, and whether the condition holds."""
+    trained = [
+        [row["policy"], row["method"]]
+        + [f"{row[f'{part}_before']:.3g} -> {row[f'{part}_after']:.3g}" for part in PARTS]
+        + [f"{row['fell']:.1%}", f"{row['lowest']:.2f}", f"{row['margin']:+.2f}"]
+        for row in numbers["trained"]
+    ]
+    theory: dict[tuple[str, ...], list[str]] = {}  # of the small rate, then of the method's own
+    for row in sorted(numbers["theory"], key=lambda row: row["own"]):
+        if row["form"] == "idealised":
+            key = (row["policy"], row["method"], CHANGES[row["quantity"]])
+            rate = [f"{row['lr']:g}"] if row["own"] else []
+            slope = f"{row['slope']:.{4 if row['own'] else 6}f}"
+            theory.setdefault(key, []).extend([*rate, f"{row['correlation']:.6f}", slope])
+    condition = [
+        [row["method"], *(f"{row[name]:.1%}" for name in ("holds", "fell", "alike"))]
+        for row in numbers["condition"]
+    ]
+    rate = f"{numbers['theory_lr']:g}"
     lines = [
         f"# Probability evolution: {numbers['starts']} starts, {numbers['steps']} steps, "
         f"seed {numbers['seed']}",
@@ -41,55 +53,21 @@ def markdown(numbers: Mapping[str, Any]) -> str:
         "start. Deepest fall: of log π(y_w), any start at any step. Margin: change of "
         "log π(y_w) - log π(y_l).",
         "",
-        "| policy | method | π(y_w) | π(y_l) | π(others) | rare π(y_w) | likely π(y_w) "
-        "| fell | deepest fall (nats) | margin (nats) |",
-        "|---" * 10 + "|",
-    ]
-    for row in numbers["trained"]:
-        moved = [
-            f"{row[f'{part}_before']:.3g} -> {row[f'{part}_after']:.3g}"
-            for part in (*PARTS, "rare", "likely")
-        ]
-        told = [f"{row['fell']:.1%}", f"{row['lowest']:.2f}", f"{row['margin']:+.2f}"]
-        lines.append(_row(row["policy"], row["method"], *moved, *told))
-    lines += ["", *_theory(numbers), "", *_condition(numbers)]
-    return "\n".join(lines) + "\n"
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _theory(numbers: Mapping[str, Any]) -> list[str]:
-    rate = numbers["theory_lr"]
-    lines = [
+        *table(TRAINED, trained),
+        "",
         "First-order theory, lr (p_w <g(y), g_w> + p_l <g(y), g_l>), against the measured change "
         f"of one step; the first {numbers['theory_steps']} steps of all starts. Correlation and "
-        f"slope at lr {rate:g}, then at the method's own lr.",
+        f"slope at lr {rate}, then at the method's own lr.",
         "",
-        f"| policy | method | change of | correlation | slope at {rate:g} | own lr "
-        "| correlation | slope at own lr |",
-        "|---" * 8 + "|",
-    ]
-    found = figures.where(numbers["theory"], form="idealised")
-    for small in figures.where(found, own=False):
-        keys = {name: small[name] for name in ("policy", "method", "quantity")}
-        (own,) = figures.where(found, own=True, **keys)
-        cells = [small["policy"], small["method"], CHANGES[small["quantity"]]]
-        cells += [f"{small['correlation']:.6f}", f"{small['slope']:.6f}", f"{own['lr']:g}"]
-        lines.append(_row(*cells, f"{own['correlation']:.6f}", f"{own['slope']:.4f}"))
-    return lines
-
-
-def _condition(numbers: Mapping[str, Any]) -> list[str]:
-    lines = [
+        *table(
+            ["policy", "method", "change of", "correlation", f"slope at {rate}"]
+            + ["own lr", "correlation", "slope at own lr"],
+            [[*key, *told] for key, told in theory.items()],
+        ),
+        "",
         "The first step where similarity varies from start to start. The condition "
         "<g_w, g_l> > |g_w|^2 says that the preference loss alone lowers π(y_w).",
         "",
-        "| method | condition holds | π(y_w) fell | both say the same |",
-        "|---" * 4 + "|",
+        *table(["method", "condition holds", "π(y_w) fell", "both say the same"], condition),
     ]
-    for row in numbers["condition"]:
-        shares = [f"{row[name]:.1%}" for name in ("holds", "fell", "alike")]
-        lines.append(_row(row["method"], *shares))
-    return lines
+    return "\n".join(lines) + "\n"

@@ -1,56 +1,44 @@
 """numbers.json and the csv files of a probability evolution in, matplotlib figures out."""
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Rows = list[dict[str, Any]]
+from spo_lightning.report.reading import rows_of
+from spo_lightning.report.style import FELL, GREW, INK, OTHER, STYLE, saved
+
 W, L, OTHERS = r"$\pi(y_w)$", r"$\pi(y_l)$", r"$\pi$(others)"
 PARTS = {"chosen": "preferred answer", "rejected": "rejected answer", "others": "all others"}
-# Okabe and Ito's palette, which colour-blind readers tell apart; shapes and places differ too
-COLOURS = {"chosen": "#0072B2", "rejected": "#E69F00", "others": "#BBBBBB"}
-GREW, FELL, INK = "#0072B2", "#D55E00", "#222222"
+COLOURS = {"chosen": GREW, "rejected": "#E69F00", "others": "#BBBBBB"}
+POINTS = {"chosen": (GREW, "o"), "rejected": ("#E69F00", "s"), "others": (OTHER, "D")}
 POLICIES = {
     "tabular": "tabular policy:\nanswers share nothing",
     "similar": "log-linear policy:\n$y_w$ and $y_l$ are similar",
 }
-STYLE: dict[Any, Any] = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "figure.titlesize": 11.0,
-    "svg.hashsalt": "spo_lightning",  # the same numbers give the same file
-}
 MICRO = 1e6  # short steps are shown in millionths
 
 
-def read(path: Path) -> Rows:
-    """Rows of a csv; what is a number becomes one."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: _value(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+def drawn(numbers: Mapping[str, Any], directory: Path) -> list[Path]:
+    """evolution, trajectories and theory in the directory of their numbers."""
+    import matplotlib
+
+    written = []
+    for draw in (evolution, trajectories, theory):
+        with matplotlib.rc_context(STYLE):
+            figure = draw(numbers, directory)
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # laid out; once is enough
+            written += saved(figure, directory / draw.__name__, dpi=160)
+    return written
 
 
-def _value(cell: str) -> Any:
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
+def _trained(numbers: Mapping[str, Any]) -> tuple[Any, list[str], list[str]]:
+    """What training came to, by policy and method; both in their order."""
+    import pandas as pd
 
-
-def where(rows: Iterable[Mapping[str, Any]], **wanted: Any) -> Rows:
-    return [dict(r) for r in rows if all(r[name] == value for name, value in wanted.items())]
-
-
-def column(rows: Iterable[Mapping[str, Any]], name: str) -> list[float]:
-    return [row[name] for row in rows]
-
-
-def names(rows: Iterable[Mapping[str, Any]], name: str) -> list[str]:
-    return list(dict.fromkeys(row[name] for row in rows))
+    rows = pd.DataFrame(numbers["trained"])
+    names = rows["policy"].unique().tolist(), rows["method"].unique().tolist()
+    return rows.set_index(["policy", "method"]), *names
 
 
 def _grid(rows: int, columns: int, high: float, **more: Any) -> Any:
@@ -67,14 +55,14 @@ def _mark(text: str, **look: Any) -> Any:
     return Line2D([], [], label=text, **look)
 
 
-def _patches() -> list[Any]:
-    from matplotlib.patches import Patch
-
-    return [Patch(color=COLOURS[part], label=text) for part, text in PARTS.items()]
-
-
 def _legend(figure: Any, handles: Sequence[Any]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+
+
+def _by_fate(axis: Any, x: Any, y: Any, fell: Any) -> None:
+    """Blue discs where y_w grew, red triangles where it fell."""
+    for some, colour, marker in ((~fell, GREW, "o"), (fell, FELL, "v")):
+        axis.scatter(x[some], y[some], s=9, c=colour, marker=marker, lw=0, alpha=0.7)
 
 
 # -- evolution: from every start to its end
@@ -82,19 +70,26 @@ def _legend(figure: Any, handles: Sequence[Any]) -> None:
 
 def evolution(numbers: Mapping[str, Any], directory: Path) -> Any:
     """pi(y_w) after against before, per start, and where the mass is on average."""
-    starts, trained = read(directory / "starts.csv"), numbers["trained"]
-    policies, methods = names(trained, "policy"), names(trained, "method")
+    from matplotlib.patches import Patch
+
+    starts = rows_of(directory / "starts.csv")
+    trained, policies, methods = _trained(numbers)
     figure, axes = _grid(len(policies), len(methods) + 1, 2.5)
-    low = max(1e-8, min(min(column(starts, f"chosen_{when}")) for when in ("before", "after")))
+    low = max(1e-8, starts[["chosen_before", "chosen_after"]].min(axis=None))
     for line, policy in zip(axes, policies):
         for axis, method in zip(line, methods):
-            (told,) = where(trained, policy=policy, method=method)
-            _ends(axis, where(starts, policy=policy, method=method), low)
-            axis.set_title(f"{method}: {W} fell in {told['fell']:.0%}")
+            some = starts[(starts["policy"] == policy) & (starts["method"] == method)]
+            before, after = some["chosen_before"], some["chosen_after"]
+            _by_fate(axis, before, after, before > after)
+            axis.plot([low, 1], [low, 1], color=INK, linestyle="--", linewidth=1)
+            limits = {"ylim": (low / 2, 1.6), "xlim": (before.min() / 1.5, 1.3)}
+            axis.set(xscale="log", yscale="log", **limits)
+            axis.minorticks_off()
+            axis.set_title(f"{method}: {W} fell in {trained.at[(policy, method), 'fell']:.0%}")
             axis.set_xlabel(f"{W} before training" if policy == policies[-1] else "")
             axis.tick_params(labelleft=method == methods[0])
         line[0].set_ylabel(f"{POLICIES.get(policy, policy)}\n\n{W} after training")
-        _bars(line[-1], where(trained, policy=policy), methods)
+        _bars(line[-1], trained.loc[policy])
     axes[-1, -1].set_xlabel("probability, mean over starts")
     figure.suptitle(
         "What preference training does to the probability of the preferred answer $y_w$. Each "
@@ -103,32 +98,17 @@ def evolution(numbers: Mapping[str, Any], directory: Path) -> Any:
     )
     grew = _mark(f"{W} grew", color=GREW, marker="o", linestyle="", markersize=5)
     fell = _mark(f"{W} fell", color=FELL, marker="v", linestyle="", markersize=5)
-    _legend(figure, [grew, fell, *_patches()])
+    patches = [Patch(color=COLOURS[part], label=text) for part, text in PARTS.items()]
+    _legend(figure, [grew, fell, *patches])
     return figure
 
 
-def _ends(axis: Any, rows: Rows, low: float) -> None:
-    before, after = column(rows, "chosen_before"), column(rows, "chosen_after")
-    _by_fate(axis, before, after, [b > a for b, a in zip(before, after)])
-    axis.plot([low, 1], [low, 1], color=INK, linestyle="--", linewidth=1)
-    axis.set(xscale="log", yscale="log", ylim=(low / 2, 1.6), xlim=(min(before) / 1.5, 1.3))
-    axis.minorticks_off()
-
-
-def _by_fate(axis: Any, x: Sequence[float], y: Sequence[float], fell: Sequence[bool]) -> None:
-    """Blue discs where y_w grew, red triangles where it fell."""
-    for fate, colour, marker in ((False, GREW, "o"), (True, FELL, "v")):
-        some = [(a, b) for a, b, f in zip(x, y, fell) if f is fate]
-        axis.scatter(*zip(*some or [((), ())]), s=9, c=colour, marker=marker, lw=0, alpha=0.7)
-
-
-def _bars(axis: Any, rows: Rows, methods: Sequence[str]) -> None:
+def _bars(axis: Any, methods: Any) -> None:
     """Stacked mean masses: the start, then every method."""
-    labels = ["start", *methods]
-    masses = [[rows[0][f"{part}_before"] for part in PARTS]]
-    masses += [[where(rows, method=m)[0][f"{part}_after"] for part in PARTS] for m in methods]
+    labels = ["start", *methods.index]
     left = [0.0] * len(labels)
-    for part, widths in zip(PARTS, zip(*masses)):
+    for part in PARTS:
+        widths = [methods[f"{part}_before"].iloc[0], *methods[f"{part}_after"]]
         axis.barh(labels, widths, left=left, color=COLOURS[part], height=0.7)
         left = [a + b for a, b in zip(left, widths)]
     axis.invert_yaxis()
@@ -141,24 +121,25 @@ def _bars(axis: Any, rows: Rows, methods: Sequence[str]) -> None:
 
 def trajectories(numbers: Mapping[str, Any], directory: Path) -> Any:
     """Mean masses along training; y_w's from rare and from likely starts."""
-    rows, trained = read(directory / "evolution.csv"), numbers["trained"]
-    policies, methods = names(trained, "policy"), names(trained, "method")
+    rows = rows_of(directory / "evolution.csv")
+    trained, policies, methods = _trained(numbers)
     figure, axes = _grid(len(policies), len(methods), 2.5, sharex=True, sharey=True)
-    lines = {  # group and part -> look
-        ("all", "others"): {"color": COLOURS["others"], "lw": 2.5},
-        ("all", "rejected"): {"color": COLOURS["rejected"], "lw": 2, "ls": ":"},
-        ("likely", "chosen"): {"color": COLOURS["chosen"], "lw": 2.5},
-        ("rare", "chosen"): {"color": COLOURS["chosen"], "lw": 2, "ls": "--"},
+    lines = {  # text -> group, part and look
+        "all others": ("all", "others", {"color": COLOURS["others"], "lw": 2.5}),
+        "rejected answer": ("all", "rejected", {"color": COLOURS["rejected"], "lw": 2, "ls": ":"}),
+        "preferred, likely starts": ("likely", "chosen", {"color": GREW, "lw": 2.5}),
+        "preferred, rare starts": ("rare", "chosen", {"color": GREW, "lw": 2, "ls": "--"}),
     }
-    low = min(min(column(where(rows, group=group), part)) for group, part in lines)
+    curves = rows.set_index(["policy", "method", "group"]).sort_index(kind="stable")
+    low = min(rows[rows["group"] == group][part].min() for group, part, _ in lines.values())
     for line, policy in zip(axes, policies):
         for axis, method in zip(line, methods):
-            for (group, part), look in lines.items():
-                curve = where(rows, policy=policy, method=method, group=group)
-                axis.plot(column(curve, "step"), column(curve, part), **look)
-            (told,) = where(trained, policy=policy, method=method)
-            by = {g: told[f"{g}_after"] / told[f"{g}_before"] for g in ("rare", "likely")}
-            axis.set_title(f"{method}: rare ×{by['rare']:.2g}, likely ×{by['likely']:.2g}")
+            for group, part, look in lines.values():
+                curve = curves.loc[(policy, method, group)]
+                axis.plot(curve["step"], curve[part], **look)
+            told = trained.loc[(policy, method)]
+            rare, likely = (told[f"{g}_after"] / told[f"{g}_before"] for g in ("rare", "likely"))
+            axis.set_title(f"{method}: rare ×{rare:.2g}, likely ×{likely:.2g}")
             axis.set(yscale="log", ylim=(max(1e-6, low / 2), 1.5), xlim=(0, numbers["steps"]))
             axis.minorticks_off()
         line[0].set_ylabel(f"{POLICIES.get(policy, policy)}\n\nprobability, mean over starts")
@@ -169,8 +150,7 @@ def trajectories(numbers: Mapping[str, Any], directory: Path) -> Any:
         "likeliest (titles: by which factor),\nand the probability of the rejected and of all "
         "other answers"
     )
-    texts = ("all others", "rejected answer", "preferred, likely starts", "preferred, rare starts")
-    _legend(figure, [_mark(text, **look) for text, look in zip(texts, lines.values())])
+    _legend(figure, [_mark(text, **look) for text, (*_, look) in lines.items()])
     return figure
 
 
@@ -179,36 +159,38 @@ def trajectories(numbers: Mapping[str, Any], directory: Path) -> Any:
 
 def theory(numbers: Mapping[str, Any], directory: Path) -> Any:
     """Predicted against measured steps; what the start and the similarity decide."""
-    rows, varied = read(directory / "theory.csv"), read(directory / "condition.csv")
-    methods, policies = names(rows, "method"), names(rows, "policy")
+    import pandas as pd
+
+    rows, varied = (rows_of(directory / f"{name}.csv") for name in ("theory", "condition"))
+    found = pd.DataFrame(numbers["theory"])
+    found = found[(found["form"] == "idealised") & ~found["own"]]
+    told = pd.DataFrame(numbers["condition"]).set_index("method")
+    methods, policies = rows["method"].unique(), rows["policy"].unique()
     plain, last = methods[0], methods[-1]
     figure, axes = _grid(2, max(4, len(methods)), 2.6)
-    for axis in axes.flat[len(methods) : axes.shape[1]]:
+    for axis in (*axes[0, len(methods) :], *axes[1, 4:]):
         axis.set_axis_off()
     for axis, method in zip(axes[0], methods):
-        _predicted(axis, where(rows, method=method), ("chosen", "rejected"))
-        found = where(numbers["theory"], method=method, form="idealised", own=False)
-        axis.set_title(f"{method}: correlation {min(column(found, 'correlation')):.4f}")
+        _predicted(axis, rows[rows["method"] == method], ("chosen", "rejected"))
+        least = found[found["method"] == method]["correlation"].min()
+        axis.set_title(f"{method}: correlation {least:.4f}")
         axis.set_xlabel(r"predicted change ($10^{-6}$ nats)")
     axes[0, 0].set_ylabel("measured change of\nlog-probability ($10^{-6}$ nats)")
     others, rare, falls, kept = axes[1, :4]
-    for axis in axes[1, 4:]:
-        axis.set_axis_off()
-    _predicted(others, where(rows, method=plain, policy=policies[-1]), ("others",))
+    some = rows[rows["method"] == plain]
+    _predicted(others, some[some["policy"] == policies[-1]], ("others",))
     others.set_title(f"{plain}: what all others gain")
     others.set_xlabel(f"predicted change of {OTHERS} ($10^{{-6}}$)")
     others.set_ylabel(f"measured change of\n{OTHERS} ($10^{{-6}}$)")
-    first = where(rows, method=plain, policy=policies[0], quantity="chosen", step=0.0)
-    _rarity(rare, first)
+    first = (some["policy"] == policies[0]) & (some["quantity"] == "chosen") & (some["step"] == 0)
+    _rarity(rare, some[first])
     rare.set_title(f"{plain}: a rare $y_w$ gains little")
     for axis, method in ((falls, plain), (kept, last)):
-        some = where(varied, method=method)
-        change = [MICRO * moved for moved in column(some, "change")]
-        _by_fate(axis, column(some, "excess"), change, [moved < 0 for moved in change])
+        starts = varied[varied["method"] == method]
+        _by_fate(axis, starts["excess"], MICRO * starts["change"], starts["change"] < 0)
         axis.axhline(0, color=INK, linewidth=0.8)
         axis.axvline(0, color=INK, linewidth=1.2, linestyle=":")
-        (told,) = where(numbers["condition"], method=method)
-        axis.set_title(f"{method}: {W} falls in {told['fell']:.0%}")
+        axis.set_title(f"{method}: {W} falls in {told.at[method, 'fell']:.0%}")
         axis.set_xlabel(r"$\langle g_w, g_l\rangle - |g_w|^2$")
     falls.set_ylabel(f"change of log {W},\nfirst step ($10^{{-6}}$ nats)")
     figure.suptitle(
@@ -217,45 +199,32 @@ def theory(numbers: Mapping[str, Any], directory: Path) -> Any:
         "alone the preferred answer falls right of the dotted line, where "
         r"$\langle g_w, g_l\rangle > |g_w|^2$"
     )
-    _legend(figure, _theory_marks())
+    marks = {W: POINTS["chosen"], L: POINTS["rejected"], OTHERS: POINTS["others"]}
+    marks[f"{W} fell"] = (FELL, "v")
+    handles = [
+        _mark(text, color=colour, marker=marker, linestyle="", markersize=5)
+        for text, (colour, marker) in marks.items()
+    ]
+    handles.append(_mark("prediction", color=INK, linestyle="--", marker="+", markersize=7))
+    _legend(figure, handles)
     return figure
 
 
-def _theory_marks() -> list[Any]:
-    look = {"linestyle": "", "markersize": 5}
-    return [
-        _mark(f"{W}", color=GREW, marker="o", **look),
-        _mark(f"{L}", color=COLOURS["rejected"], marker="s", **look),
-        _mark(OTHERS, color="#777777", marker="D", **look),
-        _mark(f"{W} fell", color=FELL, marker="v", **look),
-        _mark("prediction", color=INK, linestyle="--", marker="+", markersize=7),
-    ]
-
-
-def _predicted(axis: Any, rows: Rows, quantities: Sequence[str]) -> None:
-    looks = {
-        "chosen": {"c": GREW, "marker": "o"},
-        "rejected": {"c": COLOURS["rejected"], "marker": "s"},
-        "others": {"c": "#777777", "marker": "D"},
-    }
-    ends = []
+def _predicted(axis: Any, rows: Any, quantities: Sequence[str]) -> None:
+    rows = rows[rows["quantity"].isin(quantities)]
     for quantity in quantities:
-        some = where(rows, quantity=quantity)
-        x, y = ([MICRO * v for v in column(some, name)] for name in ("idealised", "measured"))
-        axis.scatter(x, y, s=10, lw=0, alpha=0.6, **looks[quantity])
-        ends += x
-    axis.plot([min(ends), max(ends)], [min(ends), max(ends)], color=INK, ls="--", lw=1)
+        colour, marker = POINTS[quantity]
+        x, y = (MICRO * rows[rows["quantity"] == quantity][n] for n in ("idealised", "measured"))
+        axis.scatter(x, y, s=10, lw=0, alpha=0.6, c=colour, marker=marker)
+    ends = [MICRO * rows["idealised"].min(), MICRO * rows["idealised"].max()]
+    axis.plot(ends, ends, color=INK, ls="--", lw=1)
 
 
-def _rarity(axis: Any, rows: Rows) -> None:
+def _rarity(axis: Any, rows: Any) -> None:
     """The gain of pi(y_w) in one step: measured, and pi(y_w) times the predicted d log pi(y_w)."""
-    rows = sorted(rows, key=lambda row: row["chosen_before"])
-    start = column(rows, "chosen_before")
-    gains = {
-        name: [MICRO * p * moved for p, moved in zip(start, column(rows, name))]
-        for name in ("measured", "idealised")
-    }
-    axis.scatter(start, gains["measured"], s=12, c=GREW, lw=0)
-    axis.scatter(start, gains["idealised"], s=30, c=INK, marker="+", lw=0.8)
+    rows = rows.sort_values("chosen_before")
+    start = rows["chosen_before"]
+    axis.scatter(start, MICRO * start * rows["measured"], s=12, c=GREW, lw=0)
+    axis.scatter(start, MICRO * start * rows["idealised"], s=30, c=INK, marker="+", lw=0.8)
     axis.set(xscale="log", yscale="log", xlabel=f"{W} before the step")
     axis.set_ylabel(f"change of {W} ($10^{{-6}}$)")

@@ -26,7 +26,6 @@
     const lines = data.length > 1 ? Math.ceil(data.length / Math.max(1, Math.floor((width - 75) / label))) : 0;
     const whole = { ...themed(layout), height: high + 20 * Math.min(lines, 24), showlegend: data.length > 1 && data.length <= 24 };
     if (printing) whole.width = width;
-    if (data.length === 1 && data[0].type === "heatmap") data[0].colorbar = { thickness: 12 };
     return Plotly.react(place, data, whole, { responsive: true, displayModeBar: false }).then(() => place.classList.add("drawn"));
   }
 
@@ -64,45 +63,24 @@
     }));
   }
 
-  const COLUMNS = [["prompt", "prompt"], ["reference", "reference"], ["before", "before"], ["after", "after"],
-    ["chosen_delta", "chosen, nats"], ["rejected_delta", "rejected, nats"]];
-  const KEPT = {
-    right: (r) => r.after_ok === true, wrong: (r) => r.after_ok === false,
-    lost: (r) => r.before_ok === true && r.after_ok === false,
-    won: (r) => r.before_ok === false && r.after_ok === true,
-    changed: (r) => r.before !== r.after,
-  };
   for (const room of document.querySelectorAll(".samples")) {
-    const rows = JSON.parse(room.querySelector("script").textContent);
-    const [search, select, output] = ["input", "select", "output"].map((n) => room.querySelector(n));
-    const more = room.querySelector("button"), body = room.querySelector("tbody");
-    const words = rows.map((r) => COLUMNS.map(([key]) => r[key] ?? "").join("\n").toLowerCase());
-    const head = room.querySelector("thead").insertRow();
-    for (const [, title] of COLUMNS) { const th = document.createElement("th"); th.textContent = title; head.append(th); }
-    let most = 25;
-    function show() {
-      const wanted = search.value.toLowerCase(), rule = KEPT[select.value] ?? (() => true);
-      const found = rows.filter((row, n) => rule(row) && words[n].includes(wanted));
-      body.replaceChildren(...found.slice(0, most).map((row) => {
-        const tr = document.createElement("tr");
-        for (const [key] of COLUMNS) {
-          const td = tr.insertCell(), div = document.createElement("div"), value = row[key];
-          div.textContent = typeof value === "number" ? value.toFixed(2) : value ?? "";
-          div.dir = "auto";
-          if (typeof value === "number") td.className = "number";
-          const ok = row[key + "_ok"];
-          if (typeof ok === "boolean") div.className = ok ? "right" : "wrong";
-          td.append(div);
-        }
-        return tr;
-      }));
-      output.textContent = `${found.length} of ${rows.length}`;
+    const [search, select, output, table] = ["input", "select", "output", "table"].map((n) => room.querySelector(n));
+    const more = room.querySelector(".tools > button");
+    let most;
+    function show(rows) {
+      most = rows;
+      const all = [...table.tBodies[0].rows], wanted = search.value.toLowerCase();
+      const rule = select.value ? `[data-is~="${select.value}"]` : "tr";
+      const found = all.filter((row) => row.matches(rule) && row.textContent.toLowerCase().includes(wanted));
+      for (const row of all) row.hidden = true;
+      for (const row of found.slice(0, most)) row.hidden = false;
+      output.textContent = `${found.length} of ${all.length}`;
       more.hidden = found.length <= most;
     }
-    search.addEventListener("input", () => { most = 25; show(); });
-    select.addEventListener("change", () => { most = 25; show(); });
-    more.addEventListener("click", () => { most += 100; show(); });
-    show();
+    for (const one of [search, select]) one.addEventListener("input", () => show(25));
+    table.tHead.addEventListener("click", () => show(most));  // after its rows were sorted
+    more.addEventListener("click", () => show(most + 100));
+    show(25);
   }
 
   if (STATE !== null) {  // a server has newer pages

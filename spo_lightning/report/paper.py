@@ -9,12 +9,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spo_lightning.errors import UserError
-from spo_lightning.report.evolution_figures import FELL, GREW, INK, STYLE
 from spo_lightning.report.reading import natural
-from spo_lightning.report.table import cell, interval
+from spo_lightning.report.settings import Setting, cell, less, table
+from spo_lightning.report.style import FELL, GREW, INK, OTHER, STYLE, saved
 
 INIT, CHOSEN, SFT_SET, SPO = "init", "SFT on chosen", "SFT on the SFT set", " + SPO"
 BASES = {
@@ -22,7 +22,7 @@ BASES = {
     "alpha_dpo": "AlphaDPO",
 }
 PANELS = 3  # in a row of the picture
-OTHER = "#777777"  # of what is compared with
+MARKERS = "osv^"  # of the rates along a front
 CAPABILITY, WIN_RATE, ACCURACY = "exact_match", "win_rate", "preference/accuracy"
 HEADINGS = {
     CAPABILITY: "exact match",
@@ -36,18 +36,27 @@ MOVED = ("displacement/rate", "displacement/chosen")
 METHOD, FRONT = ("loss", "solver", "data.sft"), ("optimizer.lr", "solver.weight")
 
 
+class Job(NamedTuple):
+    """``choices``: the words it was started with."""
+
+    choices: Mapping[str, str]
+    seed: int
+    init: Mapping[str, float]
+    final: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class Part:
-    """Jobs of one setting: per method and seed its numbers, ``init/NAME`` and ``final/NAME``."""
+    """Jobs of one setting, by method."""
 
     name: str
-    methods: Mapping[str, Mapping[int, Mapping[str, float]]]
+    methods: Mapping[str, Setting]
 
     @property
     def preference(self) -> str:
         """The win rate where the data has a judge, else how often the chosen is the likelier."""
-        numbers = next(iter(next(iter(self.methods.values())).values()))
-        return WIN_RATE if f"final/{WIN_RATE}" in numbers else ACCURACY
+        first = next(iter(self.methods.values()))
+        return WIN_RATE if WIN_RATE in first.runs[0].final else ACCURACY
 
     @property
     def bases(self) -> list[str]:
@@ -57,20 +66,23 @@ class Part:
 
     def values(self, method: str, name: str) -> dict[int, float]:
         """By seed; ``INIT`` is the policy before training, whatever was trained then."""
-        wanted = self.methods.values() if method == INIT else [self.methods[method]]
-        key = f"init/{name}" if method == INIT else f"final/{name}"
-        return {seed: row[key] for rows in wanted for seed, row in rows.items() if key in row}
+        if method != INIT:
+            return self.methods[method].values(name)
+        every = [job for setting in self.methods.values() for job in setting.runs]
+        return Setting({}, every).values(name, "init")
 
     def has(self, name: str) -> bool:
         """Whether some job has the number."""
         return any(self.values(method, name) for method in self.methods)
 
-    def less(self, method: str, other: str, name: str) -> list[float]:
-        """Differences of two methods at the seeds that both have."""
-        if other not in self.methods:
-            return []
-        one, two = self.values(method, name), self.values(other, name)
-        return [one[seed] - two[seed] for seed in sorted(one.keys() & two.keys())]
+    def both(self, method: str) -> bool:
+        """Whether some job of the method has both numbers of a point."""
+        return all(self.values(method, name) for name in (self.preference, CAPABILITY))
+
+    def point(self, method: str) -> tuple[float, float]:
+        """Preference and capability in the mean."""
+        x, y = ([*self.values(method, name).values()] for name in (self.preference, CAPABILITY))
+        return sum(x) / len(x), sum(y) / len(y)
 
 
 def report(path: Path) -> tuple[str, list[Path]]:
@@ -79,10 +91,12 @@ def report(path: Path) -> tuple[str, list[Path]]:
     Raises ``UserError`` where the file is no table of jobs.
     """
     main, front = parts(jobs(read(path)))
-    text = "\n\n".join([*map(table, main), *map(along, front)]) + "\n"
+    titled = [(part.name, cells(part)) for part in main]
+    titled += [(f"Front, {part.name}", along(part)) for part in front]
+    text = "\n\n".join("\n".join([f"**{name}**", "", *table(*told)]) for name, told in titled)
     where = path.with_suffix(".md")
-    where.write_text(text, encoding="utf-8")
-    return text, [where, *drawn(main, front, path)]
+    where.write_text(text + "\n", encoding="utf-8")
+    return text + "\n", [where, *drawn(main, front, path)]
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -96,9 +110,6 @@ def read(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-Job = tuple[Mapping[str, str], int, Mapping[str, float]]  # words, seed, numbers
-
-
 def jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
     """The rows of the file, taken apart."""
     found = []
@@ -107,33 +118,36 @@ def jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
         for word in row["words"].split():
             key, _, value = word.lstrip("+~").partition("=")
             words[key] = value.replace("\\", "")  # Hydra's, before braces
-        numbers = {name: float(value) for name, value in row.items() if "/" in name and value}
-        found.append((words, int(words.pop("seed", 0)), numbers))
+        init, final = (
+            {name[len(when) :]: float(v) for name, v in row.items() if name.startswith(when) and v}
+            for when in ("init/", "final/")
+        )
+        found.append(Job(words, int(words.pop("seed", 0)), init, final))
     return found
 
 
-def numbers_of(init: Mapping[str, float], final: Mapping[str, float]) -> dict[str, float]:
-    """Under the names of a table's columns."""
-    both = {"init": init, "final": final}
-    return {f"{when}/{name}": v for when, found in both.items() for name, v in found.items()}
-
-
-def parts(jobs: Sequence[Job]) -> tuple[list[Part], list[Part]]:
+def parts(jobs: Sequence[Job]) -> tuple[list[Part], ...]:
     """The settings with their methods, and those along whose front a method was followed."""
-    main: dict[str, dict[str, dict[int, Any]]] = {}
-    front: dict[str, dict[str, dict[int, Any]]] = {}
-    for words, seed, numbers in jobs:
-        method = method_of(words)
-        kept = (f"{k}={v}" for k, v in words.items() if k not in (*METHOD, *FRONT))
-        setting = " ".join(kept)
+    main: dict[str, dict[str, list[Job]]] = {}
+    front: dict[str, dict[str, list[Job]]] = {}
+    for job in jobs:
+        words, method = job.choices, method_of(job.choices)
+        setting = " ".join(f"{k}={v}" for k, v in words.items() if k not in (*METHOD, *FRONT))
         if "optimizer.lr" in words:
             at = ", ".join(f"{k.split('.')[1]} {words[k]}" for k in FRONT if k in words)
-            front.setdefault(setting, {}).setdefault(f"{method}, {at}", {})[seed] = numbers
+            front.setdefault(setting, {}).setdefault(f"{method}, {at}", []).append(job)
         else:
-            main.setdefault(setting, {}).setdefault(method, {})[seed] = numbers
-    names = sorted(main, key=natural)
-    ordered = {name: dict(sorted(main[name].items(), key=place)) for name in names}
-    return [Part(*item) for item in ordered.items()], [Part(*item) for item in front.items()]
+            main.setdefault(setting, {}).setdefault(method, []).append(job)
+    ordered = {
+        name: dict(sorted(main[name].items(), key=place)) for name in sorted(main, key=natural)
+    }
+    return tuple(
+        [
+            Part(name, {method: Setting({}, some) for method, some in methods.items()})
+            for name, methods in found.items()
+        ]
+        for found in (ordered, front)
+    )
 
 
 def method_of(words: Mapping[str, str]) -> str:
@@ -164,28 +178,23 @@ def cells(part: Part) -> tuple[list[str], list[list[Any]]]:
         row = [cell([*part.values(method, name).values()]) for name in shown]
         row += [""] * (len(columns) - len(shown))
         for other in (method.removesuffix(SPO), CHOSEN):
-            given = method.endswith(SPO)
-            row += [signed(part.less(method, other, name)) if given else "" for name in pair]
+            one, two = part.methods.get(method), part.methods.get(other)
+            apart = [[]] * len(pair)
+            if method.endswith(SPO) and one and two:
+                apart = [less(one, two, name) for name in pair]
+            row += [cell(values, "+.3f") for values in apart]
         rows.append([method, len(part.values(method, columns[0])), *row])
     return head, rows
 
 
-def table(part: Part) -> str:
-    """The same as markdown."""
-    head, rows = cells(part)
-    lines = [f"**{part.name}**", "", _line(head), "|---" * len(head) + "|"]
-    return "\n".join([*lines, *map(_line, rows)])
-
-
-def along(part: Part) -> str:
-    """Markdown: a row per point of a front."""
+def along(part: Part) -> tuple[list[str], list[list[Any]]]:
+    """The same of a front, a row per point."""
     columns = [CAPABILITY, part.preference, *MOVED]
-    head = ["method", "seeds", *(HEADINGS[name] for name in columns)]
-    lines = [f"**Front, {part.name}**", "", _line(head), "|---" * len(head) + "|"]
-    for method, rows in part.methods.items():
-        cells = [cell([*part.values(method, name).values()]) for name in columns]
-        lines.append(_line([method, len(rows), *cells]))
-    return "\n".join(lines)
+    rows = [
+        [method, len(setting.seeds), *(cell(setting.values(name).values()) for name in columns)]
+        for method, setting in part.methods.items()
+    ]
+    return ["method", "seeds", *(HEADINGS[name] for name in columns)], rows
 
 
 def drawn(main: Sequence[Part], front: Sequence[Part], path: Path) -> list[Path]:
@@ -207,21 +216,16 @@ def drawn(main: Sequence[Part], front: Sequence[Part], path: Path) -> list[Path]
             axis.set_ylabel("exact match, held out")
         for axis in axes[len(panels) :]:
             axis.remove()
-        found = [path.with_suffix(f".{kind}") for kind in ("png", "svg")]
-        for file in found:
-            figure.savefig(
-                file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None
-            )
-    return found
+        return saved(figure, path.with_suffix(""), dpi=150, kinds=("png", "svg"))
 
 
 def methods(part: Part, axis: Any) -> None:
     """The controls in grey; every objective from its bare form to the one with SPO."""
     for method, marker in ((INIT, "D"), (CHOSEN, "s"), (SFT_SET, "^")):
         if method == INIT or method in part.methods:
-            axis.plot(*point(part, method), marker, color=OTHER, label=method)
+            axis.plot(*part.point(method), marker, color=OTHER, label=method)
     for number, base in enumerate(part.bases):
-        bare, held = point(part, base), point(part, base + SPO)
+        bare, held = part.point(base), part.point(base + SPO)
         axis.annotate("", held, bare, arrowprops={"arrowstyle": "->", "color": "#999999"})
         axis.plot(*bare, "o", color=FELL, mfc="white", label="bare")
         axis.plot(*held, "o", color=GREW, label="+ SPO")
@@ -235,47 +239,20 @@ def methods(part: Part, axis: Any) -> None:
 
 def points(part: Part, axis: Any) -> None:
     """A front: a line per weight through the rates, marked by rate."""
-    axis.plot(*point(part, INIT), "D", color=OTHER, label=INIT)
-    lines: dict[str, list[tuple[str, str]]] = {}
+    axis.plot(*part.point(INIT), "D", color=OTHER, label=INIT)
+    lines: dict[str, dict[str, tuple[float, float]]] = {}
     for method in part.methods:  # "DPO + SPO, lr 3e-5, weight 1"
         name, rate, *weight = method.split(", ")
-        lines.setdefault(", ".join([name, *weight]), []).append((rate, method))
-    rates = sorted({rate for line in lines.values() for rate, _ in line}, key=_rate)
+        lines.setdefault(", ".join([name, *weight]), {})[rate] = part.point(method)
+    every = {rate for line in lines.values() for rate in line}
+    rates = sorted(every, key=lambda rate: float(rate.split()[-1]))
     for number, (name, line) in enumerate(lines.items()):
-        line.sort(key=lambda at: _rate(at[0]))
-        at = [point(part, method) for _, method in line]
-        colour = GREW if SPO in name else FELL
+        look = {"color": GREW if SPO in name else FELL}
+        at = [(rate, line[rate]) for rate in rates if rate in line]
         dash = ("-", "--", ":", "-.")[number % 4]
-        axis.plot(*zip(*at), dash, color=colour, label=name, linewidth=1)
-        for (rate, _), (x, y) in zip(line, at):
-            axis.plot(x, y, "osv^"[rates.index(rate) % 4], color=colour, markersize=4)
-    for rate in rates:
-        axis.plot([], [], "osv^"[rates.index(rate) % 4], color=INK, label=rate, markersize=4)
+        axis.plot(*zip(*(place for _, place in at)), dash, label=name, linewidth=1, **look)
+        for rate, place in at:
+            axis.plot(*place, MARKERS[rates.index(rate) % 4], markersize=4, **look)
+    for number, rate in enumerate(rates):
+        axis.plot([], [], MARKERS[number % 4], color=INK, label=rate, markersize=4)
     axis.legend(fontsize=7)
-
-
-def _rate(text: str) -> float:
-    return float(text.split()[-1])
-
-
-def both(part: Part, method: str) -> bool:
-    """Whether some job of the method has both numbers of a point."""
-    return all(part.values(method, name) for name in (part.preference, CAPABILITY))
-
-
-def point(part: Part, method: str) -> tuple[float, float]:
-    """Preference and capability in the mean."""
-    x, y = ([*part.values(method, name).values()] for name in (part.preference, CAPABILITY))
-    return sum(x) / len(x), sum(y) / len(y)
-
-
-def _line(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def signed(values: Sequence[float]) -> str:
-    """A mean difference and its 95% interval."""
-    if not values:
-        return ""
-    mean, half = interval(values)
-    return f"{mean:+.3f}" + (f" ± {half:.3f}" if half == half else "")

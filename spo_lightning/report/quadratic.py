@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spo_lightning.report.evolution_figures import INK, STYLE, read, where
+from spo_lightning.report.reading import rows_of
+from spo_lightning.report.settings import table
+from spo_lightning.report.style import INK, STYLE, saved
 
 # Okabe and Ito's palette; line and marker tell them apart as well
 LOOKS = {
@@ -26,48 +28,36 @@ def report(directory: Path) -> list[Path]:
     import matplotlib
 
     numbers = json.loads((directory / "numbers.json").read_text(encoding="utf-8"))
-    written = [directory / "table.md"]
-    written[0].write_text(markdown(numbers), encoding="utf-8")
+    rows = [
+        [end["path"], end["steps"], f"({end['x']:.3f}, {end['y']:.3f})"]
+        + [f"{end['F']:.3f}", f"{end['G']:.3f}"]
+        for end in numbers["ends"]
+    ]
+    lines = ["# Where each solver ends: two quadratics, one start", ""]
+    lines += table(["solver", "steps", "theta", "F", "G"], rows)
+    (directory / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with matplotlib.rc_context(STYLE):
         figure = draw(numbers, directory)
-        for ending, more in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 160})):
-            written.append(directory / f"solvers{ending}")
-            figure.savefig(written[-1], **more)
-    return written
-
-
-def markdown(numbers: Mapping[str, Any]) -> str:
-    lines = [
-        "# Where each solver ends: two quadratics, one start",
-        "",
-        "| solver | steps | theta | F | G |",
-        "|---" * 5 + "|",
-    ]
-    for end in numbers["ends"]:
-        place = f"({end['x']:.3f}, {end['y']:.3f})"
-        cells = [end["path"], str(end["steps"]), place, f"{end['F']:.3f}", f"{end['G']:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        return [directory / "table.md", *saved(figure, directory / "solvers", dpi=160)]
 
 
 def draw(numbers: Mapping[str, Any], directory: Path) -> Any:
     """Left: the paths in the plane of theta. Right: where they end, as F against G."""
     from matplotlib.figure import Figure
 
-    paths, curve = read(directory / "paths.csv"), read(directory / "curve.csv")
+    paths, curve = (rows_of(directory / f"{name}.csv") for name in ("paths", "curve"))
     figure = Figure(figsize=(9.6, 5.0), layout="constrained")
     plane, levels = figure.subplots(1, 2, width_ratios=[1.35, 1])
     for axes, x, y in ((plane, "x", "y"), (levels, "G", "F")):
-        xs, ys = ([row[name] for row in curve] for name in (x, y))
-        axes.plot(xs, ys, color="#BBBBBB", linewidth=6, zorder=0, solid_capstyle="round")
+        axes.plot(
+            curve[x], curve[y], color="#BBBBBB", linewidth=6, zorder=0, solid_capstyle="round"
+        )
         for place, end in enumerate(numbers["ends"]):
             size = 11 - 0.6 * place  # several end at the same point
             colour, line, shape = LOOKS.get(end["path"], (INK, "-", "o"))
-            trail = where(paths, path=end["path"])
+            trail = paths[paths["path"] == end["path"]]
             if axes is plane:
-                axes.plot(
-                    [r[x] for r in trail], [r[y] for r in trail], line, color=colour, linewidth=1.2
-                )
+                axes.plot(trail[x], trail[y], line, color=colour, linewidth=1.2)
             axes.plot(end[x], end[y], shape, color=colour, markersize=size, label=end["path"])
         axes.plot(numbers["start"][x], numbers["start"][y], "s", color=INK, markersize=6)
     named = {"start": (numbers["start"]["x"], numbers["start"]["y"])}

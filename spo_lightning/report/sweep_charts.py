@@ -1,11 +1,12 @@
 """Settings of a sweep in, its charts out: maps over the grid, the front, curves, methods."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from spo_lightning.report import paper
-from spo_lightning.report.charts import COLOURS, DASHES, GREY, Chart, Heat, Series, unit
+from spo_lightning.report.charts import GREY, Chart, heat, lines, nth, series, unit
 from spo_lightning.report.settings import CAPABILITY, Setting, Sweep
+from spo_lightning.report.style import COLOURS
 
 CURVES = ("logps/chosen", "logps/rejected", "displacement/chosen", "rewards/margins", "loss")
 MOST_LINES = 24  # settings in a chart of curves: more cannot be told apart
@@ -13,66 +14,74 @@ MOST_LINES = 24  # settings in a chart of curves: more cannot be told apart
 
 def points(part: paper.Part, number: int) -> list[Chart]:
     """Capability over preference, from bare to + SPO; none where jobs have not both numbers."""
-    if not all(paper.both(part, method) for method in (paper.INIT, *part.methods)):
+    if not all(part.both(method) for method in (paper.INIT, *part.methods)):
         return []
-    series = []
+    data = []
     for method, mark in ((paper.INIT, "diamond"), (paper.CHOSEN, "square"), (paper.SFT_SET, "x")):
         if method == paper.INIT or method in part.methods:
-            x, y = paper.point(part, method)
-            series.append(Series(method, [x], [y], "markers", GREY, mark=mark, texts=[method]))
-    for base in part.bases:
-        ends = [paper.point(part, base), paper.point(part, base + paper.SPO)]
-        x, y = ([end[n] for end in ends] for n in (0, 1))
-        series.append(Series(base, x, y, "lines+markers", texts=[base, base + paper.SPO]))
-    x, y = zip(*(paper.point(part, base) for base in part.bases))
-    series.append(Series("bare", x, y, "markers", GREY, mark="circle-open", texts=part.bases))
+            x, y = part.point(method)
+            data.append(series(method, [x], [y], "markers", GREY, mark=mark, texts=[method]))
+    for n, base in enumerate(part.bases):
+        ends = [base, base + paper.SPO]
+        x, y = zip(*map(part.point, ends))
+        data.append(series(base, x, y, "lines+markers", texts=ends, **nth(n)))
+    x, y = zip(*map(part.point, part.bases))
+    data.append(series("bare", x, y, "markers", GREY, mark="circle-open", texts=part.bases))
     names = (paper.HEADINGS[part.preference], "exact match")
-    return [Chart(f"methods_{number}", f"Bare to + SPO {part.name}", *names, series)]
+    return [lines(f"methods_{number}", f"Bare to + SPO {part.name}", *names, data)]
 
 
-def heats(sweep: Sweep) -> list[Heat]:
-    """A map per number over the two settings that vary most, by value."""
-    axes = [name for name in keys(sweep) if len(levels(sweep, name)) > 1]
+def heats(sweep: Sweep) -> list[Chart]:
+    """A map per number over the two keys that take most values; its title says over what else,
+    and how many runs, a field is a mean."""
+    levels = {name: values_of(sweep, name) for name in keys(sweep)}
+    axes = sorted((n for n in levels if len(levels[n]) > 1), key=lambda n: -len(levels[n]))[:2]
     if len(axes) < 2:
         return []
-    axes = sorted(axes, key=lambda name: -len(levels(sweep, name)))[:2]
     x, y = sorted(axes, key=lambda name: (name.startswith("solver"), name))
-    across, up = levels(sweep, x), levels(sweep, y)
+    columns, rows = levels[x], levels[y]
     found = []
     for number in sweep.names:
-        z = [[mean_at(sweep, number, {x: a, y: b}) for a in across] for b in up]
-        filled = sum(v is not None for row in z for v in row)
-        if filled > max(len(across), len(up)):  # a line of fields is no map
-            title = f"{number} ({unit(number)})"
+        z: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+        fields = []  # the settings of each
+        for up, b in enumerate(rows):
+            for across, a in enumerate(columns):
+                here = [s for s in sweep.settings if (s.told.get(x), s.told.get(y)) == (a, b)]
+                values = [value for s in here for value in s.values(number).values()]
+                if values:
+                    z[up][across] = sum(values) / len(values)
+                    fields.append(here)
+        if len(fields) > max(len(columns), len(rows)):  # a line of fields is no map
+            title = f"{number} ({unit(number)}){averaged(fields, number)}"
             key = f"heat_{number.replace('/', '_')}"
-            found.append(Heat(key, title, x, y, [str(a) for a in across], [str(b) for b in up], z))
+            found.append(heat(key, title, x, y, [*map(str, columns)], [*map(str, rows)], z))
     return found
+
+
+def averaged(fields: Sequence[Sequence[Setting]], number: str) -> str:
+    """Of how many runs a field is the mean, and what differs between them."""
+    counts = sorted(sum(len(s.values(number)) for s in field) for field in fields)
+    names = dict.fromkeys(name for field in fields for s in field for name in s.told)
+    over = [
+        name
+        for name in names
+        if any(len({repr(s.told.get(name)) for s in field}) > 1 for field in fields)
+    ]
+    if any(len(s.values(number)) > 1 for field in fields for s in field):
+        over.append("seed")
+    runs = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    return f": a field is the mean of {runs} runs, over {' and '.join(over)}" if over else ""
 
 
 def keys(sweep: Sweep) -> list[str]:
     return list(dict.fromkeys(name for setting in sweep.settings for name in setting.told))
 
 
-def levels(sweep: Sweep, name: str) -> list[Any]:
+def values_of(sweep: Sweep, name: str) -> list[Any]:
     """The values that a key takes, numbers in their order."""
-    found = {s.told[name] for s in sweep.settings if name in s.told and _plain(s.told[name])}
-    if all(isinstance(v, (int, float)) for v in found):
-        return sorted(found)
-    return sorted(found, key=str)
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, (str, int, float))
-
-
-def mean_at(sweep: Sweep, number: str, where: Mapping[str, Any]) -> float | None:
-    values = [
-        value
-        for setting in sweep.settings
-        if all(setting.told.get(name) == at for name, at in where.items())
-        for value in setting.values(number).values()
-    ]
-    return sum(values) / len(values) if values else None
+    every = [setting.told.get(name) for setting in sweep.settings]
+    found = {value for value in every if isinstance(value, str | int | float)}
+    return sorted(found, key=str if any(isinstance(value, str) for value in found) else None)
 
 
 def front(sweep: Sweep) -> list[Chart]:
@@ -86,17 +95,14 @@ def front(sweep: Sweep) -> list[Chart]:
         known = [(x, y, name) for x, y, name in at if x is not None and y is not None]
         best = sorted(p for p in known if not any(beats(q, p) for q in known))
         rest = [p for p in known if p not in best]
-        series = []
-        for name, some, mode, colour in (
-            ("beaten", rest, "markers", GREY),
-            ("front", best, "lines+markers", COLOURS[0]),
-        ):
-            x, y = [p[0] for p in some], [p[1] for p in some]
+        looks = (("beaten", rest, "markers", GREY), ("front", best, "lines+markers", COLOURS[0]))
+        data = []
+        for label, some, mode, colour in looks:
             if some:
-                series.append(Series(name, x, y, mode, colour, texts=[p[2] for p in some]))
-        title = f"{number} against displacement"
-        key = f"front_{number.replace('/', '_')}"
-        found.append(Chart(key, title, unit(moved), f"{number}, {unit(number)}", series))
+                x, y, names = zip(*some)
+                data.append(series(label, x, y, mode, colour, texts=names))
+        title, key = f"{number} against displacement", f"front_{number.replace('/', '_')}"
+        found.append(lines(key, title, unit(moved), f"{number}, {unit(number)}", data))
     return found
 
 
@@ -106,27 +112,20 @@ def beats(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def curves(sweep: Sweep) -> list[Chart]:
-    """Small multiples: a chart per number, a line per setting."""
+    """Small multiples: a chart per number, a line per setting: the mean over the seeds, at steps
+    that all of them logged."""
+    import pandas as pd
+
     chosen = sweep.ranked[:MOST_LINES] or sweep.settings[:MOST_LINES]
     found = []
     for name in CURVES:
-        series = []
-        for number, setting in enumerate(chosen):
-            curve = mean_curve(setting, f"train/{name}")
-            if curve is not None:
-                colour = COLOURS[number % len(COLOURS)]
-                dash = DASHES[number // len(COLOURS) % len(DASHES)]
-                series.append(Series(setting.name, *curve, colour=colour, dash=dash))
-        if series:
+        data = []
+        for n, setting in enumerate(chosen):
+            every = [c for r in setting.runs if (c := r.curves.get(f"train/{name}")) is not None]
+            if every:
+                mean = pd.concat(every, axis=1, join="inner").mean(axis=1)
+                data.append(series(setting.name, mean.index.tolist(), mean.tolist(), **nth(n)))
+        if data:
             key = f"curves_{name.replace('/', '_')}"
-            found.append(Chart(key, f"train/{name}", "outer step", unit(name), series))
+            found.append(lines(key, f"train/{name}", "outer step", unit(name), data))
     return found
-
-
-def mean_curve(setting: Setting, name: str) -> tuple[list[float], list[float]] | None:
-    """Over the seeds, at steps that all of them logged."""
-    every = [dict(zip(*run.curves[name])) for run in setting.runs if name in run.curves]
-    if not every:
-        return None
-    steps = sorted(set(every[0]).intersection(*every))
-    return steps, [sum(curve[step] for curve in every) / len(every) for step in steps]

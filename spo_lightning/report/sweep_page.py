@@ -8,32 +8,17 @@ from spo_lightning.report.charts import unit
 from spo_lightning.report.page import Note, Section, Table
 from spo_lightning.report.reading import Run
 from spo_lightning.report.run_page import lost
-from spo_lightning.report.settings import CAPABILITY, LOSS, MEANINGS, Sweep, kept, less
+from spo_lightning.report.settings import (
+    CAPABILITY,
+    LOSS,
+    MEANINGS,
+    Sweep,
+    cell,
+    interval,
+    kept,
+    less,
+)
 from spo_lightning.report.sweep_charts import curves, front, heats, keys, points
-from spo_lightning.report.table import interval
-
-
-def sections(runs: Sequence[Run]) -> list[Section]:
-    """The answer first, then what it stands on."""
-    sweep = Sweep(runs)
-    return [
-        Section("The answer", [*answer(sweep), *troubles(runs)]),
-        Section("Ranking", ranking(sweep), RANKING),
-        Section("Differences by seed", differences(sweep), DIFFERENCES),
-        Section("Methods, bare and with SPO", methods(sweep)),
-        Section(
-            "Over the grid",
-            heats(sweep),
-            "Means over seeds, and over whatever else varies; an empty field has no run.",
-        ),
-        Section("Quality against displacement", front(sweep), FRONT),
-        Section("Curves", curves(sweep), CURVES),
-        pairs(sweep),
-        Section("Runs", jobs(runs)),
-        Section("What differs", [differing(sweep)] if sweep.settings else []),
-        Section("The numbers", meanings(sweep)),
-    ]
-
 
 RANKING = (
     "Mean ± 95% interval over seeds (Student's t). Settings that lost more than "
@@ -48,6 +33,37 @@ FRONT = (
 CURVES = (
     "On the training pairs; means over seeds at each logged step. Losses of objectives differ."
 )
+NUMBERS = ("number", "meaning")
+JOBS = ("run", "state", "seconds, all stages", "displacement alarm at step", "error")
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """The answer first, then what it stands on."""
+    sweep = Sweep(runs)
+    best = sweep.ranked[0].runs[0] if sweep.ranked else None
+    seconds = [float(sum(run.seconds.values())) or None for run in runs]
+    jobs = [[r.name, r.state, took, r.alarm, r.error or ""] for r, took in zip(runs, seconds)]
+    names = keys(sweep)
+    alike = [] if names or not sweep.settings else [Note("All settings are alike.")]
+    differing = [[str(s.told.get(name, "")) for name in names] for s in sweep.settings]
+    meanings = [[name, f"{MEANINGS[name]} ({unit(name)})"] for name in sweep.names]
+    return [
+        Section("The answer", [*answer(sweep), *troubles(runs)]),
+        Section("Ranking", ranking(sweep), RANKING),
+        Section("Differences by seed", differences(sweep), DIFFERENCES),
+        Section("Methods, bare and with SPO", methods(sweep)),
+        Section("Over the grid", heats(sweep), "An empty field has no run."),
+        Section("Quality against displacement", front(sweep), FRONT),
+        Section("Curves", curves(sweep), CURVES),
+        Section(
+            "Pair by pair, with the best setting",
+            lost(best) if best else [],
+            f"Held-out pairs of {best.name}: change in nats." if best else "",
+        ),
+        Section("Runs", [Table("runs", JOBS, jobs, digits=0)]),
+        Section("What differs", [Table("config", names, differing)] if names else alike),
+        Section("The numbers", [Table("meanings", NUMBERS, meanings)] if meanings else []),
+    ]
 
 
 def answer(sweep: Sweep) -> list[Note]:
@@ -102,15 +118,7 @@ def verdict(apart: Sequence[float]) -> str:
 
 def shown(values: Any) -> str:
     found = [*values]
-    if not found:
-        return "unknown"
-    mean, half = interval(found)
-    return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else " (one seed)")
-
-
-def meanings(sweep: Sweep) -> list[Table]:
-    rows: list[list[Any]] = [[name, f"{MEANINGS[name]} ({unit(name)})"] for name in sweep.names]
-    return [Table("meanings", ["number", "meaning"], rows)] if rows else []
+    return (cell(found) + (" (one seed)" if len(found) == 1 else "")) or "unknown"
 
 
 def troubles(runs: Sequence[Run]) -> list[Note]:
@@ -142,7 +150,7 @@ def ranking(sweep: Sweep) -> list[Table]:
     rows = []
     for place, setting in enumerate(sweep.ranked, 1):
         word = {None: "", True: "kept", False: "lost"}[kept(setting)]
-        row: list[Any] = [place, setting.name, len({run.seed for run in setting.runs}), word]
+        row: list[Any] = [place, setting.name, len(setting.seeds), word]
         for name in sweep.names:
             values = [*setting.values(name).values()]
             mean, half = interval(values) if values else (None, None)
@@ -152,24 +160,23 @@ def ranking(sweep: Sweep) -> list[Table]:
 
 
 def differences(sweep: Sweep) -> list[Any]:
-    if len(sweep.ranked) < 2:
-        return []
-    best, rows = sweep.ranked[0], []
+    rows = []
     for other in sweep.ranked[1:]:
-        row: list[Any] = [other.name]
-        for name in sweep.names:
-            apart = less(best, other, name)
-            row.append(paper.signed(apart) + star(apart) if len(apart) > 1 else "")
-        if any(row[1:]):
-            rows.append(row)
-    head = [f"{best.name}, minus", *sweep.names]
-    note = Note("* the 95% interval does not hold zero.")
-    return [Table("differences", head, rows), note] if rows else []
+        apart = [less(sweep.ranked[0], other, name) for name in sweep.names]
+        if any(len(values) > 1 for values in apart):
+            rows.append([other.name, *map(starred, apart)])
+    if not rows:
+        return []
+    table = Table("differences", [f"{sweep.ranked[0].name}, minus", *sweep.names], rows)
+    return [table, Note("* the 95% interval does not hold zero.")]
 
 
-def star(apart: Sequence[float]) -> str:
+def starred(apart: Sequence[float]) -> str:
+    """A mean difference, with a star where it is significant; one seed alone says nothing."""
+    if len(apart) < 2:
+        return ""
     mean, half = interval(apart)
-    return " *" if abs(mean) > half else ""
+    return cell(apart, "+.3f") + (" *" if abs(mean) > half else "")
 
 
 def methods(sweep: Sweep) -> list[Any]:
@@ -181,7 +188,7 @@ def methods(sweep: Sweep) -> list[Any]:
             words = {name: run.choices.get(name, "") for name in ("loss", "solver")}
             data = run.config.get("data")
             words["data.sft"] = str(data.get("sft")) if isinstance(data, dict) else ""
-            rows.append((told | words, run.seed, paper.numbers_of(run.init, run.final)))
+            rows.append(paper.Job(told | words, run.seed, run.init, run.final))
     found = []
     for part in paper.parts(rows)[0]:
         if (part.has(paper.CAPABILITY) or part.has(part.preference)) and any(
@@ -193,28 +200,3 @@ def methods(sweep: Sweep) -> list[Any]:
             found.append(Table(f"methods {part.name}", head, cells))
             found += points(part, len(found))
     return found
-
-
-def pairs(sweep: Sweep) -> Section:
-    """The pairs that the best setting cost most, as its first run has them."""
-    title = "Pair by pair, with the best setting"
-    if not sweep.ranked:
-        return Section(title, [])
-    run = sweep.ranked[0].runs[0]
-    return Section(title, lost(run), f"Held-out pairs of {run.name}: change in nats.")
-
-
-def jobs(runs: Sequence[Run]) -> list[Table]:
-    rows = []
-    for run in runs:
-        whole = float(sum(run.seconds.values())) or None
-        rows.append([run.name, run.state, whole, run.alarm, run.error or ""])
-    head = ["run", "state", "seconds, all stages", "displacement alarm at step", "error"]
-    return [Table("runs", head, rows, digits=0)]
-
-
-def differing(sweep: Sweep) -> Table:
-    """Keys in which settings differ, and nothing else."""
-    names = keys(sweep)
-    rows = [[str(s.told.get(name, "")) for name in names] for s in sweep.settings]
-    return Table("config", names or ["setting"], rows if names else [["all alike"]])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from spo_lightning.report.build import sections
+from spo_lightning.report.build import content, found
 from spo_lightning.report.page import page
 from spo_lightning.report.reading import MARKS
 
@@ -18,26 +18,23 @@ WAITING = (
 
 def serve(directories: Sequence[Path], port: int) -> ThreadingHTTPServer:
     """A server of the page; ``serve_forever`` runs it. ``port`` 0 takes a free one."""
-    made = threading.Lock()
+    made = threading.Lock()  # the page is made once, however many ask
     kept: dict[str, bytes] = {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state = state_of(directories)
-            if self.path == "/state":
-                self._send(state.encode(), "text/plain")
-            elif self.path in ("/", "/report.html"):
+            body, kind = state.encode(), "text/plain"
+            if self.path in ("/", "/report.html"):
                 with made:
                     if state not in kept:
-                        body = fresh(directories, state)
+                        page = fresh(directories, state).encode("utf-8", "replace")
                         kept.clear()
-                        kept[state] = body.encode("utf-8", "replace")
-                    body = kept[state]
-                self._send(body, "text/html; charset=utf-8")
-            else:
+                        kept[state] = page
+                    body, kind = kept[state], "text/html; charset=utf-8"
+            elif self.path != "/state":
                 self.send_error(404)
-
-        def _send(self, body: bytes, kind: str) -> None:
+                return
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
@@ -53,7 +50,7 @@ def serve(directories: Sequence[Path], port: int) -> ThreadingHTTPServer:
 def fresh(directories: Sequence[Path], state: str) -> str:
     """The page as the files are now; one that tries again where they cannot be read."""
     try:
-        return page(*sections(directories), state=state)
+        return page(*content(directories, found(directories)), state=state)
     except Exception as error:  # a run may be writing; a server must not end for it
         return WAITING.format(html.escape(f"{type(error).__name__}: {error}"))
 

@@ -13,6 +13,7 @@ from spo_lightning.errors import UserError
 from spo_lightning.records import loggers
 from spo_lightning.records.directory import RunDir, cut_after
 from spo_lightning.records.progress import quiet
+from spo_lightning.records.summary import run_table
 from spo_lightning.world import World
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ class Job:
 
     def end(self, after: "HeldOut", steps: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """What is left to be read: numbers, answers before and after, a table in the terminal."""
-        from spo_lightning.report.table import run_table
-
         self.numbers.update({"final": after.numbers, "steps": steps})
         self.run.note_metrics(self.numbers)
         self.run.note_samples(samples)

@@ -69,7 +69,9 @@ def _told() -> Mapping[str, str]:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-        step = SLURMEnvironment()
+        hosts, job = os.environ["SLURM_NODELIST"], os.environ["SLURM_JOB_ID"]
+        root = SLURMEnvironment.resolve_root_node_address(hosts)
+        port = str(15_000 + int(job[-4:]))  # jobs that share a machine have one each
         size, nodes = (int(os.environ[f"SLURM_STEP_NUM_{n}"]) for n in ("TASKS", "NODES"))
         return {
             "RANK": os.environ["SLURM_PROCID"],
@@ -77,8 +79,8 @@ def _told() -> Mapping[str, str]:
             "GROUP_RANK": os.environ["SLURM_NODEID"],
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size // nodes),
-            "MASTER_ADDR": step.main_address,
-            "MASTER_PORT": str(step.main_port),
+            "MASTER_ADDR": os.environ.get("MASTER_ADDR", root),
+            "MASTER_PORT": os.environ.get("MASTER_PORT", port),
         }
     return {}
 

@@ -8,16 +8,17 @@ import subprocess
 import threading
 import urllib.request
 from html.parser import HTMLParser
+from itertools import product
 
 import pytest
 from omegaconf import OmegaConf
 
 from spo_lightning.records.directory import CHOICES
-from spo_lightning.report import charts, paper, sweep_charts, sweep_page
+from spo_lightning.report import page, paper, sweep_charts, sweep_page
 from spo_lightning.report.__main__ import main as report_main
-from spo_lightning.report.build import build, sections
+from spo_lightning.report.build import build, content, found
 from spo_lightning.report.page import Note, Table, visible
-from spo_lightning.report.reading import POINTS, Run, runs_of
+from spo_lightning.report.reading import POINTS, read, runs_of
 from spo_lightning.report.watch import serve
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -106,7 +107,7 @@ def html_of(room, **more):
 
 
 def blocks(directories):
-    return {s.title: s.blocks for s in sections(directories)[1]}
+    return {s.title: s.blocks for s in content(directories, found(directories))[1]}
 
 
 def test_a_run(tmp_path):
@@ -121,8 +122,9 @@ def test_a_run(tmp_path):
     (lost,) = [b for b in found["Pair by pair"] if hasattr(b, "head")]
     assert [row[0] for row in lost.rows] == ["2+2=?", "1+1=?"]  # the worst first
     assert [c.title for c in found["Diagnostics"]] == ["ches/mean"]
-    (held,) = [s for s in found["Where the probability goes"][3].series if s.dash == "dash"]
-    assert (held.x, held.y) == ([0, 50, 100], [0.0, -0.5, -1.0])  # from init on
+    moved = found["Where the probability goes"][3].data
+    (held,) = [one for one in moved if one["line"]["dash"] == "dash"]
+    assert (held["x"], held["y"]) == ([0, 50, 100], [0.0, -0.5, -1.0])  # from init on
     written_files = build([room])
     assert [path.name for path in written_files] == ["report.html", "table.md", "figures"]
     stills = {path.stem for path in (room / "figures").iterdir()}
@@ -135,11 +137,11 @@ def test_a_run(tmp_path):
 
 
 def test_curves_are_thinned_and_keep_their_ends(tmp_path):
-    run = Run(written(tmp_path / "run", steps=10_001), "run")
-    steps, values = run.curves["train/loss"]
-    assert len(steps) <= POINTS + 1 and (steps[0], steps[-1]) == (1, 10_001)
-    assert values[-1] == pytest.approx(0.2)
-    assert run.curves["eval/mass/top10"][0][:2] == [50, 100]
+    run = read(written(tmp_path / "run", steps=10_001), "run", {})
+    loss = run.curves["train/loss"]
+    assert len(loss) <= POINTS + 1 and (loss.index[0], loss.index[-1]) == (1, 10_001)
+    assert loss.iloc[-1] == pytest.approx(0.2)
+    assert run.curves["eval/mass/top10"].index[:2].tolist() == [50, 100]
     assert run.alarm == 5001
 
 
@@ -159,11 +161,11 @@ def test_what_cannot_be_seen_is_shown():
     assert visible(HOSTILE["turned"]) == "[U+202E]right to left[U+2066]"
     assert visible(HOSTILE["surrogate"]) == "\ufffd broken"
     assert visible(HOSTILE["arabic"] + HOSTILE["emoji"]) == HOSTILE["arabic"] + HOSTILE["emoji"]
-    assert json.loads(charts.embedded({"a": "</script>&", "b": [float("nan"), 1 / 3]})) == {
+    assert json.loads(page.embedded({"a": "</script>&", "b": [float("nan"), 1 / 3]})) == {
         "a": "</script>&",
         "b": [None, 0.333333],
     }
-    assert "<" not in charts.embedded("<script>")
+    assert "<" not in page.embedded("<script>")
 
 
 def test_runs_that_are_broken_are_named(tmp_path):
@@ -198,7 +200,7 @@ def test_runs_that_are_broken_are_named(tmp_path):
     for room in (tmp_path / "sweep").iterdir():
         if room.is_dir():
             html_of(room)
-    assert Run(odd, "odd").curves["train/loss"] == ([1.0, 3.0], [0.5, 0.3])
+    assert read(odd, "odd", {}).curves["train/loss"].to_dict() == {1: 0.5, 3: 0.3}
 
 
 def test_values_of_other_kinds_than_expected(tmp_path):
@@ -304,8 +306,8 @@ def test_the_papers_layout_knows_spo_from_other_solvers(tmp_path):
     ],
 )
 def test_a_method_by_the_words_of_its_row(words, name):
-    ((told, _, _),) = paper.jobs([{"words": words}])
-    assert paper.method_of(told) == name
+    (job,) = paper.jobs([{"words": words}])
+    assert paper.method_of(job.choices) == name
 
 
 @pytest.mark.parametrize(
@@ -368,10 +370,13 @@ def test_a_sweep(tmp_path):
     assert [row[1] for row in ranking.rows] == [
         f"loss.beta={beta} solver.weight={weight}" for beta in (0.1, 0.5) for weight in (3, 1)
     ]
-    (heat,) = [h for h in found["Over the grid"] if h.key == "heat_win_rate"]
-    assert (heat.x, heat.columns) == ("loss.beta", ["0.1", "0.5"])
-    assert (heat.y, heat.rows) == ("solver.weight", ["1", "3"])
-    assert [v for row in heat.z for v in row] == pytest.approx([0.53, 0.57, 0.55, 0.59])
+    (chart,) = [h for h in found["Over the grid"] if h.key == "heat_win_rate"]
+    assert chart.title.endswith(": a field is the mean of 2 runs, over seed")
+    (heat,) = chart.data
+    axes = [chart.layout[axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
+    assert axes == ["loss.beta", "solver.weight"]
+    assert (heat["x"], heat["y"]) == (["0.1", "0.5"], ["1", "3"])
+    assert [v for row in heat["z"] for v in row] == pytest.approx([0.53, 0.57, 0.55, 0.59])
     assert {c.key for c in found["Curves"]} >= {"curves_logps_chosen", "curves_loss"}
     _, lost = found["Pair by pair, with the best setting"]
     assert [row[0] for row in lost.rows] == ["0.1-3-0?"]
@@ -382,6 +387,20 @@ def test_a_sweep(tmp_path):
     assert (tmp_path / "sweep/report.html").exists() is False
     assert [p.name for p in build([tmp_path / "sweep"])] == ["report.html", "table.md", "figures"]
     assert (tmp_path / "sweep/figures/heat_win_rate.svg").exists()
+
+
+def test_a_map_says_what_it_averages(tmp_path):
+    """Three keys vary: two are the axes, and a field is a mean over the third and the seeds."""
+    for beta, weight, margin in product((0.1, 0.5, 0.9), (1, 3, 5), (0, 0.1)):
+        for seed in (0, 1) if margin else (0,):
+            config = {"loss": {"beta": beta}, "solver": {"weight": weight, "margin": margin}}
+            room = tmp_path / f"sweep/{beta}-{weight}-{margin}-{seed}"
+            written(room, steps=2, seed=seed, final={"win_rate": margin}, config=config)
+    (chart,) = blocks([tmp_path / "sweep"])["Over the grid"]
+    told = "win_rate (share of prompts, ties half): a field is the mean of 3 runs, over "
+    assert chart.title == told + "solver.margin and seed"
+    assert chart.data[0]["z"] == [[pytest.approx(0.2 / 3)] * 3] * 3
+    assert f"<figcaption>{chart.title}</figcaption>" in html_of(tmp_path / "sweep")
 
 
 def test_a_comparison_leaves_each_runs_own_page(tmp_path, monkeypatch):
@@ -463,11 +482,11 @@ addEventListener("load", async () => {
   table.tHead.rows[0].cells[1].querySelector("button").click(); told.up = column();
   const room = document.querySelector(".samples");
   if (room) {
-    const count = () => room.querySelectorAll("tbody tr").length;
+    const count = () => room.querySelectorAll("tbody tr:not([hidden])").length;
     const select = room.querySelector("select"), search = room.querySelector("input");
     told.all = count();
-    select.value = "lost"; select.dispatchEvent(new Event("change")); told.lost = count();
-    select.value = ""; select.dispatchEvent(new Event("change"));
+    const pick = (value) => { select.value = value; select.dispatchEvent(new Event("input")); };
+    pick("true-false"); told.lost = count(); pick("");
     search.value = "2+2"; search.dispatchEvent(new Event("input")); told.searched = count();
   }
   dispatchEvent(new Event("beforeprint")); await window.drawAll();

@@ -8,7 +8,8 @@ from conftest import SMALL, command
 from omegaconf import OmegaConf
 
 from spo_lightning.report.__main__ import main as report_main
-from spo_lightning.report.table import finished, settings
+from spo_lightning.report.reading import runs_of
+from spo_lightning.report.settings import Sweep
 
 MODULE = ("-m", "spo_lightning.report")
 
@@ -54,7 +55,7 @@ def runs(top, configs):
         OmegaConf.save(OmegaConf.create(config), room / "config.yaml")
         numbers = {"init": {}, "final": {"exact_match": 0.5}, "choices": {"loss": "dpo"}}
         (room / "metrics.json").write_text(json.dumps(numbers))
-    return settings(finished([top]))
+    return {setting.name: setting.seeds for setting in Sweep(runs_of([top])).settings}
 
 
 def test_keys_that_follow_the_seed_do_not_tell_settings_apart(tmp_path):
@@ -64,7 +65,7 @@ def test_keys_that_follow_the_seed_do_not_tell_settings_apart(tmp_path):
     ]
     found = runs(tmp_path, configs)
     assert set(found) == {"beta=0.1", "beta=0.3"}
-    assert all(set(seeds) == {3, 4} for seeds in found.values())
+    assert all(seeds == {3, 4} for seeds in found.values())
 
 
 def test_keys_that_follow_another_are_not_named(tmp_path):
