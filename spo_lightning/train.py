@@ -55,31 +55,38 @@ def train(
 ) -> dict[str, Any]:
     """Run everything and return what metrics.json holds."""
     from spo_lightning.records.directory import RunDir
+    from spo_lightning.records.lock import held
     from spo_lightning.records.progress import Stages, Stop
 
     run, stop = RunDir(Path(run_dir).absolute()), Stop()
     how = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
     if cfg.get("study") is not None:
         how = "A study starts from its beginning"
-    if cfg.ckpt_path is None:
-        run.refuse_used()
-    run.start(cfg, choices or {}, cfg.max_steps)
     stages = Stages(run.note, stop, how)
-    before = stop.install()
+    with held(run.path):
+        if cfg.ckpt_path is None:
+            run.refuse_used()
+        run.start(cfg, choices or {}, cfg.max_steps)
+        return _written(cfg, run, stages, choices or {})
+
+
+def _written(cfg: "DictConfig", run: Any, stages: Any, choices: dict[str, str]) -> dict[str, Any]:
+    """The run's work in its directory; how it ended is noted there."""
+    before = stages.stop.install()
     try:
         if cfg.get("study") is not None:
             numbers = studied(cfg, run, stages)
         else:
-            numbers = Run(cfg, run, stages, choices or {}).go()
+            numbers = Run(cfg, run, stages, choices).go()
     except BaseException as error:
         code, message = verdict(error)
         stopped = code in (130, 143)
-        run.note_status(state="interrupted" if stopped else "failed", error=message)
+        run.note_end("interrupted" if stopped else "failed", message)
         if code == 2:
             run.withdraw()
         loggers.close(run.path, code)
         if run.last.exists() and not stopped and (code != 2 or run.stage == "training"):
-            log.error("The last good checkpoint is %s. %s", run.last, how)
+            log.error("The last good checkpoint is %s. %s", run.last, stages.how_to_go_on)
         raise
     finally:
         import signal
@@ -190,25 +197,25 @@ class Run:
     def checkpoint(self) -> Path | None:
         """The file to go on from; rows of metrics.csv later than it are cut."""
         from spo_lightning.errors import UserError
+        from spo_lightning.records import checkpoints
         from spo_lightning.records.directory import cut_after
 
         where = self.cfg.ckpt_path
         if where is None:
             return None
-        path = self.run.last if where == "last" else Path(where)
-        if not path.exists():
-            if where != "last":
+        if where == "last":
+            newest = checkpoints.newest(self.run.last, self.run.best)
+            if newest is None:
+                log.info("No checkpoint yet in %s: starting from the beginning", self.run.path)
+                (self.run.path / "metrics.csv").unlink(missing_ok=True)
+                return None
+            path, found = newest
+        else:
+            path = Path(where)
+            if not path.exists():
                 raise UserError(f"ckpt_path={where}: no such file")
-            log.info("No checkpoint yet in %s: starting from the beginning", self.run.path)
-            (self.run.path / "metrics.csv").unlink(missing_ok=True)
-            return None
-        import torch
-
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            done = found["spo_lightning"]["outer_step"]
-        except Exception as error:
-            raise UserError(f"ckpt_path={path}: no checkpoint of ours ({error})") from error
+            found = checkpoints.read(path)
+        done = found["spo_lightning"]["outer_step"]
         self.found, self.done = found, done
         cut_after(self.run.path / "metrics.csv", done)
         log.info("Going on from outer step %d of %s", done, path)
@@ -322,10 +329,12 @@ class Run:
         return rows
 
     def save(self) -> None:
+        from spo_lightning.records.disk import writing
         from spo_lightning.report.table import model_card
 
         card = model_card(self.choices, self.cfg)
-        self.given.policy.save(self.run.model, merge=self.cfg.model.lora.merge, card=card)
+        with writing(self.run.model):
+            self.given.policy.save(self.run.model, merge=self.cfg.model.lora.merge, card=card)
 
     def timed(self, stage: str) -> Any:
         from contextlib import contextmanager

@@ -8,13 +8,15 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from spo_lightning import __version__
-from spo_lightning.errors import UserError
+from spo_lightning.errors import CannotWrite, UserError
+from spo_lightning.records.disk import overwrite, write_text, writing
 
 SECRET = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
 INSIDE = re.compile(r"(api_?key|token|secret|password)['\"]?\s*[:=]", re.IGNORECASE)
@@ -82,13 +84,6 @@ def private(text: str) -> str:
     return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
-def write_text(path: Path, text: str) -> None:
-    """Beside, then renamed: a reader never sees half a file."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
 class RunDir:
     """The files of one run. Only the main process writes."""
 
@@ -146,7 +141,18 @@ class RunDir:
     def note_status(self, **changes: Any) -> None:
         self._status |= {**changes, "updated": _now()}
         self._written = time.monotonic()
-        write_text(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
+        write_text(self.path / "status.json", self._told())
+
+    def _told(self) -> str:
+        return json.dumps(self._status, indent=1) + "\n"
+
+    def note_end(self, state: str, error: str) -> None:
+        """The last word of a run that failed, also where the disk has no room for one."""
+        try:
+            self.note_status(state=state, error=error)
+        except CannotWrite:
+            with suppress(OSError):
+                overwrite(self.path / "status.json", self._told())
 
     def note(self, stage: str, done: int, total: int) -> None:
         """What ``Stages`` calls as work goes on; writes at most once a second within a stage."""
@@ -180,7 +186,10 @@ class MetricsCsv:
         self._append(["" if row.get(name) is None else row[name] for name in self.header])
 
     def _append(self, cells: Sequence[Any]) -> None:
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with (
+            writing(self.path),
+            self.path.open("a", encoding="utf-8", newline="") as file,
+        ):
             csv.writer(file, lineterminator="\n").writerow(cells)
 
 
