@@ -72,7 +72,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
         return 1, f"out of memory: lower micro_batch_size or the model's size ({text})"
     if is_full(error):
-        return 1, f"no room on the disk: {text}"
+        return 1, f"cannot write: {text}"
     return 1, text if isinstance(error, Diverged) else f"{type(error).__name__}: {text}"
 
 
@@ -80,4 +80,4 @@ def is_bug(error: BaseException) -> bool:
     """Whether its traceback is worth showing."""
     code, line = verdict(error)
     told = isinstance(error, Diverged) or any(isinstance(e, CannotWrite) for e in chain(error))
-    return code == 1 and not told and not line.startswith(("out of memory", "no room"))
+    return code == 1 and not told and not line.startswith(("out of memory", "cannot write"))

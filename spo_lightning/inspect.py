@@ -17,7 +17,7 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
     from spo_lightning.data.load import load
     from spo_lightning.data.page import page
     from spo_lightning.models import policy as policies
-    from spo_lightning.records import progress
+    from spo_lightning.records import progress, terminal
     from spo_lightning.records.progress import silent
     from spo_lightning.run import prepare
     from spo_lightning.sampling import pairing
@@ -37,6 +37,7 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
     train = pairing.encoded(cfg, tokenizer, task.train, "train")
     text = page(train, pairing.encoded(cfg, tokenizer, held, "held-out"), tokenizer, task)
     print(text)
+    terminal.check()  # it has no other product
     return text
 
 
