@@ -24,7 +24,7 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, float]:
     knobs.check(cfg, line)
     from dataclasses import replace
 
-    from spo_lightning.data.load import load
+    from spo_lightning.data.load import load_to_look
     from spo_lightning.errors import UserError
     from spo_lightning.models import policy as policies
     from spo_lightning.records import progress
@@ -37,7 +37,7 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, float]:
     progress.quiet()
     stages = Stages(lambda *_: None, Stop(), "Run the command again.")
     stages.stop.install()
-    task = load(cfg.data)
+    task = load_to_look(cfg.data)
     task = replace(task, held_out=task.held_out[: cfg.eval.max_rows])
     if not task.held_out:
         raise UserError("no held-out rows: raise data.eval_fraction or set data.eval_path")

@@ -230,9 +230,7 @@ class Run:
         """Preference training under Lightning. The outer steps taken, of ``steps`` at most."""
         from spo_lightning.training.fit import fit
 
-        done = 0
-        if resume is not None:
-            done = self.done
+        done = 0 if resume is None else self.done
         if done < steps:
             steps = fit(
                 self.cfg,

@@ -213,6 +213,7 @@ def resumed(
     path = directory / "config.yaml"
     if not path.exists():
         return cfg, dict(choices)
+    _refuse_another_version(directory)
     chosen = choices_of(path)
     named = {key.replace("/", "."): key for key in choices}
     for key in (named[key] for key in touched if key in named):
@@ -221,6 +222,41 @@ def resumed(
         elif chosen and choices[key] != chosen.get(key):
             raise UserError(_differs(key, chosen.get(key), choices[key], path))
     return _going_on(cfg, path, touched), chosen
+
+
+def _refuse_another_version(directory: Path) -> None:
+    """Keys and what they name change with the minor version; a run goes on with its own."""
+    try:
+        theirs = json.loads((directory / "status.json").read_text(encoding="utf-8"))["version"]
+    except (OSError, ValueError, KeyError):
+        theirs = None
+    same = theirs is None or theirs.split(".")[:2] == __version__.split(".")[:2]
+    lost = _lost(OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))) if same else ""
+    if same and not lost:
+        return
+    named = f"it names {lost}, which is not there any more; " if lost else ""
+    raise UserError(
+        f"{directory} is a run of spo_lightning {theirs or '(version unknown)'}, and this is "
+        f"{__version__}: {named}go on with the version that began it, or start a new run in "
+        "another hydra.run.dir"
+    )
+
+
+def _lost(tree: Any) -> str | None:
+    """A ``_target_`` of ours in the tree that no longer exists."""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        return None
+    name = tree.get("_target_")
+    if isinstance(name, str) and name.startswith("spo_lightning."):
+        from hydra.utils import get_object
+
+        try:
+            get_object(name)
+        except Exception:
+            return name
+    return next(filter(None, map(_lost, tree.values())), None)
 
 
 def choices_of(path: Path) -> dict[str, str]:

@@ -50,11 +50,12 @@ def guard() -> None:
         else:
             stream.flush()
         raw = Terminal(descriptor)
-        how = {"encoding": "utf-8", "errors": "backslashreplace"}
-        if stream is not None:
-            how = {"encoding": stream.encoding, "errors": stream.errors}
-        at_once = descriptor == 2 or raw.isatty()
-        guarded = io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=at_once, **how)
+        guarded = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding="utf-8" if stream is None else stream.encoding,
+            errors="backslashreplace" if stream is None else stream.errors,
+            line_buffering=descriptor == 2 or raw.isatty(),
+        )
         setattr(sys, name, guarded)
 
 
