@@ -327,11 +327,11 @@ class Run:
         return rows
 
     def save(self) -> None:
-        from spo_lightning.records.disk import writing
+        from spo_lightning.records.disk import writing_folder
         from spo_lightning.report.table import model_card
 
         card = model_card(self.choices, self.cfg)
-        with writing(self.run.model):
+        with writing_folder(self.run.model):
             self.given.policy.save(self.run.model, merge=self.cfg.model.lora.merge, card=card)
 
     def timed(self, stage: str) -> Any:

@@ -50,9 +50,10 @@ def write(tree: dict[str, Any], beside: Path) -> None:
     import torch
 
     path = beside.with_name(beside.name.removesuffix(BESIDE))
-    safe = f"the {path.name} before it is whole" if path.exists() else ""
-    # measured when the half that was written has gone
-    with writing(path, _size(tree), safe):
+    safe = "the run has no checkpoint before it"
+    if path.exists() or path.with_name("last.ckpt").exists():
+        safe = "the last.ckpt before it is whole, and ckpt_path=last goes on from there"
+    with writing(path, _size(tree), safe):  # what is free is asked when the half is gone
         try:
             with beside.open("wb") as file:
                 torch.save(tree, file)
@@ -93,7 +94,7 @@ def read(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"its {damaged} is damaged")
         found = torch.load(path, map_location="cpu", weights_only=True)
-        found["spo_lightning"]["outer_step"]
+        int(dict(found)["spo_lightning"]["outer_step"])
     except Exception as error:  # of a stranger's file, whatever torch makes of it
         said = str(error).strip().splitlines() or [repr(error)]
         raise UserError(f"{path}: no whole checkpoint of ours ({said[0]})") from error

@@ -30,6 +30,17 @@ def writing(path: Path, needed: int | None = None, safe: str = "") -> Iterator[N
         ) from error
 
 
+@contextmanager
+def writing_folder(path: Path) -> Iterator[None]:
+    """The same of a folder, of which no half stays."""
+    try:
+        with writing(path):
+            yield
+    except CannotWrite:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
 def _size(count: int) -> str:
     return f"{count / MIB:.1f} MiB" if count < 1024 * MIB else f"{count / MIB / 1024:.1f} GiB"
 
