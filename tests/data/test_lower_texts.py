@@ -281,6 +281,6 @@ def test_texts_that_nothing_reads_are_refused(words, idle):
 
 def test_a_command_that_trains_nothing_leaves_the_texts_unread(tmp_path):
     node = config("data=slips", f"data.sft={tmp_path / 'absent.jsonl'}").data
-    assert load_to_look(node).lower is None
+    assert not load_to_look(node).lower
     with pytest.raises(UserError, match="absent.jsonl"):
         load(node)
