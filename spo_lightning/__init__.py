@@ -4,4 +4,4 @@ The rooms, in the order data flows: ``data`` -> ``models`` -> ``losses`` -> ``so
 ``module`` -> ``callbacks`` and ``evals`` -> ``train`` -> ``report``.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from spo_lightning.config.build import one_line
-from spo_lightning.errors import STOPPED, UserError, is_bug, verdict
+from spo_lightning.errors import PIPE, STOPPED, UserError, is_bug, verdict
+from spo_lightning.records import terminal
 
 HERE = Path(__file__).resolve().parent
 # the wheel's copy first: beside an installed package a stranger's conf may lie
@@ -76,6 +77,8 @@ def run(config_name: str, work: Callable[..., Any], *, together: bool = False) -
 
 def _prepare() -> None:
     """What Hydra must find before it begins."""
+    terminal.guard()
+    logging.raiseExceptions = False  # train.log on a full disk loses its lines, not the run
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra exits 1 over several lines
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(lightning|torch|peft|wandb)")
@@ -133,5 +136,6 @@ def finish(failures: Sequence[BaseException], failed_jobs: Sequence[str]) -> Non
         return
     if is_bug(error):
         traceback.print_exception(error)
-    print(f"error: {message}" if code in (1, 2) else message, file=sys.stderr)
+    if code != PIPE:
+        print(f"error: {message}" if code in (1, 2) else message, file=sys.stderr)
     sys.exit(code)

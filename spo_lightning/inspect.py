@@ -14,10 +14,12 @@ def main() -> None:
 def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
     """Print counts, length histograms and one rendered pair; returns the page."""
     knobs.check(cfg, line)
+    from spo_lightning.records import terminal
     from spo_lightning.run.inspection import inspect
 
     text = inspect(cfg)
     print(text)
+    terminal.check()  # it has no other product
     return text
 
 

@@ -26,6 +26,9 @@ def one_line(error: BaseException) -> str:
     noise = ("full_key:", "object_type=", "Set the env", "See https://hydra.cc")
     kept = [x for x in lines if not x.startswith(noise)]
     where = [x for x in lines if x.startswith("full_key:")]
+    options = getattr(error, "options", None)  # of a group, each on a line of its own
+    if options:
+        kept = [x for x in kept[:6] if x not in options] + [", ".join(options)]
     text = " ".join(kept[:6] + where)
     override = getattr(error, "override", None)  # of Hydra's parser, which names it in some cases
     if override and override not in text:

@@ -8,6 +8,7 @@ chosen combination never reads.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -133,9 +134,16 @@ class Given:
     ours: bool = False  # whether our launcher runs it
 
 
+@cache
+def defaults_of(config_name: str, options: tuple[str, ...]) -> DictConfig:
+    """The configuration with these options and no other word."""
+    from hydra import compose
+
+    return compose(config_name, overrides=list(options))
+
+
 def given() -> Given:
     """Read from Hydra, inside its main."""
-    from hydra import compose
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -146,9 +154,9 @@ def given() -> Given:
     for removed in (text for text in overrides if text.startswith("~")):
         raise UserError(f"{removed} removes what is read: give it a value instead")
     keys = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
-    groups = [text for key, text in zip(keys, overrides) if key in choices]
+    groups = tuple(text for key, text in zip(keys, overrides) if key in choices)
     touched = [key.replace("/", ".") for key in keys]
-    defaults = compose(settings.job.config_name, overrides=groups)
+    defaults = defaults_of(settings.job.config_name, groups)
     several = settings.mode == RunMode.MULTIRUN
     ours = several and settings.launcher._target_.endswith(".ProcessLauncher")
     return Given(touched, choices, defaults, several, ours)

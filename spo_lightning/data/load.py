@@ -46,6 +46,12 @@ def load(node: Any) -> Task:
     return _with_lower(_with_pairs(task, plain), plain)
 
 
+def load_to_look(node: Any) -> Task:
+    """The same for a command that trains nothing: the SFT rows of ``data.sft`` stay unread."""
+    plain = _plain(node)
+    return load({**plain, "sft": None} if "sft" in plain else plain)
+
+
 def _with_pairs(task: Task, node: dict[str, Any]) -> Task:
     """The task with the training pairs that ``data.pairs`` names; all else stays the source's."""
     named = node.get("pairs")

@@ -8,13 +8,15 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from spo_lightning import __version__
-from spo_lightning.errors import UserError
+from spo_lightning.errors import CannotWrite, UserError
+from spo_lightning.records.disk import overwrite, write_text, writing
 
 SECRET = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
 INSIDE = re.compile(r"(api_?key|token|secret|password)['\"]?\s*[:=]", re.IGNORECASE)
@@ -82,13 +84,6 @@ def private(text: str) -> str:
     return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
-def write_text(path: Path, text: str) -> None:
-    """Beside, then renamed: a reader never sees half a file."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
 class RunDir:
     """The files of one run. Of several processes only the first ``writes``."""
 
@@ -152,7 +147,18 @@ class RunDir:
         if not self.writes:
             return
         self._written = time.monotonic()
-        write_text(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
+        write_text(self.path / "status.json", self._told())
+
+    def _told(self) -> str:
+        return json.dumps(self._status, indent=1) + "\n"
+
+    def note_end(self, state: str, error: str) -> None:
+        """The last word of a run that failed, also where the disk has no room for one."""
+        try:
+            self.note_status(state=state, error=error)
+        except CannotWrite:
+            with suppress(OSError):
+                overwrite(self.path / "status.json", self._told())
 
     def note(self, stage: str, done: int, total: int) -> None:
         """What ``Stages`` calls as work goes on; writes at most once a second within a stage."""
@@ -188,7 +194,10 @@ class MetricsCsv:
         self._append(["" if row.get(name) is None else row[name] for name in self.header])
 
     def _append(self, cells: Sequence[Any]) -> None:
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with (
+            writing(self.path),
+            self.path.open("a", encoding="utf-8", newline="") as file,
+        ):
             csv.writer(file, lineterminator="\n").writerow(cells)
 
 
@@ -212,6 +221,7 @@ def resumed(
     path = directory / "config.yaml"
     if not path.exists():
         return cfg, dict(choices)
+    _refuse_another_version(directory)
     chosen = choices_of(path)
     named = {key.replace("/", "."): key for key in choices}
     for key in (named[key] for key in touched if key in named):
@@ -220,6 +230,41 @@ def resumed(
         elif chosen and choices[key] != chosen.get(key):
             raise UserError(_differs(key, chosen.get(key), choices[key], path))
     return _going_on(cfg, path, touched), chosen
+
+
+def _refuse_another_version(directory: Path) -> None:
+    """Keys and what they name change with the minor version; a run goes on with its own."""
+    try:
+        theirs = json.loads((directory / "status.json").read_text(encoding="utf-8"))["version"]
+    except (OSError, ValueError, KeyError):
+        theirs = None
+    same = theirs is None or theirs.split(".")[:2] == __version__.split(".")[:2]
+    lost = _lost(OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))) if same else ""
+    if same and not lost:
+        return
+    named = f"it names {lost}, which is not there any more; " if lost else ""
+    raise UserError(
+        f"{directory} is a run of spo_lightning {theirs or '(version unknown)'}, and this is "
+        f"{__version__}: {named}go on with the version that began it, or start a new run in "
+        "another hydra.run.dir"
+    )
+
+
+def _lost(tree: Any) -> str | None:
+    """A ``_target_`` of ours in the tree that no longer exists."""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        return None
+    name = tree.get("_target_")
+    if isinstance(name, str) and name.startswith("spo_lightning."):
+        from hydra.utils import get_object
+
+        try:
+            get_object(name)
+        except Exception:
+            return name
+    return next(filter(None, map(_lost, tree.values())), None)
 
 
 def choices_of(path: Path) -> dict[str, str]:

@@ -53,9 +53,9 @@ def evaluate(cfg: Any, world: World) -> dict[str, float]:
 
 def data(at: Begun) -> Read:
     """The held-out rows."""
-    from spo_lightning.data.load import load
+    from spo_lightning.data.load import load_to_look
 
-    task = load(at.cfg.data)
+    task = load_to_look(at.cfg.data)
     task = replace(task, held_out=task.held_out[: at.cfg.eval.max_rows])
     if not task.held_out:
         raise UserError("no held-out rows: raise data.eval_fraction or set data.eval_path")

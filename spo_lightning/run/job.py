@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo_lightning.config.build import built, one_line
 from spo_lightning.errors import UserError
-from spo_lightning.records import loggers
+from spo_lightning.records import checkpoints, loggers
 from spo_lightning.records.directory import RunDir, cut_after
 from spo_lightning.records.progress import quiet
 from spo_lightning.records.summary import run_table
@@ -62,7 +62,7 @@ class Job:
         log.info("Numbers and samples: %s", self.run.path)
 
 
-def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str]) -> Job:
+def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: World) -> Job:
     """Everything that can be refused before something slow is begun."""
     from spo_lightning.models.device import set_threads
     from spo_lightning.models.policy import check_sources
@@ -71,7 +71,7 @@ def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str]) -> Job:
     set_threads(cfg.hardware)
     quiet()
     loss, solver = objective(cfg)
-    goes_on = _checkpoint(cfg, run)
+    goes_on = _checkpoint(cfg, run, world)
     log.info("Run directory: %s", run.path)
     return Job(cfg, run, choices, loss, solver, goes_on, {})
 
@@ -111,28 +111,33 @@ def objective(cfg: "DictConfig") -> tuple[Any, Any]:
         raise UserError(f"loss: {error}; see conf/loss for its keys") from error
 
 
-def _checkpoint(cfg: "DictConfig", run: RunDir) -> "GoesOn | None":
+def _checkpoint(cfg: "DictConfig", run: RunDir, world: World) -> "GoesOn | None":
     """The file to go on from; rows of metrics.csv later than it are cut."""
-    import torch
-
     from spo_lightning.training.fit import GoesOn
 
     where = cfg.ckpt_path
     if where is None:
         return None
-    path = run.last if where == "last" else Path(where)
-    if not path.exists():
+    found = None
+
+    def chosen() -> Path | None:
+        nonlocal found
         if where != "last":
-            raise UserError(f"ckpt_path={where}: no such file")
+            return Path(where)
+        newest = checkpoints.newest(run.last, run.best)
+        path, found = newest or (None, None)
+        return path
+
+    path = world.once(chosen)  # where one is not whole, another is given its name
+    if path is None:
         log.info("No checkpoint yet in %s: starting from the beginning", run.path)
         if run.writes:
             (run.path / "metrics.csv").unlink(missing_ok=True)
         return None
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        done = found["spo_lightning"]["outer_step"]
-    except Exception as error:
-        raise UserError(f"ckpt_path={path}: no checkpoint of ours ({error})") from error
+    if not path.exists():
+        raise UserError(f"ckpt_path={where}: no such file")
+    found = found or checkpoints.read(path)
+    done = found["spo_lightning"]["outer_step"]
     if run.writes:
         cut_after(run.path / "metrics.csv", done)
     log.info("Going on from outer step %d of %s", done, path)

@@ -109,10 +109,12 @@ def final(at: known.Trained) -> known.Ended:
 
 def save(job: Job, at: known.Ended) -> known.Ended:
     """The policy as a Hugging Face directory."""
+    from spo_lightning.records.disk import writing_folder
     from spo_lightning.records.summary import model_card
 
     card, merge = model_card(job.choices, at.cfg), at.cfg.model.lora.merge
-    at.policy.save(job.run.model, merge=merge, card=card, world=at.world)
+    with writing_folder(job.run.model):
+        at.policy.save(job.run.model, merge=merge, card=card, world=at.world)
     return at
 
 

@@ -3,6 +3,7 @@
 import logging
 import signal
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from spo_lightning.config.build import built
 from spo_lightning.errors import STOPPED, Lost, verdict
 from spo_lightning.records import loggers
 from spo_lightning.records.directory import RunDir
+from spo_lightning.records.lock import held
 from spo_lightning.records.progress import Stages, Stop
 from spo_lightning.run.job import Job, opened, refuse_processes
 from spo_lightning.run.record import Begun, Read, Referenced, Stage, walk
@@ -64,23 +66,31 @@ def train(
     cfg: "DictConfig", run_dir: Path, choices: Mapping[str, str], world: World
 ) -> dict[str, Any]:
     """What one process of a run does, from its first file to its last; what metrics.json holds."""
-    run, stop = RunDir(run_dir, writes=world.first), Stop()
+    run = RunDir(run_dir, writes=world.first)
     how = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
-    study = cfg.get("study") is not None
-    if study:
+    if cfg.get("study") is not None:
         how = "A study starts from its beginning"
-    if cfg.ckpt_path is None:
-        run.refuse_used()
-    run.start(cfg, choices, cfg.max_steps)
-    stages = Stages(run.note, stop, how, world)
+    stages = Stages(run.note, Stop(), how, world)
+    with held(run.path) if world.first else nullcontext():
+        if cfg.ckpt_path is None:
+            run.refuse_used()
+        run.start(cfg, choices, cfg.max_steps)
+        return _written(cfg, run, choices, stages)
+
+
+def _written(
+    cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], stages: Stages
+) -> dict[str, Any]:
+    """The run's work in its directory; how it ended is noted there."""
+    study, stop = cfg.get("study") is not None, stages.stop
     before = stop.install()
     try:
         numbers = _study(cfg, run, stages) if study else _run(cfg, run, choices, stages)
     except BaseException as error:
-        ended = world.reason(error)
+        ended = stages.world.reason(error)
         if isinstance(ended, Lost) and stop.signal is not None:  # the others heard it first
-            ended = stop.raised(how)
-        _note(run, ended, how)
+            ended = stop.raised(stages.how_to_go_on)
+        _note(run, ended, stages.how_to_go_on)
         if ended is error:
             raise
         raise ended from error
@@ -96,7 +106,7 @@ def _note(run: RunDir, error: BaseException, how: str) -> None:
     """What the directory and the loggers keep of a run that ends of an error."""
     code, message = verdict(error)
     stopped = code in STOPPED
-    run.note_status(state="interrupted" if stopped else "failed", error=message)
+    run.note_end("interrupted" if stopped else "failed", message)
     if code == 2:
         run.withdraw()
     loggers.close(run.path, code)
@@ -123,7 +133,7 @@ def _run(
 ) -> dict[str, Any]:
     refuse_processes(cfg, stages.world)
     at = walk([DATA], Begun(cfg, stages.world, stages, {}))
-    job = opened(cfg, run, choices)
+    job = opened(cfg, run, choices, stages.world)
     walk(after_data(job), at)
     return job.numbers
 

@@ -17,8 +17,9 @@ from typing import IO, Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 
+from spo_lightning.config.knobs import defaults_of
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import (
     commit,
@@ -28,6 +29,7 @@ from spo_lightning.records.directory import (
 )
 from spo_lightning.records.progress import Stop
 from spo_lightning.sweep import board, jobs, process
+from spo_lightning.sweep.composing import Checking, is_numbered, of_the_task
 from spo_lightning.sweep.jobs import Job, Sweep
 from spo_lightning.sweep.objective import score
 from spo_lightning.sweep.table import Table, name_of
@@ -47,11 +49,15 @@ class Processes:
             raise UserError(f"sweep.parallel={parallel}: it must be at least 1")
         self.parallel, self.resume = parallel, resume
         self.table = None if table is None else Table(Path(table))
+        self.composed: dict[int, Any] = {}  # by number, where the sweep itself had to
         self.names: dict[int, str] = {}  # of the jobs' rows in the table
         self.sweep: Sweep | None = None
 
     def setup(self, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.context, self.task, self.config = hydra_context, task_function, config
+        self.checking = Checking(hydra_context.config_loader)
+        hydra_context.config_loader = self.checking  # the sweeper begins after this
+        self.numbered = is_numbered(config)
         # before a sweeper begins, which may keep a study beside it
         Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
 
@@ -63,14 +69,11 @@ class Processes:
         if self.sweep is None:
             self.sweep = self._begun()
             remove_secrets(self.sweep.directory / "multirun.yaml")  # Hydra's
-        composed = {}
-        for number, words in enumerate(job_overrides, initial_job_idx):
-            job, config = self._job(number, list(words))
-            composed[number] = config
-            self.sweep.jobs.append(job)
-        mine = self.sweep.jobs[-len(job_overrides) :]
+        given = dict(enumerate(map(list, job_overrides), initial_job_idx))
+        mine = [self._job(number, words) for number, words in given.items()]
+        self.sweep.jobs += mine
         self._refuse_shared()
-        earlier = [job for job in mine if self._has_finished(job, composed[job.number])]
+        earlier = [job for job in mine if self._has_finished(job, given[job.number])]
         self.sweep.write()
         log.info(
             "%d job%s%s, %d at a time, in %s",
@@ -81,10 +84,10 @@ class Processes:
             self.sweep.directory,
         )
         returned = {job.number: self._valued(job) for job in earlier}
-        returned |= self._all([job for job in mine if job.state == jobs.WAITING], composed)
+        returned |= self._all([job for job in mine if job.state == jobs.WAITING], given)
         return [
-            JobReturn(list(words), status=JobStatus.COMPLETED, _return_value=returned.get(n))
-            for n, words in enumerate(job_overrides, initial_job_idx)
+            JobReturn(words, status=JobStatus.COMPLETED, _return_value=returned.get(n))
+            for n, words in given.items()
         ]
 
     def _begun(self) -> Sweep:
@@ -106,29 +109,35 @@ class Processes:
         self.sweeps.append(sweep)
         return sweep
 
-    def _job(self, number: int, words: list[str]) -> tuple[Job, Any]:
-        """The job and its configuration, composed as Hydra's own launchers do."""
-        config = self._composed(number, words)
-        before = HydraConfig.instance().cfg
-        HydraConfig.instance().set_config(config)  # for what the directory's name is made of
-        try:
-            place = Path(config.hydra.sweep.dir).absolute() / str(config.hydra.sweep.subdir)
-            said: Any = OmegaConf.to_container(config.hydra.overrides.task)
-        finally:
-            HydraConfig.instance().cfg = before
-        said = [word for word in said if not word.startswith("sweep.")]
-        job = Job(number, words_without_secrets(said), str(place))
+    def _job(self, number: int, words: list[str]) -> Job:
+        if self.numbered:
+            place = Path(self.config.hydra.sweep.dir).absolute() / str(number)
+        else:
+            place = self._named(self._kept(number, words))
+        job = Job(number, words_without_secrets(of_the_task(words)), str(place))
         for old in self.earlier:
             if old.directory == job.directory:
                 _refuse_another(job, old)
                 job.seconds = old.seconds
-        begun = self.resume and (place / "config.yaml").exists()
-        if begun and config.get("study") is None:  # it goes on
-            config = self._composed(number, [*words, "ckpt_path=last"])
-        return job, config
+        return job
+
+    def _named(self, config: Any) -> Path:
+        before = HydraConfig.instance().cfg
+        HydraConfig.instance().set_config(config)  # for what the directory's name is made of
+        try:
+            return Path(config.hydra.sweep.dir).absolute() / str(config.hydra.sweep.subdir)
+        finally:
+            HydraConfig.instance().cfg = before
+
+    def _kept(self, number: int, words: list[str]) -> Any:
+        """Composed once, by whoever asks first: the sweep, or else the job's own process."""
+        if number not in self.composed:
+            self.composed[number] = self._composed(number, words)
+        return self.composed[number]
 
     def _composed(self, number: int, words: list[str]) -> Any:
-        config = self.context.config_loader.load_sweep_config(self.config, words)
+        """A job's configuration, as Hydra's own launchers make it."""
+        config = self.checking.loader.load_sweep_config(self.config, words)
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
@@ -147,11 +156,11 @@ class Processes:
                     f"directory, {job.directory}: let hydra.sweep.subdir name what they differ in"
                 )
 
-    def _has_finished(self, job: Job, config: Any) -> bool:
+    def _has_finished(self, job: Job, words: list[str]) -> bool:
         """Whether an earlier try of this sweep did the job, or the table has its row."""
         numbers = finished_numbers(job.path) if self.resume else None
         if self.table is not None:
-            self.names[job.number] = name_of(config)
+            self.names[job.number] = name_of(self._kept(job.number, words))
             known = self.table.numbers(self.names[job.number])
             if known is None and numbers is not None:  # killed between its end and its row
                 job.ended(jobs.FINISHED, None, numbers)
@@ -167,7 +176,7 @@ class Processes:
         rule = self.config.sweep.objective
         return None if rule is None else score(job.numbers, **rule)
 
-    def _all(self, waiting: Sequence[Job], composed: dict[int, Any]) -> dict[int, Any]:
+    def _all(self, waiting: Sequence[Job], given: dict[int, list[str]]) -> dict[int, Any]:
         """Run them; what each returned, by number. Raises once stopped by a signal."""
         assert self.sweep is not None
         left, running, returned = deque(waiting), [], {}
@@ -181,7 +190,7 @@ class Processes:
                 while running or (left and stop.signal is None):
                     while left and len(running) < self.parallel and stop.signal is None:
                         job = left.popleft()
-                        work = self._work(composed[job.number])
+                        work = self._work(job, given[job.number])
                         running.append(process.begun(job, self.parallel, work))
                     told = told or process.told(stop.signal, running)
                     process.hear(running)
@@ -207,14 +216,25 @@ class Processes:
         if self.table is not None and job.state == jobs.FINISHED:
             self.table.add(self.names[job.number], job, commit())
 
-    def _work(self, config: Any) -> Any:
-        return lambda: run_job(
-            hydra_context=self.context,
-            task_function=self.task,
-            config=config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
+    def _work(self, job: Job, words: list[str]) -> Any:
+        """What the job's own process does."""
+        # of all jobs with the same options, before the fork
+        defaults_of(self.config.hydra.job.config_name, self.checking.options(words))
+
+        def work() -> JobReturn:
+            config = self._kept(job.number, words)
+            begun = self.resume and (job.path / "config.yaml").exists()
+            if begun and config.get("study") is None:  # it goes on
+                config = self._composed(job.number, [*words, "ckpt_path=last"])
+            return run_job(
+                hydra_context=self.context,
+                task_function=self.task,
+                config=config,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+            )
+
+        return work
 
 
 def alone(directory: Path) -> IO[str]:

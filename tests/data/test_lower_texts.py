@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 
 from spo_lightning.config import knobs
 from spo_lightning.data.batch import draws
-from spo_lightning.data.load import load
+from spo_lightning.data.load import load, load_to_look
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import UserError
 from spo_lightning.train import train
@@ -277,3 +277,10 @@ def test_texts_that_nothing_reads_are_refused(words, idle):
         return
     with pytest.raises(UserError, match="data.sft has no effect: no lower level reads it"):
         knobs.check(config(*words), line)
+
+
+def test_a_command_that_trains_nothing_leaves_the_texts_unread(tmp_path):
+    node = config("data=slips", f"data.sft={tmp_path / 'absent.jsonl'}").data
+    assert not load_to_look(node).lower
+    with pytest.raises(UserError, match="absent.jsonl"):
+        load(node)

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from conftest import SMALL, command, environment
 
+from spo_lightning.command import CONF
+
 KEY = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz123456"
 HYDRA = ("train", "eval", "inspect", "sample", "bench")
 
@@ -38,6 +40,16 @@ def test_help_loads_nothing_heavy(tmp_path, name):
     assert "spo_lightning.command" in loaded
     assert not {"torch", "transformers", "lightning", "datasets", "wandb"} & loaded
     assert not list(tmp_path.iterdir())
+
+
+def test_a_group_lists_its_options_and_no_more(tmp_path):
+    told = command(tmp_path, "--help").out
+    for group in ("data", "model", "hardware"):
+        options = sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml"))
+        assert f"\n{group}: {', '.join(options)}\n" in told
+        done = command(tmp_path, f"{group}=nope")
+        assert done.err.endswith(f"Available options in '{group}': {', '.join(options)}\n")
+    assert "_common" not in told
 
 
 @pytest.mark.parametrize("name", HYDRA)

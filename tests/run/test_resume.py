@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import random
+import resource
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -328,12 +330,97 @@ def test_a_checkpoint_of_another_width(tmp_path, cache):
 def test_a_truncated_checkpoint_gives_one_line(tmp_path, cache):
     words = (*SMALL, cache, "loss=dpo", "max_steps=1")
     train(composed(*words), tmp_path)
-    path = tmp_path / "checkpoints/last.ckpt"
-    path.write_bytes(path.read_bytes()[:2000])
+    for name in ("last", "best"):
+        path = tmp_path / f"checkpoints/{name}.ckpt"
+        path.write_bytes(path.read_bytes()[:2000])
     done = command(tmp_path, "ckpt_path=last", "hydra.run.dir=.")
     assert done.code == 2 and done.err.count("\n") == 1
-    assert "last.ckpt: no checkpoint of ours" in done.err
+    assert "last.ckpt: no whole checkpoint of ours (File is not a zip file), and no" in done.err
     assert numbers(tmp_path)["steps"] == 1  # what the run had stays
+
+
+def test_a_cut_checkpoint_costs_the_steps_since_the_one_before(tmp_path, cache, whole):
+    """As after a kill, which leaves both."""
+    process = begun(tmp_path, cache, "checkpoint.every_n_steps=2", steps=6)
+    process.kill()
+    end(process)
+    kept = tmp_path / "run/checkpoints"
+    former, last = kept / "previous.ckpt", kept / "last.ckpt"
+    if not last.exists():  # killed between the two names
+        former.rename(last)
+    if not former.exists():  # killed while it made room for the next
+        former.write_bytes(last.read_bytes())
+    last.write_bytes(last.read_bytes()[:5000])
+    done = gone_on(tmp_path)
+    (line,) = [text for text in done.out.splitlines() if "no whole checkpoint" in text]
+    assert line.endswith("in its place") and "taking previous.ckpt of outer step" in line
+    assert {path.name for path in kept.iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_run_directory_has_one_writer(tmp_path, cache, whole):
+    """The second is told who the first is and touches nothing; the first ends as if alone."""
+    process = begun(tmp_path, cache, steps=2)
+    os.kill(process.pid, signal.SIGSTOP)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for words in (("ckpt_path=last",), ("loss=dpo",)):
+        done = command(tmp_path, *words, "hydra.run.dir=run")
+        assert done.code == 2 and done.err.count("\n") == 1
+        assert f"run is written by process {process.pid} on " in done.err
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before == after
+    os.kill(process.pid, signal.SIGCONT)
+    assert end(process).code == 0
+    assert_same_run(whole, tmp_path / "run")
+    assert not (tmp_path / "run/writer.lock").exists()
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """Commands begun inside can write no larger file: as a quota, or a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_for_a_checkpoint(tmp_path, cache, whole):
+    process = begun(tmp_path, cache, steps=3)
+    process.kill()
+    end(process)
+    kept = tmp_path / "run/checkpoints"
+    with files_of_at_most((whole / "checkpoints/last.ckpt").stat().st_size // 2):
+        done = command(tmp_path, "ckpt_path=last", "hydra.run.dir=run")
+    assert done.code == 1 and done.err.count("\n") == 1
+    assert "error: cannot write " in done.err and "MiB wanted, " in done.err
+    assert "the last.ckpt before it is whole, and ckpt_path=last goes on from there" in done.err
+    said = status(tmp_path / "run")
+    assert said["state"] == "failed" and f"error: {said['error']}\n" == done.err
+    assert not list(kept.glob("*.tmp"))
+    gone_on(tmp_path)
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("harm", ["version", "target"])
+def test_a_run_of_another_version_is_refused(tmp_path, cache, harm):
+    train(composed(*SMALL, cache, "loss=dpo", "max_steps=1"), tmp_path)
+    if harm == "version":
+        told = status(tmp_path)
+        (tmp_path / "status.json").write_text(json.dumps({**told, "version": "0.1.4"}))
+        says = "is a run of spo_lightning 0.1.4, and this is "
+    else:
+        path = tmp_path / "config.yaml"
+        path.write_text(
+            path.read_text().replace("spo_lightning.losses.dpo", "spo_lightning.old.dpo")
+        )
+        says = "it names spo_lightning.old.dpo, which is not there any more"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="go on with the version that began it") as caught:
+        going_on(tmp_path)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow

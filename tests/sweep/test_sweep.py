@@ -15,6 +15,7 @@ from conftest import SMALL, command, end, start
 from spo_lightning.config import knobs
 from spo_lightning.errors import UserError
 from spo_lightning.sweep import again, board, jobs, launcher
+from spo_lightning.sweep.composing import Checking
 from spo_lightning.sweep.jobs import Job, Sweep
 from spo_lightning.sweep.objective import score
 
@@ -213,6 +214,45 @@ def test_studies_are_swept_and_gone_on_with(tmp_path):
     assert done.code == 0, done.err
     done = command(tmp_path, "sweep.resume=sweep")
     assert done.code == 0 and "2 of them finished before" in done.out
+
+
+def test_one_job_stands_for_those_without_a_new_word():
+    composed = []
+
+    class Loader:
+        def load_sweep_config(self, master_config, sweep_overrides):
+            composed.append(sweep_overrides)
+
+        def get_group_options(self, key):
+            return ["dpo", "ipo"] if key == "loss" else []
+
+    checking = Checking(Loader())
+    for loss in ("dpo", "ipo"):
+        for beta in (0.1, 0.2, 0.3):
+            for seed in range(4):
+                words = [f"loss={loss}", f"loss.beta={beta}", f"seed={seed}"]
+                checking.load_sweep_config(None, words)
+    assert len(composed) == 2 * (4 + 2)  # every seed once, and every further beta, for each loss
+    assert {(w[0], word) for w in composed for word in w[1:]} == {
+        (f"loss={loss}", word)
+        for loss in ("dpo", "ipo")
+        for word in (
+            "loss.beta=0.1",
+            "loss.beta=0.2",
+            "loss.beta=0.3",
+            *(f"seed={n}" for n in range(4)),
+        )
+    }
+    assert checking.options(["+loss@x=dpo", "seed=1"]) == ("+loss@x=dpo",)
+
+
+def test_a_word_of_the_last_job_is_refused_before_the_first(tmp_path):
+    words = ("-m", "loss.beta=0.1,0.2", "seed=0,1", "+solver.nosuch=1,2", "solver.weigth=1,2")
+    done = command(tmp_path, *words, "hydra.sweep.dir=sweep")
+    assert done.code == 2 and "solver.weigth" in done.err and done.err.count("\n") == 1
+    done = command(tmp_path, "-m", "seed=0,1", "model=llama,nosuch", "hydra.sweep.dir=sweep")
+    assert done.code == 2 and "nosuch" in done.err
+    assert not list(tmp_path.rglob("sweep.json"))
 
 
 def test_a_path_of_any_letters():

@@ -7,9 +7,11 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
+from spo_lightning.records.checkpoints import former, put
 from spo_lightning.records.directory import MetricsCsv, RunDir
 from spo_lightning.records.progress import Stages
 from spo_lightning.training.callbacks.evaluation import EVAL_NAMES
+from spo_lightning.training.checkpoint_io import Straight
 from spo_lightning.training.module import Preference
 
 
@@ -45,6 +47,9 @@ class Recorder(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
 
+    def setup(self, trainer: Trainer, module: Preference, stage: str) -> None:
+        trainer.strategy.checkpoint_io = Straight()
+
     def on_train_start(self, trainer: Trainer, module: Preference) -> None:
         self.stages.stop.install()  # Lightning's own handlers end a run with the wrong exit code
         self.advance = self.shown.enter_context(
@@ -71,6 +76,8 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: Trainer, module: Preference) -> None:
         self.shown.close()
+        if trainer.is_global_zero:
+            former(self.run.last).unlink(missing_ok=True)
 
     def _stopping(self, trainer: Trainer) -> bool:
         """Ranks agree: a signal may have reached one of them a step earlier than the others."""
@@ -95,10 +102,8 @@ class Recorder(Callback):
             logger.save()
 
     def _save(self, trainer: Trainer, step: int) -> None:
-        beside = self.run.last.with_suffix(".tmp")
-        trainer.save_checkpoint(beside)
-        if trainer.is_global_zero:
-            beside.replace(self.run.last)
+        first = trainer.is_global_zero
+        put(self.run.last, trainer.save_checkpoint, keep_former=True, first=first)
         self.saved_step = step
 
     def _keep_best(self, trainer: Trainer, row: dict[str, float]) -> None:
@@ -106,10 +111,8 @@ class Recorder(Callback):
         if value is None or not (value < self.best if self.mode == "min" else value > self.best):
             return
         self.best = value
-        beside = self.run.best.with_suffix(".best.tmp")
-        trainer.save_checkpoint(beside)
-        if trainer.is_global_zero:
-            beside.replace(self.run.best)
+        first = trainer.is_global_zero
+        put(self.run.best, trainer.save_checkpoint, keep_former=False, first=first)
 
 
 def _said(row: dict[str, float]) -> str:
