@@ -36,8 +36,8 @@ README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 ARGUMENTS = {"report": "spo_lightning.report.__main__", "dashboard": "spo_lightning.dashboard"}
 OTHERS = ("pip", "pytest", "wandb")  # programs that are not ours
-RUN = ("extending.md",)
-RUN_SLOWLY = ()
+RUN = ("README.md", "extending.md", "your-data.md")
+RUN_SLOWLY = ("reports.md", "sweeps.md", "your-model.md")
 # what makes a command small, where it does not say otherwise itself
 LOOK = ("eval.max_rows=4", "eval.max_new_tokens=4", "hardware.accelerator=cpu")
 STEPS = ("max_steps=2", "batch_size=4", "micro_batch_size=2", "report.enabled=false")
@@ -46,7 +46,7 @@ BUILT = (
     *("model.config.hidden_size=32", "model.config.intermediate_size=48"),
     *("model.config.num_hidden_layers=1", "sft.batch_size=8"),
 )
-LONG = re.compile(r"\blong\b", re.IGNORECASE)
+LONG = re.compile(r"\b(long|minutes|hours)\b", re.IGNORECASE)
 FILE = re.compile(r"`([\w./-]+)`:$")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -124,6 +124,7 @@ def ours(words: list[str]) -> tuple[str, list[str]] | None:
 COMMANDS = [
     pytest.param(*found, id=f"{block} {' '.join(words)[:60]}")
     for block in SHELL
+    if block.long or block.page not in RUN  # what is run has been composed
     for words in block.commands
     if (found := ours(words)) is not None
 ]
