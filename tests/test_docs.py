@@ -1,7 +1,7 @@
 """README.md and docs/: every command composes, the examples run, every link leads somewhere.
 
-A block of commands is run, with words that make it small, unless the paragraph before it says that
-it is long; then it must compose. A block after a paragraph that ends with a file's name is that
+A block of commands is run, with words that make it small, unless the paragraph before it says how
+long it takes; then it must compose. A block after a paragraph that ends with a file's name is that
 file, and words in capitals stand for what the reader has.
 """
 
@@ -46,8 +46,10 @@ BUILT = (
     *("model.config.hidden_size=32", "model.config.intermediate_size=48"),
     *("model.config.num_hidden_layers=1", "sft.batch_size=8"),
 )
-LONG = re.compile(r"\b(long|minutes|hours)\b", re.IGNORECASE)
+TIMED = re.compile(r"\b(long|seconds|minutes|hours)\b", re.IGNORECASE)
 FILE = re.compile(r"`([\w./-]+)`:$")
+# what the examples of a page add to metrics.csv
+LOGGED = {"extending.md": ("train/solver/conflict", "train/solver/lower", "train/length")}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -65,8 +67,9 @@ class Block:
         return f"{self.page}:{self.line}"
 
     @property
-    def long(self) -> bool:
-        return bool(LONG.search(self.before))
+    def timed(self) -> bool:
+        """Whether the paragraph says how long it takes."""
+        return bool(TIMED.search(self.before))
 
     @property
     def file(self) -> str | None:
@@ -121,12 +124,15 @@ def ours(words: list[str]) -> tuple[str, list[str]] | None:
     return name, words[at + 1 :]
 
 
-COMMANDS = [
-    pytest.param(*found, id=f"{block} {' '.join(words)[:60]}")
+FOUND = {  # a command that stands on several pages is composed once
+    shlex.join(words): (found, block)
     for block in SHELL
-    if block.long or block.page not in RUN  # what is run has been composed
+    if block.timed or block.page not in RUN  # what is run has been composed
     for words in block.commands
     if (found := ours(words)) is not None
+}
+COMMANDS = [
+    pytest.param(*found, id=f"{block} {words[:60]}") for words, (found, block) in FOUND.items()
 ]
 
 
@@ -195,7 +201,7 @@ def parsed(name: str, words: list[str], monkeypatch) -> None:
 def small(name: str, words: list[str], built: bool) -> list[str]:
     """The words, and those that make them a matter of a second."""
     keys = {word.partition("=")[0] for word in words}
-    more = [*LOOK, *(STEPS if name == "train" else ()), *(["samples=2"] if name == "sample" else ())]
+    more = [*LOOK, *{"train": STEPS, "sample": ("samples=2",)}.get(name, ())]
     if name != "eval" and "data" not in keys:
         more += DATA
     if built:
@@ -241,7 +247,7 @@ def walked(page: str, cwd: Path) -> list[str]:
             path = cwd / block.file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text + "\n", "utf-8")
-        if block.language != "bash" or block.long:
+        if block.language != "bash" or block.timed:
             continue
         for name, words in filter(None, map(ours, block.commands)):
             runs = sorted(cwd.glob("outputs/*/*/status.json"), key=lambda p: p.stat().st_mtime)
@@ -262,3 +268,39 @@ def walked(page: str, cwd: Path) -> list[str]:
 )
 def test_the_page_runs(page, tmp_path):
     assert walked(page, tmp_path)
+    tables = [path.read_text("utf-8") for path in tmp_path.glob("outputs/**/metrics.csv")]
+    logged = {name for table in tables for name in table.splitlines()[0].split(",")}
+    assert set(LOGGED.get(page, ())) <= logged
+
+
+def test_what_is_not_run_says_how_long_it_takes():
+    run = (*RUN, *RUN_SLOWLY)
+    silent = [str(block) for block in SHELL if not block.timed and block.page not in run]
+    assert silent == []
+
+
+def test_the_readme_fits_a_screen_and_a_half():
+    lines = README.read_text("utf-8").splitlines()
+    assert len(lines) <= 160
+    (tests,) = [block.text for block in SHELL if block.text.endswith("pytest")]
+    assert f"check '{tests}'" in (ROOT / ".ci/run").read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_lines_are_short(page):
+    text = page.read_text("utf-8")
+    if page.name != "paper_table.md":  # which a command writes
+        assert [line for line in text.splitlines() if len(line) > 120] == []
+    for link in LINK.findall(text):
+        place, _, anchor = link.partition("#")
+        if place.startswith("https:"):
+            continue
+        there = page.parent / place if place else page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
+def anchors(page: Path) -> set[str]:
+    """What the page's headings are called in links."""
+    found = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in found}
