@@ -14,7 +14,6 @@ import tempfile
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from conftest import FORKS, environment
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
@@ -29,7 +29,6 @@ from pairs import CONF
 from tiny import policy
 
 from spo_lightning.config import knobs
-from spo_lightning.sweep import PLUGINS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -137,9 +136,11 @@ COMMANDS = [
 
 
 @pytest.fixture(autouse=True)
-def plugins(monkeypatch):
-    monkeypatch.syspath_prepend(PLUGINS)
+def as_in_a_command():
+    """What Hydra has found before it composes, and nothing of it afterwards."""
     OmegaConf.register_new_resolver("run_id", lambda: "0", use_cache=True, replace=True)
+    yield
+    HydraConfig.instance().cfg = None
 
 
 def jobs(overrides: list[str]) -> list[list[str]]:
@@ -166,13 +167,15 @@ def test_every_command_composes(name, words, monkeypatch):
     config, given = args.config_name or name, list(args.overrides)
     if any(word.startswith("sweep.resume=") for word in given):
         return None  # it becomes the words of another command before Hydra sees it
-    if args.config_dir:
-        given.append(f"hydra.searchpath=[file://{ROOT / args.config_dir}]")
+    if config == "search_spo":
+        return None  # tests/sweep/test_engines.py runs it, where Optuna is
     with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        path = loader.get_search_path()
+        path.append("questions", f"file://{ROOT / 'sweeps'}", anchor="main")
+        loader.repository.initialize_sources(path)  # else read before it was longer
         if args.multirun or config != name:
             given.append("hydra.mode=MULTIRUN")
-        if config == "search_spo" and not find_spec("hydra_plugins.hydra_optuna_sweeper"):
-            return None  # tests/sweep/test_engines.py runs it, where Optuna is
         if config != name:
             whole = [word for word in given if word.startswith("hydra.")]
             swept = compose(config, whole, return_hydra_config=True).hydra.sweeper.params
@@ -210,13 +213,13 @@ def small(name: str, words: list[str], built: bool) -> list[str]:
     return [*words, *(word for word in more if word.partition("=")[0] not in keys)]
 
 
-def begun(module: str, words: list[str], cwd: Path, out: Path) -> None:
+def begun(module: str, words: list[str], cwd: Path, out: Path, env: dict[str, str]) -> None:
     """In a process of its own, as ``python -m module words`` in ``cwd``."""
     for descriptor in (1, 2):
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(environment(OMP_NUM_THREADS="1"))
+    os.environ.update(env)
     sys.path.insert(0, str(cwd))
     sys.argv = [module, *words]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -226,7 +229,7 @@ def ran(name: str, words: list[str], cwd: Path) -> str:
     """What a command printed; it must end well. Forked from a process with the libraries."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place, "out")
-        how = (f"spo_lightning.{name}", words, cwd, out)
+        how = (f"spo_lightning.{name}", words, cwd, out, environment())
         process = FORKS.Process(target=begun, args=how)
         process.start()
         process.join(120)
@@ -240,27 +243,31 @@ def ran(name: str, words: list[str], cwd: Path) -> str:
 def walked(page: str, cwd: Path) -> list[str]:
     """Write the page's files and run its commands, in order; what they printed."""
     model = cwd / "model"
-    policy("llama", dtype="float32", num_hidden_layers=1).save(model, merge=False, card="")
+    made = policy("llama", dtype="float32", num_hidden_layers=1)
+    for part in (made.lm, made.tokenizer):
+        part.save_pretrained(model)
     printed = []
     for block in (block for block in BLOCKS if block.page == page):
         if block.file is not None:
             path = cwd / block.file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text + "\n", "utf-8")
-        if block.language != "bash" or block.timed:
-            continue
-        for name, words in filter(None, map(ours, block.commands)):
-            runs = sorted(cwd.glob("outputs/*/*/status.json"), key=lambda p: p.stat().st_mtime)
-            stands = {"DIR_OR_HUB_ID": str(model)}
-            if runs:
-                stands["outputs/DAY/RUN"] = str(runs[-1].parent)
-            for capital, real in stands.items():
-                words = [word.replace(capital, real) for word in words]
-            if name not in ARGUMENTS:
-                text = " ".join(words)
-                words = small(name, words, "pretrained=" not in text and "checkpoint=" not in text)
-            printed.append(ran(name, words, cwd))
+        if block.language == "bash" and not block.timed:
+            for name, words in filter(None, map(ours, block.commands)):
+                printed.append(ran(name, meant(name, words, cwd), cwd))
     return printed
+
+
+def meant(name: str, words: list[str], cwd: Path) -> list[str]:
+    """The words with what the reader has in the place of capitals, and small."""
+    runs = sorted(cwd.glob("outputs/*/*/status.json"), key=lambda path: path.stat().st_mtime)
+    stands = {"DIR_OR_HUB_ID": cwd / "model", "outputs/DAY/RUN": runs[-1].parent if runs else ""}
+    for capitals, real in stands.items():
+        words = [word.replace(capitals, str(real)) for word in words]
+    if name in ARGUMENTS:
+        return words
+    text = " ".join(words)
+    return small(name, words, "pretrained=" not in text and "checkpoint=" not in text)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +286,7 @@ def test_what_is_not_run_says_how_long_it_takes():
     assert silent == []
 
 
-def test_the_readme_fits_a_screen_and_a_half():
+def test_the_readme_is_short_and_names_the_test_command():
     lines = README.read_text("utf-8").splitlines()
     assert len(lines) <= 160
     (tests,) = [block.text for block in SHELL if block.text.endswith("pytest")]
