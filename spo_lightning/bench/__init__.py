@@ -1,6 +1,9 @@
-"""What a step, a run and a start cost, each measured beside something else.
+"""What steps and runs cost, in time and memory.
 
-In comes a shape of data and what is to be compared on it; out come times and memory, taken in
-turns within one run of the command, and a table. This room may not know of a loss's or a solver's
-insides: it takes the steps that a run would take. One file per question, chosen by ``what``.
+In comes a question, ``what``, with its settings; out go bench.json, table.md and a picture.
+A file per question (``step``, ``knobs``, ``solvers``, ``growth``, ``jobs``, ``start``) tells how
+it is answered. They share: ``asked`` (what may be asked, and our configuration of it), ``cell``
+(drawn pairs and a model), ``ours`` and ``contestants`` (who takes the steps), ``measuring``
+(clocks, memory, rounds), ``output`` (tables and figures). Nothing else of the package may know
+this room, and only ``ours`` knows how a run is prepared.
 """
