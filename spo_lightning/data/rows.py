@@ -255,7 +255,9 @@ def _extras(row: Row, where: str) -> Row:
         extras["tools"] = _parsed(extras["tools"], f"{where}: 'tools'", 1)
     for name, value in extras.items():
         if not isinstance(value, KEPT[name]):
-            raise UserError(f"{where}: {name!r} is {_kind(value)}: see the formats in the README")
+            raise UserError(
+                f"{where}: {name!r} is {_kind(value)}: see the formats in docs/your-data.md"
+            )
     return extras | ({"answer": str(extras["answer"])} if "answer" in extras else {})
 
 

@@ -1,3 +1,6 @@
-"""Preference data from a model's own answers: ``judges`` score them, ``strategies`` choose pairs,
-``record`` keeps every answer so that a run that was stopped goes on. The command is ``sample.py``.
+"""A policy and a judge to pairs.
+
+In come prompts, a policy that answers them and scores of its answers; out come pairs of rows, and
+token pairs from them. Answers are kept as they are drawn, so that a stopped run goes on. This room
+may not know which loss is trained on its pairs.
 """

@@ -1,8 +1,9 @@
 """The bilevel problem and what a solver is: F and G in, a direction for theta out.
 
 Upper level F: a preference loss. Lower level G: supervised fine-tuning. Both have the same
-unknowns theta. A solver knows no language model; it sees closures that return one value per row.
-To add one: a file here with a frozen dataclass that has ``init`` and ``step``, and its yaml.
+unknowns theta. A solver may not know of a language model, a batch or an optimizer: it sees
+closures that return one value per row. To add one: a file here with a frozen dataclass that has
+``init`` and ``step``, and its yaml.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,8 @@
 ``hydra_plugins`` is where Hydra looks and ``launcher`` what it finds: a sweeper's jobs in, a
 ``process`` each, how each ended out. ``jobs`` holds what is known of a job and writes sweep.json,
 ``board`` shows it, ``table`` keeps rows of many sweeps, ``objective`` makes a run's numbers the
-one that a search maximises, ``again`` goes on with a sweep that did not end.
+one that a search maximises, ``again`` goes on with a sweep that did not end. A job is a command:
+this room may not know what a run does, only how its process ended and what its files say.
 """
 
 from pathlib import Path

@@ -191,7 +191,7 @@ KNOBS = [
         ("hardware.precision=bf16-true",),
         "set model.dtype=bfloat16 too",
     ),
-    Case("unknown strategy", ("hardware.strategy=foo",), "auto or ddp_spawn"),
+    Case("unknown strategy", ("hardware.strategy=foo",), "auto or ddp"),
     Case("more devices than pairs", ("hardware=ddp", "batch_size=1"), "gives no pair"),
     Case("no equals sign", ("loss.beta",), "loss.beta"),
     Case("open bracket", ("loss.beta=[",), "loss.beta=["),
