@@ -19,8 +19,8 @@ PACKAGE = Path(spo_lightning.__file__).parent
 ROOMS = (
     *("errors", "world", "config", "records", "data", "models", "losses", "solvers", "cache"),
     *("evaluation", "judges", "training", "sampling", "studies", "run"),
-    *("sweep", "report", "bench"),
-    *("command", "train", "eval", "inspect", "sample", "dashboard"),
+    *("sweep", "report", "command", "bench"),
+    *("train", "eval", "inspect", "sample", "dashboard"),
 )
 # what the rooms that know least may import besides themselves
 NARROW = {
