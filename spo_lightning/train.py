@@ -28,8 +28,11 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> Any:
 
     from spo_lightning.records.directory import resumed
     from spo_lightning.report.build import attempted
+    from spo_lightning.run.processes import refuse_sweep
 
     knobs.check(cfg, line)
+    if line.several:
+        refuse_sweep()
     choices = line.choices
     if cfg.ckpt_path is not None:
         cfg, choices = resumed(cfg, run_dir, line.touched, line.choices)

@@ -54,6 +54,10 @@ class Policy:
                 yield name.replace(".base_layer.", "."), value
         yield from self.lm.named_buffers()  # also those that no file holds: rotary frequencies
 
+    def agree(self, world: World) -> None:
+        """Every process has the first one's weights."""
+        world.agree(value for _, value in self.weights())
+
     def read(self, directory: Path) -> None:
         """Take the weights that ``save`` wrote of the same model, in place."""
         from safetensors.torch import load_model

@@ -40,6 +40,14 @@ def follows() -> bool:
     return int(_told().get("RANK", 0)) > 0
 
 
+def refuse_sweep() -> None:
+    """Processes that something else began walk one run: a sweep has its jobs begin their own."""
+    if _told():
+        raise UserError(
+            "a sweep's jobs begin their own processes: hardware.devices=N, not torchrun"
+        )
+
+
 def together(work: Work, hardware: "DictConfig") -> Any:
     """Do the work in every process; what it gave in this one, the first. Picklable work only."""
     if _told():

@@ -149,7 +149,7 @@ def _train(
             advance(1, f"nll {loss.item():.3f}")
             if quality and (step % max(1, steps // CHECKS) == 0 or step == steps):
                 curve.append((step, quality()))
-    stages.world.agree(policy.lm.state_dict().values())
+    policy.agree(stages.world)
     seconds = time.monotonic() - began
     log.info("Warm start: %d steps of %d texts, %.0f s", steps, size, seconds)
     return curve

@@ -418,7 +418,7 @@ def test_a_checkpoint_is_known_by_its_files(made, tmp_path):
 
 CHILD = """
 import contextlib, hashlib, json, os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + '/cache']
 import torch
 torch.set_num_threads(1)
 from tiny import policy, random_pairs

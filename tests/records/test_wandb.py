@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import SMALL, command, end, start
 
+from spo_lightning import dashboard as dashboard_command
 from spo_lightning.records import dashboard
 from spo_lightning.report.charts import unit
 
@@ -136,7 +137,7 @@ def test_the_dashboards_definitions(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "made.json"
     monkeypatch.setattr("sys.argv", ["dashboard", "--project", "mine", "--output", str(path)])
-    dashboard.main()
+    dashboard_command.main()
     assert (
         capsys.readouterr().out == f"No W&B login (wandb login): the definitions are in {path}\n"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fitting import config
 
-from spo_lightning.command import built
+from spo_lightning.config.build import built
 
 
 @pytest.fixture(scope="module")

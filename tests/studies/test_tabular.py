@@ -12,7 +12,7 @@ from conftest import command
 from fitting import config
 
 from spo_lightning import losses
-from spo_lightning.command import built
+from spo_lightning.config.build import built
 from spo_lightning.config.knobs import Given, check
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.solvers.none import NoLower
