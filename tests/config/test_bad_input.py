@@ -272,7 +272,12 @@ BUILT = [
         slow=True,
     ),
     Case("no such ckpt_path", ("ckpt_path=absent.ckpt",), "ckpt_path=absent.ckpt: no such file"),
-    Case("no checkpoint of ours", ("ckpt_path=good.jsonl",), "ckpt_path=good.jsonl", slow=True),
+    Case(
+        "no checkpoint of ours",
+        ("ckpt_path=good.jsonl",),
+        "good.jsonl: no whole checkpoint of ours",
+        slow=True,
+    ),
 ]
 ALL = [*DATA, *TOKENS, *KNOBS, *BUILT]
 BASE = ("hardware=cpu", "max_steps=2", "cache.dir=cache")
