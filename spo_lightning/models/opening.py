@@ -1,6 +1,7 @@
 """A source in, a transformers model and its tokenizer out: whole, or refused in one line."""
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -43,13 +44,13 @@ def opened(name: str, asked: Asked, family: str, settings: dict[str, Any]) -> Op
     if directory is None:
         lm = _model(source, asked, family, settings)
         tokenizer = tokenizer_of(name, asked)
-        _check_room(name, tokenizer, lm)
+        _check_room(source, tokenizer, lm)
         return Opened(lm, lm, tokenizer, source.lasting)
     below, asked_below = _below(source, directory, asked)
     lm = _model(below, asked_below, family, settings)
     tokenizer = tokenizer_of(name, asked)
     module, alters = adapters.attached(lm, directory, name)
-    _check_room(name, tokenizer, lm)
+    _check_room(source, tokenizer, lm)
     # where the adapters bring weights of the model too, what they stand on is in no other file
     return Opened(module, lm, tokenizer, None if alters else below.lasting)
 
@@ -69,11 +70,25 @@ def tokenizer_of(name: str, asked: Asked) -> Any:
 
     with _readable(source):
         tokenizer = AutoTokenizer.from_pretrained(source.where, **asked.hub, **_gguf(source))
+    if source.gguf is not None:
+        _forget_strangers(tokenizer)
     if tokenizer.pad_token is None:  # padding is masked, so that any special token serves
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
     if tokenizer.pad_token is None:
         raise UserError(f"{name}: its tokenizer has no end mark (eos_token): set one there")
     return tokenizer
+
+
+def _forget_strangers(tokenizer: Any) -> None:
+    """transformers adds <|endoftext|> to what it reads of a .gguf file, where it is not there."""
+    from tokenizers import Tokenizer
+
+    backend = tokenizer.backend_tokenizer
+    last = max(backend.get_vocab(with_added_tokens=False).values())
+    held = json.loads(backend.to_str())
+    own = [token for token in held["added_tokens"] if token["id"] <= last]
+    if len(own) < len(held["added_tokens"]):
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(held | {"added_tokens": own}))
 
 
 def _has_tokenizer(source: Source, directory: Path) -> bool:
@@ -182,14 +197,14 @@ def _check_family(source: Source, kind: str, family: str) -> None:
         )
 
 
-def _check_room(name: str, tokenizer: Any, lm: Any) -> None:
+def _check_room(source: Source, tokenizer: Any, lm: Any) -> None:
     """A token beyond the embedding would end in an index error, or in another's row."""
     rows = getattr(lm.get_input_embeddings(), "weight", None)
     last = max(tokenizer.get_vocab().values())
     if rows is not None and last >= len(rows):
         raise UserError(
-            f"{name}: its tokenizer has tokens up to {last}, its embedding {len(rows)} rows: "
-            "resize the embedding, or take the tokenizer that it was trained with"
+            f"{source.name}: its tokenizer has tokens up to {last}, its embedding {len(rows)} "
+            "rows: resize the embedding, or take the tokenizer that it was trained with"
         )
 
 
@@ -207,7 +222,7 @@ def _readable(source: Source) -> Iterator[None]:
 
 
 def _refused(source: Source, error: BaseException) -> str:
-    from huggingface_hub.errors import GatedRepoError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if source.local:
@@ -218,6 +233,11 @@ def _refused(source: Source, error: BaseException) -> str:
             return (
                 f"{source.name} is gated: accept its terms at https://huggingface.co/{source.name}"
                 " and log in (hf auth login, or HF_TOKEN)"
+            )
+        if isinstance(seen, RepositoryNotFoundError):
+            return (
+                f"{source.name} is no local directory, and the hub does not have it, or shows it "
+                "only to who has logged in (hf auth login, or HF_TOKEN)"
             )
         seen = seen.__cause__ or seen.__context__
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
