@@ -24,8 +24,8 @@ from spo_lightning.data.rows import Task
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import Interrupted
 from spo_lightning.models import device
-from spo_lightning.models.policy import check_sources
 from spo_lightning.models.scorer import Scorer
+from spo_lightning.models.sources import check_sources
 from spo_lightning.records.progress import Stages, quiet, silent
 from spo_lightning.run.job import objective
 from spo_lightning.run.training import prepared

@@ -96,6 +96,7 @@ STREAM: list[tuple[str, Callable[[Any], bool], str]] = [
 ]
 READ_ALWAYS = (
     *("model.lora.rank", "sft.max_steps", "cache.enabled"),
+    *("model.lora.fresh", "model.lora.merge"),  # adapters of a checkpoint need no rank
     *(f"diagnostics.{d}.every_n_steps" for d in DIAGNOSTICS),
 )
 # all that a run without a language model reads

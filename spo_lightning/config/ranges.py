@@ -5,6 +5,8 @@ from typing import Any
 
 from omegaconf import ListConfig
 
+FORMS = "a directory, .gguf file, pkg://NAME or hub id"
+CHECKPOINTS = ("model.pretrained", "model.reference", "model.base", "base", "reference")
 DIAGNOSTICS = ("displacement", "evolution", "geometry", "ches", "overoptimisation", "probes")
 # key -> (what holds, in words)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -59,8 +61,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sweep.resume": (lambda v: v is None or isinstance(v, str), "the directory of a sweep"),
     "ckpt_path": (lambda v: v is None or isinstance(v, str), "last, or the path of a checkpoint"),
     "model.lora.rank": (lambda v: v >= 0, "at least 0"),
-    "model.pretrained": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
-    "model.reference": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
+    "model.lora.alpha": (lambda v: v > 0, "above 0"),
+    **{key: (lambda v: v is None or isinstance(v, str), FORMS) for key in CHECKPOINTS},
     "hardware.devices": (lambda v: v >= 1, "at least 1"),
     "hardware.strategy": (lambda v: v in ("auto", "ddp"), "auto or ddp"),
     "hardware.threads": (lambda v: v is None or v >= 1, "at least 1, or null"),
