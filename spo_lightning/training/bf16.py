@@ -5,7 +5,8 @@ a weight where it was: at the rates that fit a pretrained model nearly all of th
 is taken on float32 copies, and the weights are these, rounded (``optimizer.bf16``):
 
 - stochastic: up or down by chance, so that the mean is exact; a copy lives for its step;
-- master: to the nearest; the copies stay, so that no update is lost and a weight costs 4 bytes more;
+- master: to the nearest; the copies stay, 4 bytes a weight, and what they gather shows in a weight
+  once it is half a step;
 - plain: there are no copies, and a line says what is lost.
 
 torchao has the first for Adam alone, with moments in bfloat16 and noise that no checkpoint holds.
@@ -23,7 +24,9 @@ log = logging.getLogger(__name__)
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 
-BLOCK = 2**24  # weights whose copies are alive at once: 64 MiB of float32, and as much of gradient
+# weights whose copies are alive at once: on a CPU few, so that the allocator hands the same pages
+# out again (fresh ones took longer than the step); a GPU's kernels want many
+BLOCK = {"cpu": 2**22, "cuda": 2**27}
 
 
 def learning(make: Make, how: str, seed: int) -> Make:
@@ -43,9 +46,7 @@ class Widened(Optimizer):
     It has its moments in float32. ``keep``: the copies stay; else the weights are what remains.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], make: Make, *, seed: int, keep: bool
-    ):
+    def __init__(self, parameters: Sequence[nn.Parameter], make: Make, *, seed: int, keep: bool):
         # a parameter in float32 is its own copy: float() gives the same memory
         self.wide = [nn.Parameter(p.detach().float()) for p in parameters]
         self.inner = make(self.wide)
@@ -67,13 +68,13 @@ class Widened(Optimizer):
         for block in self.blocks:
             for p, copy in block:
                 if not self.keep:
-                    copy.data = p.float()
+                    copy.data = p.float().contiguous()
                 copy.grad = None if p.grad is None else p.grad.float()
             self.inner.step()  # leaves alone what has no gradient, as all other blocks
             for p, copy in block:
                 copy.grad = None
-                if p.dtype == torch.bfloat16:
-                    p.copy_(copy if self.keep else dithered(copy.data, chance))
+                whole = self.keep or p.dtype != torch.bfloat16
+                p.copy_(copy if whole else dithered(copy.data, chance))
                 if not self.keep:
                     copy.data = copy.new_empty(0)
         return loss
@@ -101,9 +102,9 @@ class Widened(Optimizer):
 def _blocks(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> list[list[tuple]]:
     """In order, each of at most ``BLOCK`` weights, or of one tensor that has more."""
     blocks: list[list[tuple]] = []
-    size = 0
+    size, most = 0, BLOCK.get(pairs[0][0].device.type, BLOCK["cpu"])
     for p, copy in pairs:
-        if not blocks or size + p.numel() > BLOCK:
+        if not blocks or size + p.numel() > most:
             blocks.append([])
             size = 0
         blocks[-1].append((p, copy))
@@ -112,16 +113,19 @@ def _blocks(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> list[list[tuple]]
 
 
 def dithered(wide: Tensor, chance: torch.Generator) -> Tensor:
-    """Float32 rounded in place to one of its two neighbours in bfloat16, the nearer more likely.
+    """Float32, contiguous, rounded in place to one of its two neighbours in bfloat16.
 
-    To the 16 bits that bfloat16 drops as many random ones are added, and what carries, counts:
-    the mean is the value, and a value that bfloat16 has stays.
+    To the 16 bits that bfloat16 drops as many random ones are added, and what carries, counts: the
+    nearer neighbour is the likelier, the mean is the value, and a value that bfloat16 has stays.
     """
-    # two of 32 bits from one of 64: half the time
-    drawn = torch.empty(-(-wide.numel() // 2), dtype=torch.int64, device=wide.device)
-    noise = drawn.random_(-(2**63), None, generator=chance).view(torch.int32)
-    noise = noise[: wide.numel()].view(wide.shape).bitwise_and_(0xFFFF)
-    wide.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
+    bits = wide.view(-1).view(torch.int32)
+    half = -(-len(bits) // 2)
+    # a draw of 64 bits is the noise of four weights: drawing is the slower part
+    drawn = torch.empty(-(-half // 2), dtype=torch.int64, device=wide.device)
+    noise = drawn.random_(-(2**63), None, generator=chance).view(torch.int32)[:half]
+    bits[:half] += noise & 0xFFFF
+    bits[half:] += (noise >> 16)[: len(bits) - half] & 0xFFFF
+    bits &= -0x10000
     return wide
 
 
@@ -144,8 +148,8 @@ def plain(parameters: list[nn.Parameter], make: Make, seed: int) -> Optimizer:
         before.clear()
         after.remove()
         log.warning(
-            "optimizer.bf16=plain: an update below half a step of bfloat16 is rounded away, %.0f%% "
-            "of them in the first step; stochastic or master loses none",
+            "optimizer.bf16=plain: updates below half a step of bfloat16 are rounded away, %.0f%% "
+            "of all in the first step; stochastic or master loses none",
             100 * lost / max(1, wanted),
         )
 

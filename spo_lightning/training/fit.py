@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra.utils
-import torch
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor

@@ -65,6 +65,7 @@ class StartCheck(Callback):
                 f"{off.mean().item():.2g} nats times the root of their tokens, of which "
                 f"{tolerance:.2g} is rounding (row {batch.rows[worst].item()}: log pi(y_"
                 f"{'wl'[side]}) differs by {change[worst, side].item():.3g} nats over "
-                f"{policy.lengths[worst, side].item():.0f} tokens): the two were scored in another "
-                "dtype, with another attention implementation, with dropout, or with other weights"
+                f"{policy.lengths[worst, side].item():.0f} tokens): the two were scored in "
+                "another dtype, with another attention implementation, with dropout, or with "
+                "other weights"
             )
