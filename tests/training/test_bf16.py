@@ -6,6 +6,7 @@ import multiprocessing
 import socket
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ from fitting import config, fitted, objective, scored, snapshot
 from tiny import lora, policy, random_pairs
 from torch import nn
 
+from spo_lightning.data.batch import Pair
 from spo_lightning.errors import UserError
+from spo_lightning.models import policy as policies
 from spo_lightning.training import bf16
 from spo_lightning.training.bf16 import Widened, dithered, learning
 from spo_lightning.training.callbacks.start import StartCheck
 from spo_lightning.training.fit import lightning_precision, optimizer_of
 
+STORIES = Path(__file__).parents[3] / "shared/models/stories260k"
 DPO = ("loss=dpo", "solver=none")
 OPTIMIZERS = ("adamw", "rmsprop", "sgd", "adamw_8bit")
 LEARNING = ("stochastic", "master")
@@ -288,3 +292,34 @@ def test_the_start_check_knows_rounding_from_another_reference(longest, dtype):
     else:
         with pytest.raises(RuntimeError, match="of which 0.0005 is rounding"):
             run(rounded)
+
+
+@pytest.mark.parametrize("tokens", [10, 60, 240])
+def test_the_start_check_knows_a_real_model_in_bfloat16(tokens):
+    """Right: padded in one kernel, packed in the other. Wrong: weights 2% away."""
+    if not STORIES.exists():
+        pytest.skip("needs the stories260k model")
+
+    def opened(attention):
+        how = {"dtype": "bfloat16", "attention": attention, "config": {}, "seed": 0}
+        where = {"pretrained": str(STORIES), "revision": None, "trust_remote_code": False}
+        return policies.load(**where, **how)
+
+    made, padded = opened("auto"), opened("sdpa").lm
+    told = torch.randint(3, 512, (8, 12 + 2 * tokens), generator=chance()).tolist()
+    pairs = [
+        Pair(tuple(r[:12]), tuple(r[12 : 12 + tokens]), tuple(r[12 + tokens :]), row=row)
+        for row, r in enumerate(told)
+    ]
+
+    def run():
+        given = scored(padded, pairs)
+        check = StartCheck(given, seed=0, size=8, half=False, precision=nullcontext)
+        fitted(made, objective(*DPO), given, steps=1, callbacks=[check], optimizer=still)
+
+    run()
+    for number, p in enumerate(padded.parameters()):
+        noise = torch.randn(p.shape, generator=chance(number))
+        p.data += (0.02 * p.float().std() * noise).bfloat16()
+    with pytest.raises(RuntimeError, match="at step 0 the policy should be the reference"):
+        run()
