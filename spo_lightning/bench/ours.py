@@ -29,7 +29,7 @@ from spo_lightning.models.sources import check_sources
 from spo_lightning.records.progress import Stages, quiet, silent
 from spo_lightning.run.job import objective
 from spo_lightning.run.training import prepared
-from spo_lightning.training.fit import OuterSteps, module_of
+from spo_lightning.training.fit import OuterSteps, lightning_precision, module_of
 from spo_lightning.world import World
 
 
@@ -124,7 +124,7 @@ class Ours:
             trainer = Trainer(
                 accelerator=cfg.hardware.accelerator,
                 devices=1,
-                precision=cfg.hardware.precision,
+                precision=lightning_precision(cfg.hardware),
                 max_steps=steps,
                 max_epochs=-1,
                 callbacks=[look],

@@ -35,6 +35,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v in ("constant", "linear", "cosine"),
         "constant, linear or cosine",
     ),
+    "optimizer.bf16": (
+        lambda v: v in ("stochastic", "master", "plain"),
+        "stochastic, master or plain",
+    ),
     "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
     "data.eval_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "data.chunk_rows": (lambda v: v >= 1, "at least 1"),
