@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spo_lightning.errors import UserError
 from spo_lightning.models.attention import FLEX, IMPLEMENTATION
+from spo_lightning.models.foreign import auto_class, take_attention, without_dropout
 from spo_lightning.world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -94,9 +95,7 @@ class Policy:
         """The transformers model without peft's layers, for saving."""
         if not self.adapted:
             return self.lm
-        from transformers import AutoModelForCausalLM
-
-        plain = AutoModelForCausalLM.from_config(self.lm.config, dtype=self.lm.dtype)
+        plain = auto_class(self.lm.config).from_config(self.lm.config, dtype=self.lm.dtype)
         merged = {
             name.replace(".base_layer.", "."): value
             for name, value in self.lm.state_dict().items()
@@ -132,11 +131,9 @@ def load(
         lm, tokenizer = _build(dict(config), settings)
     else:
         lm, tokenizer = _open(pretrained, revision, trust_remote_code, dict(config), settings)
-    _no_dropout(lm)
-    if attention in OWN and lm._supports_sdpa:
-        lm.set_attn_implementation(OWN[attention])
-    elif attention in OWN:
-        log.info("Batches are padded, not packed: %s has eager attention only.", type(lm).__name__)
+    without_dropout(lm)
+    if attention in OWN:
+        take_attention(lm, OWN[attention])
     lm.to(device)
     return Policy(lm, lm, tokenizer, adapted=False, built=pretrained is None)
 
@@ -170,7 +167,7 @@ def check_same_tokens(mine: Any, theirs: Any, where: str) -> None:
 
 def _build(config: dict, settings: dict) -> tuple[Any, Any]:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     tokenizer = byte_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -178,7 +175,7 @@ def _build(config: dict, settings: dict) -> tuple[Any, Any]:
         made = AutoConfig.for_model(
             **config, vocab_size=len(tokenizer), bos_token_id=None, use_cache=True, **ids
         )
-        return AutoModelForCausalLM.from_config(made, **settings), tokenizer
+        return auto_class(made).from_config(made, **settings), tokenizer
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.config does not build: {_cause(error)}") from error
 
@@ -244,16 +241,14 @@ def _open(
 ) -> tuple[Any, Any]:
     source, local = source_of(where)
     tokenizer = tokenizer_of(where, revision, trust)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     shared = {"revision": revision or "main", "trust_remote_code": trust}
     try:
         base = _base_of(Path(source)) if local else source
         found = AutoConfig.from_pretrained(base, **shared)
         _check_family(where, found, config)
-        lm = AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=True, **settings, **shared
-        )
+        lm = auto_class(found).from_pretrained(source, use_safetensors=True, **settings, **shared)
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -298,15 +293,6 @@ def _refused(where: str, local: bool, error: Exception) -> str:
         return f"{where} does not load: {first}"
     reason = "HF_HUB_OFFLINE is set" if offline else "the hub did not give it"
     return f"{where} is neither a local directory nor in the hub's cache, and {reason}: {first}"
-
-
-def _no_dropout(lm: Any) -> None:
-    """Rewards are differences of two scorings: dropout would make them noise."""
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def adapt(
