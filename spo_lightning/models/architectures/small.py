@@ -1,5 +1,6 @@
 """The name of an architecture in, a model of it with few and random weights out."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size"), VOCABULARY),
     "hidden_size_per_layer_input": 8,
 }
+FOLLOWS = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts")
+LATENT = {"head_dim": 8, "num_key_value_heads": 4}
 SEEN = {"image_size": 32, "patch_size": 8}  # an image is never shown: towers are small, no more
 
 
@@ -64,18 +67,28 @@ def config_of(kind: str) -> Any:
 
 def _small(made: Any, own: dict[str, Any]) -> Any:
     """A config of the class ``made``."""
+    defaults = {field.name: field.default for field in fields(made)}
+    found = {name: size for name, size in SIZES.items() if _counts(defaults, name)}
+    if "qk_rope_head_dim" in defaults:  # keys of every head, of which a part has positions
+        found |= {name: LATENT[name] for name in LATENT if name in defaults}
     whole = made()
-    fits = {name: size for name, size in SIZES.items() if _counts(whole, name)}
-    fits |= _small_parts(whole, own)
-    fits |= _ids(whole) | {name: value for name, value in own.items() if name not in fits}
-    return made(**fits)
+    return made(**{**found, **_turned(whole), **_ids(whole), **_small_parts(whole, own), **own})
 
 
-def _counts(config: Any, name: str) -> bool:
-    """Whether ``name`` is a size of ``config``: there, and a number."""
-    mapped = config.attribute_map.get(name)
-    value = getattr(config, name, None)
-    return mapped is None and isinstance(value, int) and not isinstance(value, bool)
+def _counts(defaults: dict[str, Any], name: str) -> bool:
+    """Whether a config has ``name``, as a number or as one that follows from others."""
+    value = defaults.get(name, False)
+    return isinstance(value, int) and value is not False or name in FOLLOWS and value is None
+
+
+def _turned(whole: Any) -> dict[str, Any]:
+    """Rotary frequencies dealt over time, height and width, where they are."""
+    given = getattr(whole, "rope_parameters", None)
+    ignored = getattr(whole, "ignore_keys_at_rope_validation", None) or ()
+    if not isinstance(given, dict) or "mrope_section" not in {*given, *ignored}:
+        return {}
+    half = int(SIZES["head_dim"] * given.get("partial_rotary_factor", 1.0)) // 2
+    return {"rope_parameters": {**given, "mrope_section": [half // 2, half // 4, half // 4]}}
 
 
 def _small_parts(whole: Any, own: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +97,7 @@ def _small_parts(whole: Any, own: dict[str, Any]) -> dict[str, Any]:
     for name in whole.sub_configs:
         part = getattr(whole, name, None)
         if part is not None and not isinstance(part, dict):
-            given = {**OWN.get(part.model_type, {}), **own.get(name, {})}
+            given = OWN.get(part.model_type, {}) | own.get(name, {})
             found[name] = _small(type(part), given)
     return found
 
@@ -100,8 +113,48 @@ def _ids(whole: Any) -> dict[str, Any]:
     return found
 
 
-# what sizes alone do not settle: patterns of layers that have to fit their number
-OWN: dict[str, dict[str, Any]] = {}
+# what sizes alone do not settle: patterns of layers that have to fit their number, and what real
+# checkpoints have where the default is 1
+MIXED = {"num_hidden_layers": 4}
+SCALED = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 13.0}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+INDEXED = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "codegen": {"rotary_dim": 8},
+    "cohere2": {"logit_scale": 0.25},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "falcon_h1": {"mamba_d_ssm": 128, "lm_head_multiplier": 0.0390625},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "qk_nope_head_dim": 16, "head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 8},
+    "granite": SCALED,
+    "granite_docling": {"vision_config": {"out_hidden_size": 64}},
+    "granitemoe": SCALED,
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], **SCALED},
+    "granitemoeshared": SCALED,
+    "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"head_dim": 32},
+    "qwen3_5_moe_text": MIXED,
+    "qwen3_5_text": MIXED,
+    "qwen3_next": MIXED,
+    "qwen4_exp_text": {**MIXED, **INDEXED, "indexer_budget": 64, "indexer_compress_ratio": 4},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "step3p7_text": {"sliding_window": 64},
+    "unlimited_ocr_text": {"num_key_value_heads": 4},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 @torch.no_grad()
