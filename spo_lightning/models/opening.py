@@ -11,6 +11,7 @@ from typing import Any
 
 from spo_lightning.errors import UserError, verdict
 from spo_lightning.models import adapters
+from spo_lightning.models.foreign import auto_class
 from spo_lightning.models.sources import Source, check, found
 
 
@@ -145,10 +146,12 @@ def _model(source: Source, asked: Asked, family: str, settings: dict[str, Any]) 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     how: dict[str, Any] = {"use_safetensors": True}
+    opens = AutoModelForCausalLM
     with _readable(source):
         if source.gguf is None:  # of a GGUF file reading the config alone costs seconds
             config = AutoConfig.from_pretrained(source.where, **asked.hub)
             _check_family(source, config.model_type, family)
+            opens = auto_class(config)
         else:
             from transformers import GgufConfig
 
@@ -157,9 +160,7 @@ def _model(source: Source, asked: Asked, family: str, settings: dict[str, Any]) 
         how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told of below
         # the bar of a .gguf file knows no verbosity
         with nullcontext() if source.gguf is None else redirect_stderr(io.StringIO()):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.where, **how, **settings, **asked.hub
-            )
+            loaded: Any = opens.from_pretrained(source.where, **how, **settings, **asked.hub)
     lm, read = loaded
     _check_whole(source, type(lm).__name__, read)
     if source.gguf is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spo_lightning.errors import UserError
 from spo_lightning.models import adapters, opening
 from spo_lightning.models.attention import FLEX, IMPLEMENTATION
+from spo_lightning.models.foreign import auto_class, take_attention, without_dropout
 from spo_lightning.models.opening import Asked, Opened
 from spo_lightning.world import ALONE, World
 
@@ -127,11 +128,9 @@ def load(
         asked = Asked(revision, trust_remote_code, base)
         found = opening.opened(pretrained, asked, str(config.get("model_type", "")), settings)
     lm = found.lm
-    _no_dropout(lm)
-    if attention in OWN and lm._supports_sdpa:
-        lm.set_attn_implementation(OWN[attention])
-    elif attention in OWN:
-        log.info("Batches are padded, not packed: %s has eager attention only.", type(lm).__name__)
+    without_dropout(lm)
+    if attention in OWN:
+        take_attention(lm, OWN[attention])
     lm.to(device)
     adapted = found.module is not lm
     return Policy(
@@ -204,7 +203,7 @@ def check_same_tokens(mine: Any, theirs: Any, where: str) -> None:
 
 def _build(config: dict, settings: dict) -> tuple[Any, Any]:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     tokenizer = byte_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -212,7 +211,7 @@ def _build(config: dict, settings: dict) -> tuple[Any, Any]:
         made = AutoConfig.for_model(
             **config, vocab_size=len(tokenizer), bos_token_id=None, use_cache=True, **ids
         )
-        return AutoModelForCausalLM.from_config(made, **settings), tokenizer
+        return auto_class(made).from_config(made, **settings), tokenizer
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.config does not build: {_cause(error)}") from error
 
@@ -237,15 +236,6 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", padding_side="right"
     )
-
-
-def _no_dropout(lm: Any) -> None:
-    """Rewards are differences of two scorings: dropout would make them noise."""
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def adapt(
