@@ -81,7 +81,7 @@ def _prepare() -> None:
     logging.raiseExceptions = False  # train.log on a full disk loses its lines, not the run
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra exits 1 over several lines
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|peft|wandb)")
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|peft|transformers|wandb)")
     from omegaconf import OmegaConf
 
     from spo_lightning.sweep import PLUGINS

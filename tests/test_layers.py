@@ -20,7 +20,7 @@ ROOMS = (
     *("errors", "world", "config", "records", "data", "models", "losses", "solvers", "cache"),
     *("evaluation", "judges", "training", "sampling", "studies", "run"),
     *("sweep", "report", "command", "bench"),
-    *("train", "eval", "inspect", "sample", "dashboard"),
+    *("train", "eval", "inspect", "sample", "export", "dashboard"),
 )
 # what the rooms that know least may import besides themselves
 NARROW = {
@@ -40,6 +40,7 @@ COMMANDS = (
         "eval",
         "inspect",
         "sample",
+        "export",
         "bench.__main__",
         "command",
         "config.knobs",

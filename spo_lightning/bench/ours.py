@@ -24,12 +24,12 @@ from spo_lightning.data.rows import Task
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import Interrupted
 from spo_lightning.models import device
-from spo_lightning.models.policy import check_sources
 from spo_lightning.models.scorer import Scorer
+from spo_lightning.models.sources import check_sources
 from spo_lightning.records.progress import Stages, quiet, silent
 from spo_lightning.run.job import objective
 from spo_lightning.run.training import prepared
-from spo_lightning.training.fit import OuterSteps, module_of
+from spo_lightning.training.fit import OuterSteps, lightning_precision, module_of
 from spo_lightning.world import World
 
 
@@ -124,7 +124,7 @@ class Ours:
             trainer = Trainer(
                 accelerator=cfg.hardware.accelerator,
                 devices=1,
-                precision=cfg.hardware.precision,
+                precision=lightning_precision(cfg.hardware),
                 max_steps=steps,
                 max_epochs=-1,
                 callbacks=[look],

@@ -29,11 +29,11 @@ from spo_lightning.models.policy import (
     Policy,
     check_same_tokens,
     opened,
-    source_of,
     tokenizer_of,
 )
 from spo_lightning.models.scorer import Scorer, score
 from spo_lightning.models.sharing import as_read_by
+from spo_lightning.models.sources import found
 from spo_lightning.records.progress import Stages, Within
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,15 @@ def row_key(pair: Pair) -> bytes:
 
 
 def weights_name(policy: Policy, precision: Precision) -> str:
-    """The name of the policy's start, from its weights in memory: adapters are no part of it."""
+    """The name of the policy's start, from its weights in memory: new adapters are no part of it.
+
+    Those of a checkpoint are, as they were loaded.
+    """
     lm = policy.lm
     config = {k: v for k, v in lm.config.to_dict().items() if k not in UNREAD}
     digest = _begun(lm.device, lm.dtype, lm.config._attn_implementation, precision)
     shape = [type(lm).__name__, config]
+    shape += [policy.settings()] if policy.settings() else []
     digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
     for name, value in sorted(dict(policy.tensors()).items()):
         digest.update(f"{name} {value.dtype} {[*value.shape]}".encode())
@@ -70,18 +74,19 @@ def weights_name(policy: Policy, precision: Precision) -> str:
 def files_name(
     checkpoint: str, settings: Any, device: torch.device, precision: Precision
 ) -> str | None:
-    """The name of a checkpoint directory, from its files, so that they need not be loaded.
+    """The name of a checkpoint on this disk, from its files, so that they need not be loaded.
 
     None where they are not all there: a hub id, or adapters, whose base is elsewhere.
     """
-    source, local = source_of(checkpoint)
-    where = Path(source)
-    if not local or (where / "adapter_config.json").exists():
+    source = found(checkpoint)
+    if not source.local or source.adapters:
         return None
+    where = Path(source.where)
     digest = _begun(device, DTYPES[settings.dtype], settings.attention, precision)
     digest.update(f"code of its own: {settings.trust_remote_code}\n".encode())
-    for path in sorted(where.rglob("*")):
-        if path.suffix in (".safetensors", ".json", ".py") and path.is_file():
+    read = (".safetensors", ".json", ".py")
+    for path in sorted(where.rglob("*") if source.gguf is None else [source.path]):
+        if path.suffix in (*read, ".gguf") and path.is_file():
             with path.open("rb") as file:
                 own = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(f"{path.relative_to(where)} {own}\n".encode())
@@ -114,8 +119,8 @@ class Referee:
         self.precision, self.stages, self.batch_size = precision, stages, cfg.eval.batch_size
         self.other, self.settings = cfg.model.reference, cfg.model
         if self.other is not None:
-            trusted = cfg.model.trust_remote_code
-            theirs = tokenizer_of(self.other, None, trusted)
+            plain = {**cfg.model, "revision": None}  # that one is the policy's
+            theirs = tokenizer_of(self.other, plain)
             check_same_tokens(policy.tokenizer, theirs, self.other)
         self.shards, home = None, cache_of(cfg)
         if home is not None:
@@ -148,7 +153,7 @@ class Referee:
     def stays(self) -> "Referee":
         """The same for pairs that are read while the policy trains: a copy stays what it is now.
 
-        Adapters need none: they are switched off meanwhile.
+        Adapters need none: they are switched off meanwhile, or hold what they began with.
         """
         later = copy.copy(self)
         if self.other is None and not self.policy.adapted:

@@ -52,6 +52,11 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
     ("optimizer.", lambda c: c.get("max_steps") == 0, "max_steps is 0: nothing is trained"),
     (
+        "optimizer.bf16",
+        lambda c: not _trains_bfloat16(c),
+        "model.dtype is not bfloat16, or adapters train, which are in float32",
+    ),
+    (
         "data.eval_fraction",
         lambda c: c.data.get("eval_path") is not None,
         "data.eval_path is set",
@@ -96,6 +101,7 @@ STREAM: list[tuple[str, Callable[[Any], bool], str]] = [
 ]
 READ_ALWAYS = (
     *("model.lora.rank", "sft.max_steps", "cache.enabled"),
+    *("model.lora.fresh", "model.lora.merge"),  # adapters of a checkpoint need no rank
     *(f"diagnostics.{d}.every_n_steps" for d in DIAGNOSTICS),
 )
 # all that a run without a language model reads
@@ -121,6 +127,11 @@ def _sft_is_idle(cfg: DictConfig) -> bool:
     # of pairs it is the warm start's text too; other sources bring that themselves
     warms = str(cfg.data.get("_target_")).endswith("pairs.pairs") and warm_start_steps(cfg) > 0
     return (watched or cfg.max_steps == 0) and not warms
+
+
+def _trains_bfloat16(cfg: DictConfig) -> bool:
+    dtype, rank = (OmegaConf.select(cfg, key) for key in ("model.dtype", "model.lora.rank"))
+    return dtype == "bfloat16" and not rank and cfg.get("max_steps") != 0
 
 
 @dataclass(frozen=True)
@@ -176,6 +187,7 @@ def check(cfg: DictConfig, line: Given) -> None:
             raise UserError(f"{key}={value}: it must be {words}")
     _check_attention(cfg)
     _check_precision(cfg)
+    _check_inner_steps(cfg)
     _check_looks(cfg)
     _check_stream(cfg)
     _check_sweep(line)
@@ -234,6 +246,17 @@ def _check_precision(cfg: DictConfig) -> None:
             raise UserError(
                 f"hardware.precision={precision} works on weights in {wanted[precision]}, of "
                 f"policy and reference alike: set {key}={wanted[precision]} too"
+            )
+
+
+def _check_inner_steps(cfg: DictConfig) -> None:
+    for key in ("solver.lower_lr", "solver.value.lower_lr"):
+        rate = OmegaConf.select(cfg, key)
+        if rate is not None and _trains_bfloat16(cfg):
+            raise UserError(
+                f"{key}={rate} is of steps that the solver takes on the weights itself, and in "
+                "bfloat16 they would round away: set model.dtype=float32 (and "
+                "hardware.precision=bf16-mixed), or train adapters (model.lora.rank)"
             )
 
 

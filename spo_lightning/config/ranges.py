@@ -5,6 +5,8 @@ from typing import Any
 
 from omegaconf import ListConfig
 
+FORMS = "a directory, .gguf file, pkg://NAME or hub id"
+CHECKPOINTS = ("model.pretrained", "model.reference", "model.base", "base", "reference")
 DIAGNOSTICS = ("displacement", "evolution", "geometry", "ches", "overoptimisation", "probes")
 # key -> (what holds, in words)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -33,6 +35,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v in ("constant", "linear", "cosine"),
         "constant, linear or cosine",
     ),
+    "optimizer.bf16": (
+        lambda v: v in ("stochastic", "master", "plain"),
+        "stochastic, master or plain",
+    ),
     "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
     "data.eval_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "data.chunk_rows": (lambda v: v >= 1, "at least 1"),
@@ -59,8 +65,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sweep.resume": (lambda v: v is None or isinstance(v, str), "the directory of a sweep"),
     "ckpt_path": (lambda v: v is None or isinstance(v, str), "last, or the path of a checkpoint"),
     "model.lora.rank": (lambda v: v >= 0, "at least 0"),
-    "model.pretrained": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
-    "model.reference": (lambda v: v is None or isinstance(v, str), "a directory or hub id"),
+    "model.lora.alpha": (lambda v: v > 0, "above 0"),
+    **{key: (lambda v: v is None or isinstance(v, str), FORMS) for key in CHECKPOINTS},
     "hardware.devices": (lambda v: v >= 1, "at least 1"),
     "hardware.strategy": (lambda v: v in ("auto", "ddp"), "auto or ddp"),
     "hardware.threads": (lambda v: v is None or v >= 1, "at least 1, or null"),

@@ -4,8 +4,9 @@ transformers knows it as an attention implementation of its own, ``IMPLEMENTATIO
 attends to itself, causally; a response to its prompt and itself. What lies outside is never
 computed. In half precision on a GPU one call of a kernel of variable lengths takes the row. Long
 stretches on the CPU get a call of sdpa each. Otherwise two calls take it, all prompts and then all
-responses, and padding exists inside them only. ``FLEX`` is the same by FlexAttention: one call for
-the row, on a GPU, in any precision, that passes over blocks nobody attends to.
+responses, and padding exists inside them only. Scores with a soft cap or with sinks, which sdpa
+does not know, are computed by their definition. ``FLEX`` is the same by FlexAttention: one call
+for the row, on a GPU, in any precision, that passes over blocks nobody attends to.
 """
 
 from functools import cache
@@ -61,13 +62,14 @@ def forward(
     """
     if tree is None:
         return _without_a_tree(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("softcap") is not None:
-        raise ValueError("sdpa has no soft cap of attention scores")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("its attention scores have a bias by position")
     window = _window(tree, **kwargs)
-    half = _half(query, tree)
-    if half is not None:
-        return _in_one_call(query, key, value, half, tree, window, kwargs.get("scaling")), None
     how = {"scale": kwargs.get("scaling"), "enable_gqa": query.shape[1] != key.shape[1]}
+    how |= _beside(**kwargs)
+    half = None if "cap" in how else _half(query, tree)
+    if half is not None:
+        return _in_one_call(query, key, value, half, tree, window, how["scale"]), None
     way = _by_stretch if _long(query, tree) else _in_rectangles
     return way(query, key, value, tree, window, how)[None], None
 
@@ -98,7 +100,57 @@ def _without_a_tree(
 ) -> tuple[Tensor, None]:
     if attention_mask is not None and attention_mask.dtype == NO_MASK.dtype:
         raise TypeError("its layers hand no keyword arguments to their attention")
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    beside = _beside(**kwargs)
+    if not beside:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    how = {"scale": kwargs.get("scaling"), "enable_gqa": query.shape[1] != key.shape[1]}
+    causal = attention_mask is None and query.shape[2] > 1
+    found = _attend(query, key, value, attention_mask, is_causal=causal, **how, **beside)
+    return found.transpose(1, 2).contiguous(), None
+
+
+def _beside(softcap: float | None = None, s_aux: Tensor | None = None, **_: Any) -> dict[str, Any]:
+    """What the scores have that sdpa does not know; nothing where they have nothing."""
+    found = {"cap": softcap, "sinks": s_aux}
+    return {} if softcap is None and s_aux is None else found
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool = False,
+    **how: Any,
+) -> Tensor:
+    """[rows, heads, width, head_dim]: sdpa, by its definition where scores are capped or sink."""
+    if "cap" not in how:
+        return scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, **how)
+    if how["enable_gqa"]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
+    scale = query.shape[-1] ** -0.5 if how["scale"] is None else how["scale"]
+    scores = query @ key.transpose(2, 3) * scale
+    if how["cap"] is not None:
+        scores = how["cap"] * torch.tanh(scores / how["cap"])
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        # finite: a row of padding attends to nothing, and must stay a number
+        lowest = torch.finfo(scores.dtype).min
+        seen = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, lowest) if seen else scores + mask
+    return _softmax(scores, how["sinks"]).to(value.dtype) @ value
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Over keys, and over one more of its own score per head, the sink, which gives nothing."""
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    if sinks is None:
+        return wide.softmax(-1)
+    sinks = sinks.to(wide.dtype).reshape(1, -1, 1, 1).expand(*wide.shape[:-1], 1)
+    return torch.cat([wide, sinks], dim=-1).softmax(-1)[..., :-1]
 
 
 def _window(tree: Tree, sliding_window: int | None = None, **_: Any) -> int | None:
@@ -180,9 +232,7 @@ def _by_stretch(
         if given or window is not None:
             mask = torch.ones(width, given + width, dtype=torch.bool).tril(given)
             mask = mask if window is None else mask.triu(given - window + 1)
-        found.append(
-            scaled_dot_product_attention(asks, own, shown, mask, is_causal=mask is None, **how)
-        )
+        found.append(_attend(asks, own, shown, mask, is_causal=mask is None, **how))
     return torch.cat(found, dim=2)[0].transpose(0, 1)
 
 
@@ -197,12 +247,10 @@ def _in_rectangles(
         query, key, value = (
             _rectangle(states, places) for states, places in zip(row, (asks.there, keys, keys))
         )
-        if not fused() and query.shape[2] > PART:
+        if query.shape[2] > PART and ("cap" in how or not fused()):
             found = _in_parts(query, key, value, mask, **how)
         else:
-            found = scaled_dot_product_attention(
-                query, key, value, mask, is_causal=mask is None, **how
-            )
+            found = _attend(query, key, value, mask, is_causal=mask is None, **how)
         return found.transpose(1, 2).flatten(0, 1).index_select(0, asks.back)
 
     before = attend(tree.prompts, tree.prompts.there, causal)
@@ -223,9 +271,7 @@ def _in_parts(
         stop = min(start + PART, width)
         asks, upto = query[:, :, start:stop], given + stop
         seen = mask[..., start:stop, :upto]
-        parts.append(
-            scaled_dot_product_attention(asks, key[:, :, :upto], value[:, :, :upto], seen, **how)
-        )
+        parts.append(_attend(asks, key[:, :, :upto], value[:, :, :upto], seen, **how))
     return torch.cat(parts, dim=2)
 
 

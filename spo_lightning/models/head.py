@@ -91,9 +91,10 @@ def _capped(logits: Tensor, cap: float | None) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def logits_of(head: nn.Module, hidden: Tensor, cap: float | None) -> Tensor:
-    """[S, vocabulary] in float32 at least, soft-capped where there is a ``cap``."""
-    return _capped(_wide(head(hidden)), cap)
+def logits_of(head: nn.Module, hidden: Tensor, cap: float | None, scale: float = 1.0) -> Tensor:
+    """[S, vocabulary] in float32 at least, scaled, then soft-capped where there is a ``cap``."""
+    logits = _wide(head(hidden))
+    return _capped(logits if scale == 1 else scale * logits, cap)
 
 
 def is_plain(head: nn.Module) -> bool:
@@ -102,13 +103,20 @@ def is_plain(head: nn.Module) -> bool:
 
 
 def fused_logps(
-    head: nn.Linear, hidden: Tensor, targets: Tensor, cap: float | None, most: int
+    head: nn.Linear,
+    hidden: Tensor,
+    targets: Tensor,
+    cap: float | None,
+    most: int,
+    scale: float = 1.0,
 ) -> Tensor:
     """[S] log-probability of each target under a head that ``is_plain``; first order only.
 
     ``most``: how many logits may be alive at once. Where all are fewer, backward finds them kept.
     """
     weight, kind = head.weight, hidden.device.type
+    if scale != 1:  # of the logits: the head is linear
+        hidden = scale * hidden
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -4,9 +4,8 @@ A new architecture is one yaml in ``conf/model``.
 """
 
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from spo_lightning.errors import UserError
+from spo_lightning.models import adapters, opening
 from spo_lightning.models.attention import FLEX, IMPLEMENTATION
+from spo_lightning.models.foreign import auto_class, take_attention, without_dropout
+from spo_lightning.models.opening import Asked, Opened
 from spo_lightning.world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -38,9 +40,16 @@ class Policy:
     tokenizer: Any
     adapted: bool  # only low-rank adapters train
     built: bool  # from config, not from a checkpoint
+    # the checkpoint that adapters stand on; None: it is in no file, so they are saved merged
+    base: str | None = None
+    # what the adapters of a checkpoint held when they were loaded; None: they are new
+    began: Mapping[str, Tensor] | None = None
 
     def start(self) -> Any:
-        """A context in which the policy is its own start: adapters off, where there are any."""
+        """A context in which the policy is its own start: new adapters off, those of a checkpoint
+        as they were loaded."""
+        if self.began is not None:
+            return adapters.holding(self.lm, self.began)
         return self.module.disable_adapter() if self.adapted else nullcontext()  # type: ignore
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -48,15 +57,20 @@ class Policy:
         yield from self.lm.state_dict().items()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that decides the start's numbers: parameters but adapters', and buffers; whole."""
+        """All that decides the start's numbers, whole: parameters but new adapters', buffers."""
         for name, value in self.lm.named_parameters():
             if not (self.adapted and value.requires_grad):
                 yield name.replace(".base_layer.", "."), value
+        yield from (self.began or {}).items()
         yield from self.lm.named_buffers()  # also those that no file holds: rotary frequencies
 
     def agree(self, world: World) -> None:
         """Every process has the first one's weights."""
         world.agree(value for _, value in self.weights())
+
+    def settings(self) -> dict[str, Any]:
+        """What else decides them: how the adapters of a checkpoint compute."""
+        return {} if self.began is None else adapters.settings_of(self.module)
 
     def read(self, directory: Path) -> None:
         """Take the weights that ``save`` wrote of the same model, in place."""
@@ -71,44 +85,18 @@ class Policy:
         Every process calls it, the first writes.
         """
         if world.first:
-            self._save(directory, merge=merge, card=card)
+            directory.mkdir(parents=True, exist_ok=True)
+            if self.adapted and self.base is not None and not merge:
+                adapters.write(self.module, directory, self.base)
+            else:
+                self.whole().save_pretrained(directory)
+            self.tokenizer.save_pretrained(directory)
+            (directory / "README.md").write_text(card, encoding="utf-8")
         world.barrier()
 
-    def _save(self, directory: Path, *, merge: bool, card: str) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        if self.adapted and not (merge or self.built):
-            self.module.save_pretrained(directory)  # type: ignore[operator]
-        else:
-            with self._merged():
-                self._plain().save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
-        (directory / "README.md").write_text(card, encoding="utf-8")
-
-    @contextmanager
-    def _merged(self) -> Iterator[None]:
-        if self.adapted:
-            self.module.merge_adapter()  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            if self.adapted:
-                self.module.unmerge_adapter()  # type: ignore[operator]
-
-    def _plain(self) -> Any:
-        """The transformers model without peft's layers, for saving."""
-        if not self.adapted:
-            return self.lm
-        from transformers import AutoModelForCausalLM
-
-        plain = AutoModelForCausalLM.from_config(self.lm.config, dtype=self.lm.dtype)
-        merged = {
-            name.replace(".base_layer.", "."): value
-            for name, value in self.lm.state_dict().items()
-            if ".lora_" not in name
-        }
-        plain.load_state_dict(merged, strict=True)
-        plain.generation_config = self.lm.generation_config
-        return plain
+    def whole(self) -> Any:
+        """A transformers model without peft's layers."""
+        return adapters.merged(self.module) if self.adapted else self.lm
 
 
 def load(
@@ -120,9 +108,10 @@ def load(
     attention: str,
     config: dict,
     seed: int,
+    base: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Policy:
-    """Build or load a policy of which every weight trains, on ``device``."""
+    """Build or load a policy on ``device``: every weight trains, or the checkpoint's adapters."""
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype} is not one of {', '.join(DTYPES)}")
     if attention not in (*OWN, "sdpa", "eager"):
@@ -134,26 +123,57 @@ def load(
     torch.manual_seed(seed)  # initial weights
     if pretrained is None:
         lm, tokenizer = _build(dict(config), settings)
+        found = Opened(lm, lm, tokenizer, None)
     else:
-        lm, tokenizer = _open(pretrained, revision, trust_remote_code, dict(config), settings)
-    _no_dropout(lm)
-    if attention in OWN and lm._supports_sdpa:
-        lm.set_attn_implementation(OWN[attention])
-    elif attention in OWN:
-        log.info("Batches are padded, not packed: %s has eager attention only.", type(lm).__name__)
+        asked = Asked(revision, trust_remote_code, base)
+        found = opening.opened(pretrained, asked, str(config.get("model_type", "")), settings)
+    lm = found.lm
+    without_dropout(lm)
+    if attention in OWN:
+        take_attention(lm, OWN[attention])
     lm.to(device)
-    return Policy(lm, lm, tokenizer, adapted=False, built=pretrained is None)
+    adapted = found.module is not lm
+    return Policy(
+        found.module,
+        lm,
+        found.tokenizer,
+        adapted=adapted,
+        built=pretrained is None,
+        base=found.base,
+        began=adapters.trained(lm) if adapted else None,
+    )
 
 
 def of_config(cfg: DictConfig, device: torch.device | str) -> Policy:
     """The model of a run's config."""
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     named = ("pretrained", "revision", "trust_remote_code", "dtype", "attention", "config")
-    return load(**{key: model[key] for key in named}, seed=cfg.seed, device=device)
+    some = {key: model[key] for key in named} | {"base": model.get("base")}
+    policy = load(**some, seed=cfg.seed, device=device)
+    _refuse_idle(policy, cfg.model)
+    return policy
+
+
+def _refuse_idle(policy: Policy, model: DictConfig) -> None:
+    """What the checkpoint itself makes idle: whether it holds adapters is seen in it alone."""
+    lora, name = model.lora, model.pretrained
+    if policy.adapted and lora.rank and not lora.get("fresh"):
+        raise UserError(
+            f"model.lora.rank={lora.rank} is of new adapters, and those of {name} go on: leave it "
+            "out, or model.lora.fresh=true merges them first"
+        )
+    if policy.adapted:
+        return
+    if lora.get("fresh"):
+        raise UserError(f"model.lora.fresh has no effect: {name} holds no adapters; leave it out")
+    if lora.merge and not lora.rank:
+        raise UserError("model.lora.merge has no effect: model.lora.rank is 0; leave it out")
+    if model.get("base") is not None and model.reference is None:
+        raise UserError(f"model.base has no effect: {name} holds no adapters; leave it out")
 
 
 def opened(where: str, settings: DictConfig, device: torch.device | str) -> Policy:
-    """A checkpoint as it is; ``settings`` has its dtype, attention and trust_remote_code."""
+    """A checkpoint as it is; ``settings``: its dtype, attention, trust_remote_code and base."""
     return load(
         pretrained=where,
         revision=None,
@@ -162,8 +182,17 @@ def opened(where: str, settings: DictConfig, device: torch.device | str) -> Poli
         attention=settings.attention,
         config={},
         seed=0,
+        base=settings.get("base"),
         device=device,
     )
+
+
+def tokenizer_of(where: str | None, settings: Mapping[str, Any]) -> Any:
+    """The tokenizer alone; ``settings`` as in ``opened``, and the revision of a hub id."""
+    if where is None:
+        return byte_tokenizer()
+    revision, base = settings.get("revision"), settings.get("base")
+    return opening.tokenizer_of(where, Asked(revision, settings["trust_remote_code"], base))
 
 
 def check_same_tokens(mine: Any, theirs: Any, where: str) -> None:
@@ -174,7 +203,7 @@ def check_same_tokens(mine: Any, theirs: Any, where: str) -> None:
 
 def _build(config: dict, settings: dict) -> tuple[Any, Any]:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     tokenizer = byte_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -182,7 +211,7 @@ def _build(config: dict, settings: dict) -> tuple[Any, Any]:
         made = AutoConfig.for_model(
             **config, vocab_size=len(tokenizer), bos_token_id=None, use_cache=True, **ids
         )
-        return AutoModelForCausalLM.from_config(made, **settings), tokenizer
+        return auto_class(made).from_config(made, **settings), tokenizer
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.config does not build: {_cause(error)}") from error
 
@@ -192,40 +221,6 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())
-
-
-def tokenizer_of(pretrained: str | None, revision: str | None, trust: bool) -> Any:
-    """The tokenizer alone, for looking at data."""
-    if pretrained is None:
-        return byte_tokenizer()
-    source, local = source_of(pretrained)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=trust
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(_refused(pretrained, local, error)) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def source_of(where: str) -> tuple[str, bool]:
-    """A checked local directory or a hub id, and which of the two it is."""
-    path = Path(where).expanduser()
-    local = path.exists() or where.startswith((".", "/", "~"))
-    if local:
-        check_directory(path)
-    return (str(path) if local else where), local
-
-
-def check_sources(model: DictConfig) -> None:
-    """Refuse local directories that hold no model, before any is loaded."""
-    for where in (model.pretrained, model.reference):
-        if where is not None:
-            source_of(where)
 
 
 def byte_tokenizer() -> Any:
@@ -243,89 +238,28 @@ def byte_tokenizer() -> Any:
     )
 
 
-def _open(
-    where: str, revision: str | None, trust: bool, config: dict, settings: dict
-) -> tuple[Any, Any]:
-    source, local = source_of(where)
-    tokenizer = tokenizer_of(where, revision, trust)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shared = {"revision": revision or "main", "trust_remote_code": trust}
-    try:
-        base = _base_of(Path(source)) if local else source
-        found = AutoConfig.from_pretrained(base, **shared)
-        _check_family(where, found, config)
-        lm = AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=True, **settings, **shared
-        )
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(_refused(where, local, error)) from error
-    if hasattr(lm, "peft_config"):
-        raise UserError(f"{where} holds adapters: merge them first (model.lora.merge=true)")
-    return lm, tokenizer
-
-
-def check_directory(path: Path) -> None:
-    """Refuse what is no checkpoint, before anything heavy is imported."""
-    if not path.exists():
-        raise UserError(f"no such checkpoint: {path}; give a directory or a hub id")
-    if not path.is_dir() or not any(
-        (path / name).exists() for name in ("config.json", "adapter_config.json")
-    ):
-        raise UserError(f"{path} is no Hugging Face checkpoint: it has no config.json")
-
-
-def _base_of(path: Path) -> str:
-    """Where the config stands: for an adapter directory that of its base model."""
-    if (path / "config.json").exists() or not (path / "adapter_config.json").exists():
-        return str(path)
-    import json
-
-    return json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-
-
-def _check_family(where: str, found: Any, config: dict) -> None:
-    family = str(config.get("model_type", "")).rstrip("0123456789")
-    if family and not found.model_type.startswith(family):
-        raise UserError(
-            f"{where} is a {found.model_type} checkpoint, not {config['model_type']}: "
-            "choose the model option of its architecture, or model=pretrained"
-        )
-
-
-def _refused(where: str, local: bool, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    if local:
-        return f"{where} does not load: {first}"
-    reason = "HF_HUB_OFFLINE is set" if offline else "the hub did not give it"
-    return f"{where} is neither a local directory nor in the hub's cache, and {reason}: {first}"
-
-
-def _no_dropout(lm: Any) -> None:
-    """Rewards are differences of two scorings: dropout would make them noise."""
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
 def adapt(
-    policy: Policy, *, rank: int, alpha: float, targets: Any, merge: bool, seed: int
+    policy: Policy,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Any,
+    merge: bool,
+    seed: int,
+    fresh: bool = False,
+    dora: bool = False,
+    rslora: bool = False,
 ) -> Policy:
-    """The policy with low-rank adapters, which alone train; rank 0 adds none."""
+    """The policy with low-rank adapters, which alone train; rank 0 adds none.
+
+    ``fresh``: those of its checkpoint become part of the weights first; else they go on.
+    """
+    if policy.adapted and not fresh:
+        return policy
+    if policy.adapted:
+        lm = policy.whole().to(policy.lm.device).requires_grad_(True)
+        policy = replace(policy, module=lm, lm=lm, adapted=False, base=None, began=None)
     if not rank:
         return policy
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    chosen = targets if isinstance(targets, str) else list(targets)
-    scale: Any = alpha  # peft declares an int and takes any number
-    settings = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen, task_type="CAUSAL_LM")
-    try:
-        return replace(policy, module=get_peft_model(policy.lm, settings), adapted=True)
-    except ValueError as error:
-        raise UserError(f"model.lora.targets={targets}: {_cause(error)}") from error
+    how = {"alpha": alpha, "targets": targets, "dora": dora, "rslora": rslora, "seed": seed}
+    return replace(policy, module=adapters.fresh(policy.lm, rank=rank, **how), adapted=True)

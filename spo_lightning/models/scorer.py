@@ -22,6 +22,7 @@ from spo_lightning.data.batch import CHOSEN, PAD, REJECTED, Pair, PairBatch, col
 from spo_lightning.data.sets import Pairs
 from spo_lightning.models import attention
 from spo_lightning.models.head import fused_logps, is_plain, logits_of, plain_logps
+from spo_lightning.models.reading import Reading, reading_of, text_config, vocabulary_of
 from spo_lightning.records.progress import Stages
 
 FLOATS = 2**18  # in a MiB
@@ -124,17 +125,21 @@ class Scorer(nn.Module):
 
     ``model`` is a transformers causal LM (adapters, if any, injected in place). ``shared`` says
     whether its architecture takes a prompt once for several responses, see ``sharing.py``.
-    ``logits``: how many are alive at once. ``compiled``: whether torch compiles the forwards.
+    ``logits``: how many are alive at once. ``reading``: how they follow from a forward; found
+    where it is not given. ``compiled``: whether torch compiles the forwards.
     """
 
-    def __init__(self, model: Any, shared: bool, logits: int = LOGITS):
+    def __init__(
+        self, model: Any, shared: bool, logits: int = LOGITS, reading: Reading | None = None
+    ):
         super().__init__()
         self.model, self.shared, self.logits, self.compiled = model, shared, logits, False
+        self.reading = reading or reading_of(model)
 
     @property
     def packs(self) -> bool:
         """Whether a batch is one row without padding."""
-        return self.model.config._attn_implementation in attention.PACKED
+        return self._attention in attention.PACKED
 
     def forward(self, batch: PairBatch) -> PairLogps:
         """Log-probabilities of every completion token. Differentiable."""
@@ -155,7 +160,7 @@ class Scorer(nn.Module):
         """A context whose forwards can be differentiated twice, None where there is none."""
         known = ("eager", "sdpa", attention.IMPLEMENTATION)
         known = () if self.compiled else known  # what torch compiles has a first derivative only
-        return MathKernel if self.model.config._attn_implementation in known else None
+        return MathKernel if self._attention in known else None
 
     def smaller(self, batch: PairBatch) -> list[PairBatch]:
         """The batch in parts of which a forward inside ``twice`` fits where the whole one did."""
@@ -174,20 +179,21 @@ class Scorer(nn.Module):
         Measured: a token of a graph that can be differentiated twice takes 2.8 times the memory of
         one in a plain forward, and its attention matrices a tenth per key and head dimension.
         """
-        config = self.model.config
+        config = text_config(self.model)
+        heads = getattr(config, "num_attention_heads", 0)
         lengths = (batch if batch.lower is None else batch.lower).lengths[:, :2].sum(1)
         longest = int(lengths.max())
         keys = longest if longest <= attention.PART else (longest + attention.PART) / 2
-        each = 2.8 + 0.1 * keys * config.num_attention_heads / config.hidden_size
+        each = 2.8 + 0.1 * keys * heads / config.hidden_size
         return max(1, int(len(batch) * ROOM * batch.tokens / (each * int(lengths.sum()))))
 
     def _score(self, batch: PairBatch, hidden: Tensor) -> Tensor:
-        head, targets, cap = self._head, batch.targets, self._cap
+        head, targets, by = self._head, batch.targets, self.reading
         if attention.fused() and is_plain(head):
-            return fused_logps(head, hidden, targets, cap, self.logits)
+            return fused_logps(head, hidden, targets, by.cap, self.logits, by.scale)
 
         def score(hidden: Tensor, targets: Tensor) -> Tensor:
-            return plain_logps(logits_of(head, hidden, cap), targets)
+            return plain_logps(logits_of(head, hidden, by.cap, by.scale), targets)
 
         rows = self._rows()
         if len(targets) <= rows:
@@ -197,7 +203,7 @@ class Scorer(nn.Module):
 
     def _rows(self) -> int:
         """Scored tokens whose logits are alive at once."""
-        return max(1, self.logits // self.model.config.vocab_size)
+        return max(1, self.logits // vocabulary_of(self.model))
 
     @torch.no_grad()
     def top(self, batch: PairBatch, k: int) -> tuple[Tensor, Tensor]:
@@ -207,7 +213,7 @@ class Scorer(nn.Module):
         """
         parts = []
         for chunk in self._predictors(batch).split(self._rows()):
-            p = logits_of(self._head, chunk, self._cap).softmax(-1)
+            p = logits_of(self._head, chunk, self.reading.cap, self.reading.scale).softmax(-1)
             p = p.topk(min(k, p.shape[-1]), dim=-1).values
             parts.append(torch.stack([-torch.xlogy(p, p).sum(-1) / math.log(2), p.sum(-1)]))
         entropy, mass = torch.cat(parts, dim=1)
@@ -220,62 +226,63 @@ class Scorer(nn.Module):
             parts = [(batch, 2 * batch.pair + batch.rejected.long())]
         else:
             parts = [(part, 2 * part.pair + side) for side, part in enumerate(sides(batch))]
-        states = torch.cat([self._predictors(part) for part, _ in parts]).double()
+        states = torch.cat([self._predictors(part, hidden=True) for part, _ in parts]).double()
         sums = states.new_zeros(2 * len(batch), states.shape[1])
         slots = torch.cat([slot for _, slot in parts])
         return sums.index_add(0, slots, states).view(len(batch), 2, -1)
 
     @property
+    def _attention(self) -> str:
+        return text_config(self.model)._attn_implementation
+
+    @property
     def _head(self) -> Any:
-        return self.model.get_output_embeddings()
+        return nn.Identity() if self.reading.logits else self.model.get_output_embeddings()
 
-    @property
-    def _cap(self) -> float | None:
-        return getattr(self.model.config, "final_logit_softcapping", None)
-
-    @property
-    def _body(self) -> Callable[..., Any]:
-        return self._compiled if self.compiled else self.model.base_model
+    def _run(self, hidden: bool, **words: Any) -> Tensor:
+        """[B, T, width] hidden states; logits where they come whole, unless ``hidden`` asks."""
+        body = self.reading.module(self.model)
+        run = self._compiled if self.compiled else body
+        words = self.reading.given(body, words | {"use_cache": False})
+        if hidden and self.reading.logits:
+            return run(**words, output_hidden_states=True).hidden_states[-1]
+        return self.reading.taken(run(**words))
 
     @cached_property
     def _compiled(self) -> Callable[..., Any]:
-        return torch.compile(self.model.base_model.forward, dynamic=True)
+        return torch.compile(self.reading.module(self.model).forward, dynamic=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, in this process or another, compiles its own."""
         return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
 
-    def _predictors(self, batch: PairBatch) -> Tensor:
-        """[S, width] last hidden states that predict the scored tokens."""
+    def _predictors(self, batch: PairBatch, hidden: bool = False) -> Tensor:
+        """[S, width] last hidden states, or logits, that predict the scored tokens."""
         if not self.packs:
-            return self._in_rows(batch)
+            return self._in_rows(batch, hidden)
         packed = batch.packed if self.shared else batch.packed_apart
-        states = self._body(
+        states = self._run(
+            hidden,
             input_ids=packed.input_ids,
             attention_mask=attention.NO_MASK.to(packed.input_ids.device),
             position_ids=packed.position_ids,
-            use_cache=False,
             tree=packed.tree,
-        ).last_hidden_state
+        )
         return states[0].index_select(0, packed.predictor)
 
-    def _in_rows(self, batch: PairBatch) -> Tensor:
+    def _in_rows(self, batch: PairBatch, hidden: bool = False) -> Tensor:
         """The same, from one padded row per pair."""
         # padding comes last, so nobody sees it; named, a window may leave it no keys, and nan
         mask = torch.ones_like(batch.segment)
         if self.shared and bool(batch.rejected.any()):
             mask = tree_mask(batch.segment)
-            if self.model.config._attn_implementation != "sdpa":
+            if self._attention != "sdpa":
                 # eager adds the mask to the scores; a boolean one would be silently wrong there
                 dtype = self.model.dtype
                 blocked = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
                 mask = blocked.masked_fill(~mask, torch.finfo(dtype).min)
-        states = self._body(
-            input_ids=batch.input_ids,
-            attention_mask=mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        states = self._run(hidden, attention_mask=mask, **rows)
         return states[batch.pair, batch.predictor]
 
 

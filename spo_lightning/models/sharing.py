@@ -9,12 +9,23 @@ import torch
 from omegaconf import DictConfig
 
 from spo_lightning.data.batch import Pair, collate
-from spo_lightning.errors import UserError
 from spo_lightning.models import attention
+from spo_lightning.models.checks import check
 from spo_lightning.models.policy import Policy
+from spo_lightning.models.reading import (
+    Reading,
+    line_of,
+    precise,
+    reading_of,
+    text_config,
+    vocabulary_of,
+)
 from spo_lightning.models.scorer import FLOATS, LOGITS, RECOMPUTED, Scorer
 
 log = logging.getLogger(__name__)
+
+
+KNOWN = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def sharing_refusal(config: Any, longest: int) -> str | None:
@@ -26,8 +37,11 @@ def sharing_refusal(config: Any, longest: int) -> str | None:
     if config._attn_implementation not in ("sdpa", "eager") and not own:
         return f"attention implementation {config._attn_implementation} takes no 4-D mask"
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layers - {"full_attention", "sliding_attention"}:
-        return f"layers of type {', '.join(sorted(layers - {'full_attention'}))}"
+    if layers - KNOWN:
+        return f"layers of type {', '.join(sorted(layers - KNOWN))}"
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and "chunked_attention" in layers and chunk < longest:
+        return f"chunks of {chunk} tokens are shorter than the longest row ({longest})"
     window = getattr(config, "sliding_window", None)
     windowed = getattr(config, "use_sliding_window", True) and (
         "sliding_attention" in layers or not getattr(config, "layer_types", None)
@@ -37,21 +51,6 @@ def sharing_refusal(config: Any, longest: int) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     return None
-
-
-@torch.no_grad()
-def check_head(model: Any) -> None:
-    """Refuse an architecture whose logits are not its head on its last hidden states."""
-    ids = tuple((torch.arange(16) % model.config.vocab_size).tolist())
-    batch = collate([Pair(ids[:8], ids[8:], ids[8:])], 0).to(model.device)
-    logits = model(input_ids=batch.input_ids[:, :16], use_cache=False).logits[0, 7:15]
-    own = logits.double().log_softmax(-1).gather(1, batch.targets[:8, None]).squeeze(1)
-    worst = (Scorer(model, shared=False).apart(batch).logps[:8] - own).abs().max().item()
-    if not worst <= (1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1):
-        raise UserError(
-            f"{type(model).__name__} does more between its hidden states and its logits than its "
-            f"output embedding (log-probabilities differ by {worst:.2g} nats): not supported"
-        )
 
 
 def scorer_of_run(
@@ -73,8 +72,8 @@ def scorer_of(policy: Policy, longest: int, *, share: bool, logits: int) -> Scor
 
     ``logits``: how many are alive at once.
     """
-    check_head(policy.lm)
     policy.lm.train()  # dropout is off; activation checkpointing asks for it
+    check(policy.lm)
     return scorer_for(policy.lm, longest, share=share, logits=logits)
 
 
@@ -89,56 +88,62 @@ def scorer_for(model: Any, longest: int, *, share: bool, logits: int = LOGITS) -
     Packed where the model has the package's attention; says so where that, or sharing prompts,
     does not work.
     """
-    if Scorer(model, share).packs:
-        refusal = refused(model, longest)
+    reading = reading_of(model)
+    if reading.said:
+        log.info("%s: %s.", type(model).__name__, reading.said)
+    if Scorer(model, share, logits, reading).packs:
+        refusal = refused(model, longest, reading)
         if refusal is None:
-            return Scorer(model, share, logits)
+            return Scorer(model, share, logits, reading)
         log.info("Batches are padded, not packed: %s.", refusal)
-        model.set_attn_implementation("sdpa")
-    return Scorer(model, share and supports_sharing(model, longest), logits)
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    shared = share and supports_sharing(model, longest, reading)
+    return Scorer(model, shared, logits, reading)
 
 
 def as_read_by(scorer: Scorer, model: Any) -> Scorer:
     """``model``, a reference, read as ``scorer`` reads: what was decided for one holds for it."""
-    model.set_attn_implementation(scorer.model.config._attn_implementation)
-    return Scorer(model, scorer.shared, scorer.logits)
+    model.set_attn_implementation(text_config(scorer.model)._attn_implementation)
+    return Scorer(model, scorer.shared, scorer.logits, scorer.reading)
 
 
-def supports_sharing(model: Any, longest: int) -> bool:
+def supports_sharing(model: Any, longest: int, reading: Reading | None = None) -> bool:
     """Whether rows may share their prompt; says so when not."""
-    refusal = refused(model, longest)
+    refusal = refused(model, longest, reading)
     if refusal:
         log.info("The prompt is not shared between responses: %s. Separate forwards.", refusal)
     return refusal is None
 
 
 @torch.no_grad()
-def refused(model: Any, longest: int) -> str | None:
+def refused(model: Any, longest: int, reading: Reading | None = None) -> str | None:
     """Why rows of up to ``longest`` tokens cannot share their prompt, or None.
 
     Config first, then a synthetic probe as long as the longest row: shared and separate forwards
     must agree to 1e-3 nats in every token; in half precision, where rounding alone may move a
     token by 0.1, to 0.1 in the mean over a response's tokens.
     """
-    return sharing_refusal(model.config, longest) or _probe(model, longest)
+    reading = reading or reading_of(model)
+    told = None if reading.positions else "it cannot be told where a token stands"
+    return told or sharing_refusal(text_config(model), longest) or _probe(model, longest, reading)
 
 
-def _probe(model: Any, longest: int) -> str | None:
-    limit = getattr(model.config, "max_position_embeddings", None) or longest
+def _probe(model: Any, longest: int, reading: Reading) -> str | None:
+    limit = getattr(text_config(model), "max_position_embeddings", None) or longest
     third = max(2, min(longest, limit) // 3)
     seeded = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (3 * third,), generator=seeded).tolist()
+    ids = torch.randint(0, vocabulary_of(model), (3 * third,), generator=seeded).tolist()
     pair = Pair(tuple(ids[:third]), tuple(ids[third : 2 * third]), tuple(ids[2 * third :]))
     # two pairs, the second shorter: rows of one batch must not see one another either
     other = Pair(pair.rejected[: third // 2], pair.prompt[:2], pair.chosen)
     batch = collate([pair, other], 0).to(model.device)
-    together = Scorer(model, shared=True)
+    together = Scorer(model, shared=True, reading=reading)
     try:
         shared = together(batch)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        return f"its forward refuses the row ({str(error).splitlines()[0]})"
+    except Exception as error:  # of a foreign forward, told in one line
+        return f"its forward refuses the row ({line_of(error)})"
     off = replace(shared, logps=(shared.logps - together.apart(batch).logps).abs())
-    if model.dtype in (torch.float32, torch.float64):
+    if precise(model):
         worst, tolerance, of = off.logps.max().item(), 1e-3, "in a token"
     else:
         worst, tolerance, of = (off.sums / off.lengths).max().item(), 0.1, "per token"

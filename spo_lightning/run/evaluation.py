@@ -1,7 +1,6 @@
 """The stages of an evaluation, top to bottom: a checkpoint's held-out numbers."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning.errors import UserError
@@ -40,11 +39,11 @@ class Measured(Tokenised):
 
 def evaluate(cfg: Any, world: World) -> dict[str, float]:
     """The held-out numbers of ``checkpoint``, against ``reference`` where there is one."""
-    from spo_lightning.models.policy import check_directory
+    from spo_lightning.models.sources import check
 
-    for where in (cfg.checkpoint, cfg.reference):
-        if where is not None and Path(where).exists():
-            check_directory(Path(where))
+    for where in (cfg.checkpoint, cfg.reference, cfg.base):
+        if where is not None:
+            check(where)
     stages = Stages(lambda *_: None, Stop(), "Run the command again.", world)
     stages.stop.install()
     quiet()
@@ -69,6 +68,8 @@ def policy(at: Read) -> Opened:
 
     precision = precision_of(at.cfg.hardware, at.world.device)
     found = opened(at.cfg.checkpoint, at.cfg, at.world.device)
+    if at.cfg.base is not None and at.cfg.reference is None and not found.adapted:
+        raise UserError(f"base has no effect: {at.cfg.checkpoint} holds no adapters; leave it out")
     return grown(Opened, at, policy=found, precision=precision)
 
 

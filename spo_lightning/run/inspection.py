@@ -29,9 +29,6 @@ def inspect(cfg: Any) -> str:
             at = stage(at)
         task, tokenizer, held = at.task, at.policy.tokenizer, at.task.held_out
     else:
-        settings = cfg.model
-        tokenizer = tokenizer_of(
-            settings.pretrained, settings.revision, settings.trust_remote_code
-        )
+        tokenizer = tokenizer_of(cfg.model.pretrained, cfg.model)
     train = encoded(cfg, tokenizer, task.train, "train")
     return page(train, encoded(cfg, tokenizer, held, "held-out"), tokenizer, task)

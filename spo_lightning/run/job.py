@@ -65,7 +65,7 @@ class Job:
 def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: World) -> Job:
     """Everything that can be refused before something slow is begun."""
     from spo_lightning.models.device import set_threads
-    from spo_lightning.models.policy import check_sources
+    from spo_lightning.models.sources import check_sources
 
     check_sources(cfg.model)
     set_threads(cfg.hardware)

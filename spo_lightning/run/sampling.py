@@ -64,7 +64,7 @@ def called(node: Any, where: str) -> Any:
 def prompts(at: Read) -> Read:
     """The rows to be answered, each prompt once: of a file, or the data's own."""
     from spo_lightning.models.device import set_threads
-    from spo_lightning.models.policy import check_sources
+    from spo_lightning.models.sources import check_sources
     from spo_lightning.sampling import draw
 
     set_threads(at.cfg.hardware)

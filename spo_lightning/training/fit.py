@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra.utils
-import torch
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -22,6 +21,7 @@ from spo_lightning.errors import UserError
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.records.directory import RunDir, without_secrets
 from spo_lightning.records.progress import Stages, quiet
+from spo_lightning.training import bf16
 from spo_lightning.training.callbacks.evaluation import Evaluation
 from spo_lightning.training.callbacks.reading import Reading
 from spo_lightning.training.callbacks.recorder import Recorder
@@ -154,7 +154,7 @@ def fit(
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
         **_processes(stages.world),
-        precision=cfg.hardware.precision,
+        precision=lightning_precision(cfg.hardware),
         max_steps=steps,
         max_epochs=-1,
         callbacks=_callbacks(cfg, given, data.epoch, run, stages, steps),
@@ -211,11 +211,21 @@ def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: in
     )
 
 
-def optimizer_of(cfg: DictConfig) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
-    """What makes the optimizer of parameters; ``schedule`` and ``warmup`` are not its own."""
+def optimizer_of(cfg: DictConfig) -> bf16.Make:
+    """What makes the optimizer of parameters; schedule, warmup and bf16 are not its own."""
     node: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
     del node["schedule"], node["warmup"]
-    return hydra.utils.instantiate(node, _convert_="all")
+    how = node.pop("bf16", "plain")  # a run that began before there was this key goes on as it did
+    return bf16.learning(hydra.utils.instantiate(node, _convert_="all"), how, cfg.seed)
+
+
+def lightning_precision(hardware: DictConfig) -> Any:
+    """What Lightning is told. bf16-true: nothing, as the weights are in bfloat16 when it begins.
+
+    Its plugin rounds what is left in float32 too: adapters, and the frequencies of rotary
+    positions, which the reference was scored with and ``model/`` is loaded with.
+    """
+    return {"bf16-true": "32-true"}.get(hardware.precision, hardware.precision)
 
 
 def _callbacks(

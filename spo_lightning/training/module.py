@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from spo_lightning import losses
 from spo_lightning.data.batch import Microbatches, PairBatch
-from spo_lightning.errors import Diverged
+from spo_lightning.errors import Diverged, UserError
 from spo_lightning.evaluation.totals import Totals
 from spo_lightning.models.scorer import PairLogps, Scorer, reference_logps
 from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
@@ -205,6 +205,7 @@ class Preference(LightningModule):
         if all(mine is given for mine, given in zip(parameters, theta)):
             yield
             return
+        _refuse_rounding(parameters)
         kept = [p.detach().clone() for p in parameters]
         _write(parameters, theta)
         try:
@@ -232,7 +233,9 @@ class Preference(LightningModule):
         for p in parameters:
             p.grad = None
         means = self._reduce(watched).means()
-        return Slope(direction, {name: m.to(direction[0].dtype) for name, m in means.items()})
+        # as precise as theta, yet a mean over rows is no weight: bfloat16 would keep two digits
+        kind = torch.promote_types(direction[0].dtype, torch.float32)
+        return Slope(direction, {name: m.to(kind) for name, m in means.items()})
 
     def _follow(
         self,
@@ -256,6 +259,7 @@ class Preference(LightningModule):
                 f"training rows of this batch: {rows}. Parameters are as before this step"
             )
         if displacement is not None:
+            _refuse_rounding(parameters)
             _write(parameters, [p.detach() + d for p, d in zip(parameters, displacement)])
         for p, along in zip(parameters, direction):
             p.grad = along
@@ -329,3 +333,12 @@ def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for parameter, value in zip(parameters, values):
             parameter.copy_(value)
+
+
+def _refuse_rounding(parameters: Sequence[Tensor]) -> None:
+    """A solver's own steps on weights in bfloat16: they are short, and most would round away."""
+    if any(p.dtype == torch.bfloat16 for p in parameters):
+        raise UserError(
+            "this solver takes steps of its own on the weights, and bfloat16 would round them "
+            "away: set model.dtype=float32 (and hardware.precision=bf16-mixed)"
+        )

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from spo_lightning.models.generate import Decoding
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.sharing import scorer_for
 from spo_lightning.records.progress import Stages, Within
+from spo_lightning.training import bf16
 from spo_lightning.world import World
 
 log = logging.getLogger(__name__)
 
 CODE = 2  # raise it when the same texts and settings come to train another model
+HALF_CODE = 3  # the same of bfloat16, which has master weights since 3
 WARMUP = 0.05  # share of the steps in which the rate rises
 CURVE_ROWS = 500  # held-out prompts on which it is watched
 CHECKS = 8  # points of the curve that is printed
@@ -102,7 +105,8 @@ def warm_start(
     if cache is None:
         _say(_train(policy, texts, quality, settings, stages))
         return
-    home = cache / "warm_starts" / key(policy, texts, {**settings, "code": CODE})
+    code = HALF_CODE if policy.lm.dtype == torch.bfloat16 else CODE
+    home = cache / "warm_starts" / key(policy, texts, {**settings, "code": code})
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(home) + ".lock") if world.first else nullcontext():
         if world.once((home / "model.safetensors").exists):
@@ -128,7 +132,8 @@ def _train(
 ) -> list[tuple[int, float]]:
     steps, size = settings["max_steps"], settings["batch_size"]
     how = {"lr": settings["lr"], "betas": settings["betas"], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW(policy.lm.parameters(), fused=True, **how)
+    adamw = partial(torch.optim.AdamW, fused=True, **how)
+    optimizer = bf16.learning(adamw, "master", settings["seed"])(list(policy.lm.parameters()))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps, WARMUP))
     scorer = scorer_for(policy.lm, max(map(len, texts)), share=False)
     orders = draws(len(texts), size, settings["seed"], 0)

@@ -191,6 +191,22 @@ KNOBS = [
         ("hardware.precision=bf16-true",),
         "set model.dtype=bfloat16 too",
     ),
+    Case("bfloat16 that nobody has", ("optimizer.bf16=master",), "optimizer.bf16 has no effect"),
+    Case(
+        "adapters are in float32",
+        ("optimizer.bf16=master", "model.dtype=bfloat16", "model.lora.rank=2"),
+        "adapters train, which are in float32",
+    ),
+    Case(
+        "unknown rounding",
+        ("optimizer.bf16=up", "model.dtype=bfloat16"),
+        "optimizer.bf16=up: it must be stochastic, master or plain",
+    ),
+    Case(
+        "inner steps that bfloat16 rounds away",
+        ("solver=unrolled", "model.dtype=bfloat16"),
+        "solver.lower_lr=0.1 is of steps that the solver takes on the weights itself",
+    ),
     Case("unknown strategy", ("hardware.strategy=foo",), "auto or ddp"),
     Case("more devices than pairs", ("hardware=ddp", "batch_size=1"), "gives no pair"),
     Case("no equals sign", ("loss.beta",), "loss.beta"),

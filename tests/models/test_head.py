@@ -104,10 +104,11 @@ def test_no_more_logits_are_alive_than_allowed(monkeypatch, twice):
 
     monkeypatch.setattr(head_module, "_wide", counting)
     for most in (2**28, 258 * 7):
+        scorer = Scorer(lm, True, logits=most)
         sizes.clear()
         lm.zero_grad()
         with MathKernel() if twice else nullcontext():
-            logps = Scorer(lm, True, logits=most)(batch).logps
+            logps = scorer(batch).logps
             (logps * torch.linspace(-1, 1, count)).sum().backward()
         ends.append((logps.detach(), gradients(lm)))
         assert max(sizes) == count * 258 if most == 2**28 else count * 7 < max(sizes) <= most

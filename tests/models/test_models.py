@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from tiny import gradients, in_float64, lora, policy, random_pairs, slow_logps
 from spo_lightning.data.batch import CHOSEN, Pair, PairBatch, collate
 from spo_lightning.errors import UserError
 from spo_lightning.models import scorer as models
+from spo_lightning.models.checks import check
 from spo_lightning.models.head import plain_logps
-from spo_lightning.models.scorer import Scorer, sides
-from spo_lightning.models.sharing import check_head, supports_sharing
+from spo_lightning.models.reading import Reading
+from spo_lightning.models.scorer import MathKernel, Scorer, sides
+from spo_lightning.models.sharing import scorer_for, supports_sharing
 
 PAD_ID = 257
 FAMILIES = ("llama", "llama-grouped", "qwen2", "gpt2")
@@ -259,15 +262,77 @@ def test_a_soft_capped_head(family, changes):
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 def test_known_heads_pass_the_check(family):
     for dtype in ("float64", "float32", "bfloat16"):
-        check_head(policy(family, dtype=dtype, attention="eager").lm)
+        check(policy(family, dtype=dtype, attention="eager").lm)
 
 
-@pytest.mark.parametrize("model_type", ["cohere", "granite"])
-def test_a_head_that_scales_its_logits_is_refused(model_type):
-    changes = {"cohere": {"logit_scale": 0.0625}, "granite": {"logits_scaling": 8.0}}[model_type]
-    lm = policy("llama-grouped", model_type=model_type, **changes).lm
-    with pytest.raises(UserError, match="between its hidden states and its logits"):
-        check_head(lm)
+SCALED = [  # at the values of real checkpoints, none a power of two in a row
+    ("cohere", {"logit_scale": 0.0625}, 0.0625),
+    ("granite", {"logits_scaling": 8.0}, 0.125),
+    ("granite", {"logits_scaling": 13.0}, 1 / 13),
+]
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+@pytest.mark.parametrize("model_type, changes, scale", SCALED)
+def test_a_head_that_scales_its_logits(model_type, changes, scale, attention):
+    lm = policy("llama-grouped", model_type=model_type, attention=attention, **changes).lm
+    check(lm)
+    pairs = random_pairs(5)
+    scorer, batch = Scorer(lm, True), collate(pairs, PAD_ID)
+    assert scorer.reading == Reading("model", scale=scale)
+    weights = torch.linspace(-1, 1, len(batch.targets)).double()
+    slow = torch.cat([slow_logps(lm, pair) for pair in pairs])
+    (slow * weights).sum().backward()
+    expected = gradients(lm)
+    for around in (nullcontext(), MathKernel()):  # the head in blocks, and differentiable twice
+        lm.zero_grad()
+        with around:
+            found = scorer(batch).logps
+            (found * weights).sum().backward()
+        torch.testing.assert_close(found, slow, rtol=0, atol=1e-5)
+        for name, value in gradients(lm).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_scale_is_measured_in_half_precision_too():
+    lm = policy("llama-grouped", model_type="granite", dtype="bfloat16", logits_scaling=13.0).lm
+    check(lm)
+    assert Scorer(lm, True).reading == Reading("model", scale=1 / 13)
+
+
+def test_any_other_way_to_logits_is_the_model_s_own(caplog):
+    lm = policy("llama-grouped").lm
+    plain = lm.forward
+
+    def own(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        return type(output)(logits=4 * output.logits.sin(), hidden_states=output.hidden_states)
+
+    lm.forward = own
+    check(lm)
+    with caplog.at_level(logging.INFO):
+        scorer = scorer_for(lm, 40, share=True)
+    assert "read by its own forward, whole" in caplog.text
+    assert scorer.reading.logits and scorer.packs and scorer.shared
+    pairs = random_pairs(5)
+    found = scorer(collate(pairs, PAD_ID)).logps
+    expected = torch.cat([slow_logps(lm, pair) for pair in pairs])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert scorer.hidden_sums(collate(pairs, PAD_ID)).shape == (5, 2, 32)
+
+
+def test_a_model_that_sees_the_future_is_refused():
+    from transformers import BertGenerationConfig, BertGenerationDecoder
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertGenerationConfig(
+        vocab_size=258, intermediate_size=48, initializer_range=0.3, **sizes
+    )
+    lm = BertGenerationDecoder(config).eval()
+    with pytest.raises(UserError, match="BertGenerationDecoder sees the future"):
+        check(lm)
+    lm.config.is_decoder = True
+    check(BertGenerationDecoder(lm.config).eval())
 
 
 def test_the_reference_of_lora_is_the_base_and_only_adapters_move():

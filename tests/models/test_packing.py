@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,9 @@ from torch.nn.attention import flex_attention
 from spo_lightning.data.batch import Pair, by_pairs, by_tokens, collate, pack
 from spo_lightning.errors import UserError
 from spo_lightning.models import attention
+from spo_lightning.models.checks import check
 from spo_lightning.models.scorer import MathKernel, Scorer
-from spo_lightning.models.sharing import as_read_by, check_head, scorer_for
+from spo_lightning.models.sharing import as_read_by, scorer_for
 
 PAD_ID = 257
 SAME = [  # two pairs of one prompt, another between them, an absent and a one-token response
@@ -284,17 +286,32 @@ def test_rounding_alone_does_not_refuse_packing(monkeypatch, dtype, size, packs)
     assert scorer_for(policy("llama", dtype=dtype).lm, 60, share=True).packs == packs
 
 
-def test_a_model_of_eager_attention_only_is_padded(caplog):
-    with caplog.at_level("INFO"):
-        made = policy("gemma2", sliding_window=64)
-    assert "Gemma2ForCausalLM has eager attention only" in caplog.text
-    scorer = scorer_for(made.lm, 30, share=True)
-    check_head(made.lm)
-    made.lm.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
-    assert not scorer.packs and scorer.shared
-    pairs = random_pairs(3)
-    expected = torch.cat([slow_logps(made.lm, pair) for pair in pairs])
-    torch.testing.assert_close(scorer(collate(pairs, PAD_ID)).logps, expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("window", [3, 64])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_soft_capped_attention_is_packed_though_sdpa_has_none(monkeypatch, calls, cap, window):
+    in_float64(monkeypatch)
+    lm = policy("gemma2", sliding_window=window, attn_logit_softcapping=cap).lm
+    scorer = scorer_for(lm, 30, share=True)
+    check(lm)
+    assert scorer.packs and scorer.shared
+    pairs = [*random_pairs(5, longest=12), *SAME]
+    weights = torch.linspace(-1, 1, sum(len(p.chosen + p.rejected) for p in pairs)).double()
+    lm.set_attn_implementation("eager")  # transformers' own definition
+    slow = torch.cat([slow_logps(lm, pair) for pair in pairs])
+    (slow * weights).sum().backward()
+    expected = gradients(lm)
+    lm.set_attn_implementation(attention.IMPLEMENTATION)
+    batch = collate(pairs, PAD_ID)
+    for around in (nullcontext(), MathKernel()):
+        lm.zero_grad()
+        with around:
+            found = scorer(batch).logps
+            (found * weights).sum().backward()
+        torch.testing.assert_close(found, slow, rtol=0, atol=1e-10)
+        for name, value in gradients(lm).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10)
+    # what has no tree, a generation too, is capped as well
+    torch.testing.assert_close(scorer.apart(batch).logps, slow, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -323,7 +340,7 @@ def test_the_head_is_checked_before_packing_is():
     inner = made.lm.model.layers[0].self_attn
     forward = inner.forward
     inner.forward = lambda *args, tree=None, **kwargs: forward(*args, **kwargs)
-    check_head(made.lm)  # the model hides the tree from its attention, and its head is right
+    check(made.lm)  # the model hides the tree from its attention, and its head is right
 
 
 def test_generation_is_that_of_sdpa():

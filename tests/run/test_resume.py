@@ -29,16 +29,32 @@ SMALL = (*SMALL, "eval.every_n_steps=1", "eval.max_rows=8", "eval.batch_size=8")
 ASIDE = ("loops", "pytorch-lightning_version", "hparams_name", "lr_lambdas")
 # the weight of a ramp still rises where the run is cut
 RAMP = {"ramp": ["solver=penalty", "solver/schedule=ramp", "solver.schedule.steps=9"]}
+HALF = ("model.dtype=bfloat16", "hardware.precision=bf16-true")
 OBJECTIVES = {
     **{name: ("loss=dpo", *words) for name, words in (SOLVERS | RAMP).items()},
     "running_min": ("loss=spo", "solver/value=running_min", "solver.margin=0.01"),
     "alpha_dpo": ("loss=alpha_dpo",),
     "own texts": ("loss=spo", "data.sft=own"),
     "adamw_8bit": ("loss=dpo", "optimizer=adamw_8bit"),
+    "bf16": ("loss=dpo", *HALF),
+    "bf16 master": ("loss=spo", *HALF, "optimizer.bf16=master", "optimizer=rmsprop"),
+    "bf16 plain": ("loss=dpo", *HALF, "optimizer.bf16=plain", "optimizer.betas=[0.8,0.9]"),
+    "bf16 adamw_8bit": ("loss=dpo", *HALF, "optimizer=adamw_8bit"),
     "adapters": ("loss=dpo", *SOLVERS["inner"], "model.lora.rank=2", "model.lora.merge=true"),
 }
 # those with a memory of their own, or a path that no other has
-USUAL = ("none", "mean", "inner", "preconditioned", "dual", "gap", "alpha_dpo", "own texts")
+USUAL = (
+    "none",
+    "mean",
+    "inner",
+    "preconditioned",
+    "dual",
+    "gap",
+    "alpha_dpo",
+    "own texts",
+    "bf16",
+    "bf16 master",
+)
 CUT = [
     pytest.param(name, marks=[] if name in USUAL else [pytest.mark.slow]) for name in OBJECTIVES
 ]
