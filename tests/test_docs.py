@@ -264,7 +264,7 @@ def meant(name: str, words: list[str], cwd: Path) -> list[str]:
     stands = {"DIR_OR_HUB_ID": cwd / "model", "outputs/DAY/RUN": runs[-1].parent if runs else ""}
     for capitals, real in stands.items():
         words = [word.replace(capitals, str(real)) for word in words]
-    if name in ARGUMENTS:
+    if name in (*ARGUMENTS, "export"):
         return words
     text = " ".join(words)
     return small(name, words, "pretrained=" not in text and "checkpoint=" not in text)
