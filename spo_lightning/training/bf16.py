@@ -27,6 +27,7 @@ Make = Callable[[list[nn.Parameter]], Optimizer]
 # weights whose copies are alive at once: on a CPU few, so that the allocator hands the same pages
 # out again (fresh ones took longer than the step); a GPU's kernels want many
 BLOCK = {"cpu": 2**22, "cuda": 2**27}
+DRAWN = 2**22  # weights whose noise is alive at once
 
 
 def learning(make: Make, how: str, seed: int) -> Make:
@@ -118,14 +119,14 @@ def dithered(wide: Tensor, chance: torch.Generator) -> Tensor:
     To the 16 bits that bfloat16 drops as many random ones are added, and what carries, counts: the
     nearer neighbour is the likelier, the mean is the value, and a value that bfloat16 has stays.
     """
-    bits = wide.view(-1).view(torch.int32)
-    half = -(-len(bits) // 2)
-    # a draw of 64 bits is the noise of four weights: drawing is the slower part
-    drawn = torch.empty(-(-half // 2), dtype=torch.int64, device=wide.device)
-    noise = drawn.random_(-(2**63), None, generator=chance).view(torch.int32)[:half]
-    bits[:half] += noise & 0xFFFF
-    bits[half:] += (noise >> 16)[: len(bits) - half] & 0xFFFF
-    bits &= -0x10000
+    for bits in wide.view(-1).view(torch.int32).split(DRAWN):
+        half = -(-len(bits) // 2)
+        # a draw of 64 bits is the noise of four weights: drawing is the slower part
+        drawn = torch.empty(-(-half // 2), dtype=torch.int64, device=wide.device)
+        noise = drawn.random_(-(2**63), None, generator=chance).view(torch.int32)[:half]
+        bits[:half] += noise & 0xFFFF
+        bits[half:] += (noise >> 16)[: len(bits) - half] & 0xFFFF
+        bits &= -0x10000
     return wide
 
 
