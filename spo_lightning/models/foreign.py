@@ -32,7 +32,8 @@ def without_dropout(lm: nn.Module) -> None:
     """Rewards are differences of two scorings: dropout, of layers too, would make them noise."""
     for module in lm.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
+            random = isinstance(module, nn.Dropout) or "drop" in name or "jitter" in name
+            if random and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from spo_lightning.data.encode import prompt_ids
 from spo_lightning.errors import UserError
 from spo_lightning.models.policy import Policy
+from spo_lightning.models.reading import text_config
 from spo_lightning.records.progress import Stages
 from spo_lightning.world import Turn
 
@@ -88,7 +89,7 @@ def _generate(
     mask = torch.tensor(
         [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.lm.device
     )
-    limit = getattr(policy.lm.config, "max_position_embeddings", None)
+    limit = getattr(text_config(policy.lm), "max_position_embeddings", None)
     room = how.max_new_tokens if limit is None else min(how.max_new_tokens, limit - width)
     if room < 1:
         return [""] * len(prompts)

@@ -147,7 +147,10 @@ def _logits(reading: Reading) -> str:
 
 def _reason(said: str) -> str:
     """Why, of a line that says first what."""
-    reason = said.partition(": ")[2].removesuffix(" Separate forwards.").removesuffix(".")
+    before, _, after = said.partition(": ")
+    if before.startswith("Attention is"):
+        return f"right with {before.removeprefix('Attention is ')} attention only"
+    reason = after.removesuffix(" Separate forwards.").removesuffix(".")
     return _unmeasured(reason)
 
 

@@ -33,6 +33,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("index_head_dim",), 16),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 4),
     **dict.fromkeys(("moe_num_experts",), 4),
+    **dict.fromkeys(("n_shared_experts",), 1),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
@@ -53,9 +54,14 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size"), VOCABULARY),
     "hidden_size_per_layer_input": 8,
 }
-FOLLOWS = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts")
+FOLLOWS = (
+    "head_dim",
+    "num_key_value_heads",
+    "num_experts_per_tok",
+    "n_routed_experts",
+    "n_shared_experts",
+)
 LATENT = {"head_dim": 8, "num_key_value_heads": 4}
-SEEN = {"image_size": 32, "patch_size": 8}  # an image is never shown: towers are small, no more
 
 
 def config_of(kind: str) -> Any:
@@ -148,10 +154,10 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {**MIXED, **INDEXED, "indexer_budget": 64, "indexer_compress_ratio": 4},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
-    "step3p7_text": {"sliding_window": 64},
+    "step3p5": {"sliding_window": 64},
     "unlimited_ocr_text": {"num_key_value_heads": 4},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba": {**MIXED, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
