@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoints import adapters, whole
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -14,10 +15,8 @@ from spo_lightning.run import export
 
 
 def asked(**changes):
-    cfg = OmegaConf.load(Path(CONF) / "export.yaml")
-    return OmegaConf.merge(
-        {k: v for k, v in cfg.items() if k not in ("defaults", "hydra")}, changes
-    )
+    cfg = yaml.safe_load((Path(CONF) / "export.yaml").read_text())
+    return OmegaConf.create(cfg | changes)
 
 
 @pytest.fixture
