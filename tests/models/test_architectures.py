@@ -56,8 +56,13 @@ def test_the_page_says_what_the_code_does(kind):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_whole_page():
-    found = list(verdicts(kinds(), jobs=2))
-    assert {v.kind: row(v) for v in found} == ROWS
+    """But for what takes too long: on another machine it may not, or something else may."""
+    found = {v.kind: row(v) for v in verdicts(kinds(), jobs=2)}
+    assert found.keys() == ROWS.keys()
+    late = {name for rows in (found, ROWS) for name, told in rows.items() if "too long" in told}
+    assert {name: found[name] for name in found if name not in late} == {
+        name: ROWS[name] for name in ROWS if name not in late
+    }
     assert all(v.right or v.how in (REFUSED, UNBUILT) for v in found)
 
 
