@@ -77,12 +77,12 @@ def likelihood(asked: Asked, *, model: str | None, per_token: bool) -> Judge:
     """log pi(answer | prompt) in nats under ``model``, or under the policy that answered."""
     from spo_lightning.data.encode import encode_texts
     from spo_lightning.data.sets import Pairs
-    from spo_lightning.models.scorer import score
-    from spo_lightning.models.sharing import scorer_for
+    from spo_lightning.models.scorer import LOGITS, score
+    from spo_lightning.models.sharing import scorer_of
     from spo_lightning.records.progress import Within
 
     judged = asked.policy if model is None else asked.opened(model)
-    scorer = scorer_for(judged.lm, asked.max_length, share=True)
+    scorer = scorer_of(judged, asked.max_length, share=True, logits=LOGITS)
     pad = judged.tokenizer.pad_token_id
 
     def judge(rows: Sequence[dict], texts: Sequence[str]) -> list[float | None]:
