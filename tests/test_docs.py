@@ -296,7 +296,7 @@ def test_the_readme_is_short_and_names_the_test_command():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere_and_lines_are_short(page):
     text = page.read_text("utf-8")
-    if page.name != "paper_table.md":  # which a command writes
+    if page.name not in ("paper_table.md", "models.md"):  # which commands write
         assert [line for line in text.splitlines() if len(line) > 120] == []
     for link in LINK.findall(text):
         place, _, anchor = link.partition("#")

@@ -98,8 +98,8 @@ def page(found: list[Verdict]) -> str:
     exact = [v for v in right if v.double is not None and v.double <= 1e-8]
     said = ", ".join(f"{counts[how]} {how}" for how in ORDER if counts[how])
     lines = [
-        f"Of {len(found)}: {said}. The largest difference of the {len(right)} that are read, in "
-        f"float32, is",
+        f"Of {len(found)}: {said}.",
+        f"The largest difference of the {len(right)} that are read, in float32, is",
         f"{worst:.1g} nats in a token; in float64 {len(exact)} of them are right to 1e-8, and the "
         "others keep float32 inside.",
         "",
