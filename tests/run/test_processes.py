@@ -135,7 +135,8 @@ def test_srun_begins_them(tmp_path):
 
 def others_of(pid: int) -> list[int]:
     """Processes below it that have begun to import torch."""
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True)
+    listed = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)]  # whole lines, at any width
+    found = subprocess.run(listed, capture_output=True)
     lines = found.stdout.decode().splitlines()
     return [int(line.split()[0]) for line in lines if "spawn_main" in line]
 
