@@ -36,7 +36,7 @@ from spo_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CODE = 1  # raise it when the same rows and tokenizer come to give other tokens
+CODE = 2  # raise it when the same rows and tokenizer come to give other tokens
 READ = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # of a row
 COLUMNS = ("prompt", "chosen", "rejected", "row")  # of a file, as of a Pair
 SUFFIX = ".tokens"
@@ -88,7 +88,8 @@ class Tokens:
         table = pa.ipc.open_stream(content).read_all()
         *sides, places = (table[name].to_pylist() for name in COLUMNS)
         pairs = [Pair(*map(tuple, ids), row=row) for *ids, row in zip(*sides, places)]
-        return Encoded(pairs, json.loads(table.schema.metadata[b"counts"]))
+        told = (json.loads(table.schema.metadata[name]) for name in (b"counts", b"examples"))
+        return Encoded(pairs, *told)
 
     def _keep(self, path: Path, found: Encoded) -> None:
         """Where it cannot be written, go on without."""
@@ -96,7 +97,8 @@ class Tokens:
 
         kinds = (pa.list_(pa.int32()),) * 3 + (pa.int64(),)
         fields = [pa.field(name, kind) for name, kind in zip(COLUMNS, kinds)]
-        schema = pa.schema(fields, {"counts": json.dumps(found.counts)})
+        told = {name: json.dumps(getattr(found, name)) for name in ("counts", "examples")}
+        schema = pa.schema(fields, told)
         columns = [[getattr(pair, name) for pair in found.pairs] for name in COLUMNS]
         table = pa.table(columns, schema)
         sink = pa.BufferOutputStream()

@@ -5,7 +5,7 @@ a leading BOS is never doubled, and an EOS that the tokenizer adds by itself is 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from spo_lightning.data.batch import Pair
@@ -21,6 +21,7 @@ COUNTS: tuple[str, ...] = (
     "split",
     "truncated",
 )
+SHOWN = 3  # rows of each reason that are shown
 FIXES = {
     "identical": "chosen and rejected are the same",
     "empty": "the prompt or a response is empty",
@@ -35,6 +36,8 @@ class Encoded:
 
     pairs: list[Pair]
     counts: dict[str, int]
+    # by reason: the places of the first three rows that were dropped
+    examples: dict[str, list[int]] = field(default_factory=dict)
 
 
 class Cut(NamedTuple):
@@ -91,6 +94,7 @@ def encode_some(
     if on_mismatch not in ("split", "drop", "error"):
         raise UserError(f"data.on_mismatch={on_mismatch}: choose split, drop or error")
     counts, pairs = dict.fromkeys(COUNTS, 0), []
+    examples: dict[str, list[int]] = {}
     names = [f"{where}, row {place + 1}" for place in places]
     for index, cut in enumerate(_cuts(rows, ("chosen", "rejected"), tokenizer, max_length, names)):
         reason = _reason(rows[index], cut, max_length, on_mismatch == "drop")
@@ -100,11 +104,12 @@ def encode_some(
             raise UserError(f"{names[index]}: {FIXES[reason]}: correct or remove the row")
         if reason or cut is None:
             counts[f"dropped/{reason}"] += 1
+            examples[str(reason)] = [*examples.get(str(reason), []), places[index]][:SHOWN]
             continue
         pairs.append(Pair(tuple(cut.prompt), *map(tuple, cut.responses), row=places[index]))
         counts["split"] += cut.split
         counts["truncated"] += cut.truncated
-    return Encoded(pairs, counts | {"kept": len(pairs)})
+    return Encoded(pairs, counts | {"kept": len(pairs)}, examples)
 
 
 def encode_texts(rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Pair]:

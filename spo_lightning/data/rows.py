@@ -32,6 +32,14 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """Rows of a file that became no pair, for one reason."""
+
+    count: int
+    examples: list[tuple[str, Row]]  # up to three: where each stands, and the row as it stands
+
+
+@dataclass(frozen=True)
 class Task:
     """What a source returns; with ``samples`` > 0 rows are ``{prompt, answer}``, pairs follow."""
 
@@ -47,6 +55,9 @@ class Task:
     # the chunks from the given number on, where ``train`` is the first of them; None: it is all
     chunks: Callable[[int], Iterator[Chunk]] | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    layout: str | None = None  # of a file of the user's: the name that data.layout takes
+    notes: tuple[str, ...] = ()  # what a user is told of the rows, a line each
+    dropped: dict[str, Dropped] = field(default_factory=dict)  # by reason, before tokens are made
 
 
 def read(path: str, *, split: str, where: str) -> list[Row]:
