@@ -99,10 +99,11 @@ def snapshot(module):
 def scored(lm, pairs=None, shift=None):
     """The pairs with the model's own log-probabilities as reference, each moved by ``shift``."""
     pairs = random_pairs(12) if pairs is None else pairs
+    bare = Pairs(pairs, None, PAD_ID)
     found = score(
         Scorer(lm, True),
-        Pairs(pairs, None, PAD_ID),
-        batch_size=5,
+        bare,
+        batches=bare.batches(5),
         precision=contextlib.nullcontext,
         stages=silent(),
         title="reference",

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import logging
 from array import array
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -40,10 +40,14 @@ log = logging.getLogger(__name__)
 
 CODE = 2  # raise it when the same weights and token ids come to score otherwise
 TOKENS = 2**20  # scored tokens after which a shard is written, so that a kill loses few
+PADDED = 8  # batches' worth of rows that are put in order together where rows are padded
 NAME = 32  # hexadecimal digits of a reference's name
 UNREAD = ("_name_or_path", "transformers_version", "architectures", "use_cache")  # change no score
 
+NEVER_READ = torch.empty(0)
+
 Precision = Callable[[], AbstractContextManager]
+Rows = dict[bytes, Pair]
 
 
 def row_key(pair: Pair) -> bytes:
@@ -117,6 +121,8 @@ class Referee:
     ):
         self.policy, self.scorer = policy, scorer
         self.precision, self.stages, self.batch_size = precision, stages, cfg.eval.batch_size
+        # a model that is not packed pads, so more rows are put in order of their lengths
+        self.block = self.batch_size * (1 if scorer.packs else PADDED)
         self.other, self.settings = cfg.model.reference, cfg.model
         if self.other is not None:
             plain = {**cfg.model, "revision": None}  # that one is the policy's
@@ -138,13 +144,23 @@ class Referee:
     def judge(self) -> Scorer:
         return self.scorer if self.other is None else as_read_by(self.scorer, self.opened.lm)
 
-    def over(self, sets: Mapping[str, Pairs]) -> dict[str, Pairs]:
-        """Every set with its reference."""
+    def over(
+        self, sets: Mapping[str, Pairs], orders: Mapping[str, Sequence[int]] = {}, count: int = 0
+    ) -> dict[str, Pairs]:
+        """Every set with its reference.
+
+        ``orders``: the order in which training draws the rows of a set, ``count`` of them: most of
+        the others have no reference. They are scored block by block in that order, so that a run
+        that is prolonged scores its rows as one that was as long from the beginning.
+        """
         with self.policy.start():
             return with_reference(
                 sets,
                 self.shards,
                 self.judge,
+                orders=orders,
+                count=count,
+                block=self.block,
                 batch_size=self.batch_size,
                 precision=self.precision,
                 stages=self.stages,
@@ -167,73 +183,97 @@ def with_reference(
     shards: Shards | None,
     judge: Callable[[], Scorer],
     *,
+    orders: Mapping[str, Sequence[int]] = {},
+    count: int = 0,
+    block: int = 1,
     batch_size: int,
     precision: Precision,
     stages: Stages,
 ) -> dict[str, Pairs]:
     """Every set with its reference; ``judge`` is asked for only when a row has to be scored.
 
-    ``shards``: where rows are looked up and kept, None: nowhere. A row that occurs twice is scored
-    once either way, so that a run that finds its rows equals the one that scored them. Of several
-    processes the first looks up and keeps; all score.
+    Of a set with its order the blocks that hold its first ``count`` rows are scored. ``shards``:
+    where rows are looked up and kept, None: nowhere. A row that occurs twice is scored once, so
+    that a run that finds its rows equals the one that scored them. All processes score.
     """
     keys = {name: [row_key(pair) for pair in pairs.pairs] for name, pairs in sets.items()}
-    wanted = {key for some in keys.values() for key in some}
+    rows = {name: dict(zip(keys[name], pairs.pairs)) for name, pairs in sets.items()}
+    rows |= {n: _first(rows[n], keys[n], order, count, block) for n, order in orders.items()}
+    wanted = {key for some in rows.values() for key in some}
     world = stages.world
     known = {} if shards is None else world.once(lambda: shards.find(wanted))
 
     def score_rest() -> None:
         for name, pairs in sets.items():
-            for part in _parts(pairs, keys[name], known.keys()):
-                some = replace(pairs, pairs=[*part.values()], references=None)
+            together = block if name in orders else max(len(pairs), 1)
+            for part in _parts(pairs, rows[name], known.keys(), together, batch_size):
+                found = [key for batch in part for key in batch]
+                places = iter(range(len(found)))
                 scored = score(
                     judge(),
-                    some,
-                    batch_size=batch_size,
+                    replace(pairs, pairs=[rows[name][key] for key in found], references=None),
+                    batches=[[next(places) for _ in batch] for batch in part],
                     precision=precision,
                     stages=stages,
                     title=f"reference ({name})",
                 )
-                found = dict(zip(part, scored.references or (), strict=True))
-                known.update(found)
+                fresh = dict(zip(found, scored.references or (), strict=True))
+                known.update(fresh)
                 if shards is not None and world.first:
-                    shards.keep(found)
+                    shards.keep(fresh)
 
     if shards is None:
         score_rest()
     elif len(known) == len(wanted):
-        _say(keys, known)
+        _say(keys, rows, known)
     else:
         with shards.alone(stages) if world.first else nullcontext():
             # what another run scored meanwhile
             known |= world.once(lambda: shards.find(wanted - known.keys()))
-            _say(keys, known)
+            _say(keys, rows, known)
             score_rest()
     if shards is not None and world.first:
         shards.trim()
     return {
-        name: replace(pairs, references=[known[key] for key in keys[name]])
+        name: replace(pairs, references=[known.get(key, NEVER_READ) for key in keys[name]])
         for name, pairs in sets.items()
     }
 
 
-def _say(keys: Mapping[str, list[bytes]], known: Collection[bytes]) -> None:
-    rows = [key for some in keys.values() for key in some]
-    log.info("reference: %d of %d rows from the cache", sum(k in known for k in rows), len(rows))
+def _first(rows: Rows, keys: list[bytes], order: Sequence[int], count: int, block: int) -> Rows:
+    """As many whole blocks of the rows in their order as hold the first ``count``."""
+    drawn = [*dict.fromkeys(keys[place] for place in order)]
+    reached = len({keys[place] for place in order[:count]})
+    return {key: rows[key] for key in drawn[: -(-reached // block) * block]}
+
+
+def _say(
+    keys: Mapping[str, list[bytes]],
+    rows: Mapping[str, Collection[bytes]],
+    known: Collection[bytes],
+) -> None:
+    asked = [key for name, some in keys.items() for key in some if key in rows[name]]
+    found = sum(key in known for key in asked)
+    log.info("reference: %d of %d rows from the cache", found, len(asked))
 
 
 def _parts(
-    pairs: Pairs, keys: list[bytes], known: Collection[bytes]
-) -> Iterator[dict[bytes, Pair]]:
-    """The pairs not yet known, each once, the longest first, in parts of about TOKENS tokens."""
-    rest = {key: pair for key, pair in zip(keys, pairs.pairs) if key not in known}
-    part: dict[bytes, Pair] = {}
-    tokens = 0
-    for key, pair in sorted(rest.items(), key=lambda item: -len(item[1])):
-        part[key] = pair
-        tokens += len(pair.chosen) + len(pair.rejected)
-        if tokens >= TOKENS:
-            yield part
-            part, tokens = {}, 0
+    pairs: Pairs, rows: Rows, known: Collection[bytes], block: int, size: int
+) -> Iterator[list[list[bytes]]]:
+    """Rows not yet known in batches of near-equal length, in parts of about TOKENS tokens.
+
+    Batches of at most ``size`` are made of one block of consecutive rows, the longest first.
+    """
+    part: list[list[bytes]] = []
+    tokens, items = 0, [*rows.items()]
+    for start in range(0, len(items), block):
+        rest = {key: pair for key, pair in items[start : start + block] if key not in known}
+        found, some = [*rest], replace(pairs, pairs=[*rest.values()], references=None)
+        for batch in some.batches(size):
+            part.append([found[place] for place in batch])
+            tokens += sum(len(rest[key].chosen) + len(rest[key].rejected) for key in part[-1])
+            if tokens >= TOKENS:
+                yield part
+                part, tokens = [], 0
     if part:
         yield part

@@ -283,14 +283,18 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=mixed).tolist()
 
 
-def draws(count: int, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
+def draws(
+    count: int, batch_size: int, seed: int, start: int, stop: int | None = None
+) -> Iterator[list[int]]:
     """Row numbers of outer step ``start``, ``start + 1``, ...; every epoch is shuffled anew.
 
-    Stateless, so a run resumed at ``start`` sees what an uninterrupted one sees.
+    Stateless, so a run resumed at ``start`` sees what an uninterrupted one sees. Whoever asks
+    ahead for step ``stop`` or a later one gets those of the last before it.
     """
     step, orders = start, {}
     while True:
-        places = range(step * batch_size, (step + 1) * batch_size)
+        last = step if stop is None else min(step, stop - 1)
+        places = range(last * batch_size, (last + 1) * batch_size)
         for epoch in {place // count for place in places} - orders.keys():
             orders[epoch] = epoch_order(count, seed, epoch)
         yield [orders[place // count][place % count] for place in places]

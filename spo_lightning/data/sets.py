@@ -12,7 +12,10 @@ TOKENS = 8_192  # of one scoring batch: long rows come in smaller ones
 
 @dataclass(frozen=True)
 class Pairs:
-    """Tokenised pairs with the reference's per-token log-probabilities, [tokens] each."""
+    """Tokenised pairs with the reference's per-token log-probabilities, [tokens] each.
+
+    A row that is never read may have an empty one.
+    """
 
     pairs: Sequence[Pair]
     references: Sequence[Tensor] | None

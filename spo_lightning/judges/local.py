@@ -89,10 +89,11 @@ def likelihood(asked: Asked, *, model: str | None, per_token: bool) -> Judge:
         asked_rows = [{**row, "completion": text} for row, text in zip(rows, texts)]
         found: list[float | None] = [None] * len(texts)  # empty, or too long to be scored
         pairs = encode_texts(asked_rows, judged.tokenizer, max_length=asked.max_length)
+        some = Pairs(pairs, None, pad)
         scored = score(
             scorer,
-            Pairs(pairs, None, pad),
-            batch_size=asked.batch_size,
+            some,
+            batches=some.batches(asked.batch_size),
             precision=asked.precision,
             stages=Within(asked.stages, ALONE),
             title="likelihood",

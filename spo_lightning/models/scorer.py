@@ -7,7 +7,7 @@ model that cannot share a prompt runs its responses apart instead (``Scorer.shar
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -291,16 +291,19 @@ def score(
     scorer: Scorer,
     pairs: Pairs,
     *,
-    batch_size: int,
+    batches: Sequence[list[int]],
     precision: Callable[[], AbstractContextManager],
     stages: Stages,
     title: str,
 ) -> Pairs:
-    """The pairs with ``scorer``'s log-probabilities as their reference, whoever scored them."""
+    """The pairs with ``scorer``'s log-probabilities as their reference, whoever scored them.
+
+    ``batches``: places of rows that are read together; every pair stands in one.
+    """
     scored: dict[int, Tensor] = {}
     bare = replace(pairs, references=None)
     with stages.stage(title, len(pairs)) as advance:
-        for indices, mine, together in stages.world.deal(bare.batches(batch_size)):
+        for indices, mine, together in stages.world.deal(batches):
             batch = bare.batch(indices)
             with precision():
                 logps = scorer(batch.to(scorer.model.device)).logps.cpu()

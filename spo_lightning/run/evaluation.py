@@ -112,9 +112,10 @@ def scored(at: Tokenised) -> Tokenised:
 
     if at.reference is None:
         return at
-    theirs, size = as_read_by(at.scorer, at.reference.lm), at.cfg.eval.batch_size
+    theirs = as_read_by(at.scorer, at.reference.lm)
+    batches = at.held.batches(at.cfg.eval.batch_size)
     how = {"precision": at.precision, "stages": at.stages, "title": "reference"}
-    return grown(Tokenised, at, held=score(theirs, at.held, batch_size=size, **how))
+    return grown(Tokenised, at, held=score(theirs, at.held, batches=batches, **how))
 
 
 def measured(at: Tokenised) -> Measured:

@@ -64,15 +64,16 @@ def reference(at: known.Tokenised) -> known.Referenced:
     from spo_lightning.cache.reference import Referee
     from spo_lightning.cache.tokens import lower_texts
     from spo_lightning.evaluation.ches import without_high_ches
-    from spo_lightning.training.feed import streamed
+    from spo_lightning.training.feed import drawn, streamed
 
     cfg, task, policy, scorer, sets = at.cfg, at.task, at.policy, at.scorer, dict(at.sets)
     sets["train"] = without_high_ches(cfg, policy, scorer, sets["train"], at.precision, at.stages)
     if task.lower:
         sets["lower level"] = lower_texts(cfg, task, policy.tokenizer)
     referee, feed = Referee(cfg, policy, scorer, at.precision, at.stages), None
-    sets = referee.over(sets)
-    if task.chunks is not None:
+    streams = task.chunks is not None
+    sets = referee.over(sets, {} if streams else drawn(cfg, sets), cfg.max_steps * cfg.batch_size)
+    if streams:
         feed = streamed(cfg, task, policy.tokenizer, sets["train"], at.counts, referee.stays())
     scorer.compiled = cfg.hardware.compile  # the probe and the reference have run without
     train, held, lower = sets["train"], sets["held-out"], sets.get("lower level")

@@ -6,7 +6,7 @@ scores a chunk when it is reached.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,6 +42,14 @@ def streamed(
         return referee.over({"train": pairs})["train"]
 
     return Feed(first, counts, task.chunks, encode, judge, seed=cfg.seed)
+
+
+def drawn(cfg: DictConfig, sets: Mapping[str, Pairs]) -> dict[str, list[int]]:
+    """The order in which training draws the rows of its sets, where it may not come to all."""
+    seeds = {"train": cfg.seed, "lower level": cfg.seed + 1} if cfg.max_steps >= 0 else {}
+    return {
+        name: epoch_order(len(sets[name]), seed, 0) for name, seed in seeds.items() if name in sets
+    }
 
 
 class Place(NamedTuple):

@@ -102,9 +102,9 @@ class OuterSteps(IterableDataset):
 
     def __iter__(self) -> Iterator[Microbatches]:
         trainer, size = self.module.trainer, self.module.batch_size
-        start, lower = self.module.outer_step, self.lower
-        beside = None if lower is None else draws(len(lower), size, self.seed + 1, start)
-        for given in self._steps(size, start):
+        start, stop, lower = self.module.outer_step, trainer.max_steps, self.lower
+        beside = None if lower is None else draws(len(lower), size, self.seed + 1, start, stop)
+        for given in self._steps(size, start, stop):
             mine = given.take(range(size)[trainer.global_rank :: trainer.world_size])
             sizes = [len(pair) for pair in mine.pairs]
             drawn: list[int] = []
@@ -120,11 +120,11 @@ class OuterSteps(IterableDataset):
                 parts.append(part)
             yield Microbatches(parts)
 
-    def _steps(self, size: int, start: int) -> Iterator[Pairs]:
+    def _steps(self, size: int, start: int, stop: int) -> Iterator[Pairs]:
         """The pairs of every outer step, of all ranks."""
         if self.feed is not None:
-            return self.feed.steps(size, start, self.module.trainer.max_steps)
-        orders = draws(len(self.pairs), size, self.seed, start)
+            return self.feed.steps(size, start, stop)
+        orders = draws(len(self.pairs), size, self.seed, start, stop)
         return (self.pairs.take(rows) for rows in orders)
 
     def epoch(self, step: int, pairs_seen: int) -> float:
