@@ -41,7 +41,7 @@ def bare(count, seed):
 def drawn(*, lower=True, seed=0, start=0, rank=0, world=1, steps=6, size=8, micro=3, count=12):
     """[steps][microbatches] rows of the pairs and of the texts."""
     module = SimpleNamespace(
-        trainer=SimpleNamespace(global_rank=rank, world_size=world),
+        trainer=SimpleNamespace(global_rank=rank, world_size=world, max_steps=100),
         batch_size=size,
         outer_step=start,
     )
