@@ -96,7 +96,9 @@ DATA = [
         ("data=slips", "data.sft=own", "data.sft_rows=0"),
         "data.sft=own: no SFT row is left",
     ),
-    Case("wrong kind of texts", ("data=slips", "data.sft=5"), "data.sft=5: give str or null"),
+    Case(
+        "wrong kind of texts", ("data=slips", "data.sft=5"), "data.sft=5: give str or list or null"
+    ),
     Case("wrong kind of a data key", ("data=slips", "data.prompts=many"), "data.prompts=many"),
 ]
 # seen once rows are tokens, so after the heavy imports
