@@ -6,6 +6,7 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -20,6 +21,9 @@ from spo_lightning.records import terminal
 HERE = Path(__file__).resolve().parent
 # the wheel's copy first: beside an installed package a stranger's conf may lie
 CONF = str(next(p for p in (HERE / "conf", HERE.parent / "conf") if p.is_dir()))
+
+# keys whose last part is a name of the user's, for which Hydra wants a sign in front
+NAMED = re.compile(r"data\.(\S+\.)?eval_path\.[^=]+=")
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +105,8 @@ def _whole(job: Callable[[], Any], failures: list[BaseException], failed_jobs: l
     from spo_lightning.sweep.launcher import Processes
 
     try:
-        sys.argv[1:] = again.words(sys.argv[1:])
+        words = again.words(sys.argv[1:])
+        sys.argv[1:] = [f"++{word}" if NAMED.match(word) else word for word in words]
         job()
     except (HydraException, OmegaConfBaseException) as error:
         failures.append(UserError(one_line(error)))

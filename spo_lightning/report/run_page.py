@@ -31,6 +31,10 @@ MAIN = (
     ("learning_rate", "Learning rate", ("learning_rate",)),
     ("speed", "Throughput", ("time/tokens_per_second",)),
 )
+GROUPED = (
+    *("exact_match", "win_rate", "rewards/accuracies", "rewards/margins", "nll/chosen"),
+    *("displacement/rate", "displacement/chosen"),
+)  # numbers of groups of held-out rows that the table shows
 PROBABILITY = ("logps", "mass", "displacement_rate", "displacement")  # charts that come first
 SPLITS = ("train", "eval")
 ABOUT = (
@@ -45,7 +49,9 @@ def sections(run: Run) -> list[Section]:
     goes = [chart for chart in main if chart.key in PROBABILITY]
     rest = [chart for chart in main if chart.key not in PROBABILITY]
     return [
-        Section("Before and after", [*told(run), *numbers(run)], "Held-out numbers."),
+        Section(
+            "Before and after", [*told(run), *numbers(run), *groups(run)], "Held-out numbers."
+        ),
         Section("Where the probability goes", [*goes, *balance(run)], ABOUT),
         Section("Pair by pair", [*spread(run), *lost(run)], "Held-out pairs: change in nats."),
         Section(
@@ -92,6 +98,22 @@ def numbers(run: Run) -> list[Any]:
         moved = None if before is None or after is None else after - before
         rows.append([name, before, after, moved, unit(name)])
     return [Table("numbers", ["held out", "init", "final", "difference", "unit"], rows)]
+
+
+def groups(run: Run) -> list[Any]:
+    """After training, a row per group of held-out rows; what moved since before is beside it."""
+    names = [name for name in GROUPED if any(name in final for _, final in run.by.values())]
+    if not names:
+        return []
+    rows = []
+    for group, (init, final) in run.by.items():
+        moved = {n: final[n] - init[n] for n in names if n in init and n in final}
+        rows.append([group, *(f(name) for name in names for f in (final.get, moved.get))])
+    head = [cell for name in names for cell in (name, "difference")]
+    return [
+        Note("After training, by group of held-out rows."),
+        Table("by", ["group", *head], rows),
+    ]
 
 
 def curves(run: Run, key: str, title: str, names: Sequence[str]) -> list[Chart]:
