@@ -43,7 +43,7 @@ class Place:
     @property
     def title(self) -> str:
         """As messages call it."""
-        return self.path if isinstance(self.path, str) else ", ".join(map(str, self.path))
+        return ", ".join(self.path) if isinstance(self.path, list) else self.path
 
     def rows(self) -> Rows:
         """All of them."""
@@ -59,7 +59,7 @@ class Place:
             yield part
 
     def _found(self, skipped: int, whole: bool) -> Iterator[Found]:
-        paths = [self.path] if isinstance(self.path, str) else self.path or [""]
+        paths = self.path if isinstance(self.path, list) and self.path else [self.path]
         # all are found before the first is read
         for title, blocks in [source for path in paths for source in self._sources(path, whole)]:
             passed = 0  # rows of this source
@@ -74,7 +74,7 @@ class Place:
                 _tell(error, title, passed, self.where)
                 raise
 
-    def _sources(self, path: str, whole: bool) -> list[Source]:
+    def _sources(self, path: Any, whole: bool) -> list[Source]:
         if not isinstance(path, str) or not path:
             raise UserError(f"{self.where}={self.path}: name {FORMS}, or a list of them")
         try:

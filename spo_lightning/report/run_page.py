@@ -1,6 +1,6 @@
 """One run's files in, the sections of its page out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -49,9 +49,7 @@ def sections(run: Run) -> list[Section]:
     goes = [chart for chart in main if chart.key in PROBABILITY]
     rest = [chart for chart in main if chart.key not in PROBABILITY]
     return [
-        Section(
-            "Before and after", [*told(run), *numbers(run), *groups(run)], "Held-out numbers."
-        ),
+        Section("Before and after", [*told(run), *numbers(run)], "Held-out numbers."),
         Section("Where the probability goes", [*goes, *balance(run)], ABOUT),
         Section("Pair by pair", [*spread(run), *lost(run)], "Held-out pairs: change in nats."),
         Section(
@@ -92,28 +90,28 @@ def told(run: Run) -> list[Any]:
 def numbers(run: Run) -> list[Any]:
     if not run.init and not run.final:
         return [Note("No held-out numbers yet (metrics.json).")]
-    rows = []
-    for name in {**run.init, **run.final}:
-        before, after = run.init.get(name), run.final.get(name)
-        moved = None if before is None or after is None else after - before
-        rows.append([name, before, after, moved, unit(name)])
-    return [Table("numbers", ["held out", "init", "final", "difference", "unit"], rows)]
-
-
-def groups(run: Run) -> list[Any]:
-    """After training, a row per group of held-out rows; what moved since before is beside it."""
-    names = [name for name in GROUPED if any(name in final for _, final in run.by.values())]
-    if not names:
-        return []
-    rows = []
-    for group, (init, final) in run.by.items():
-        moved = {n: final[n] - init[n] for n in names if n in init and n in final}
-        rows.append([group, *(f(name) for name in names for f in (final.get, moved.get))])
-    head = [cell for name in names for cell in (name, "difference")]
-    return [
-        Note("After training, by group of held-out rows."),
-        Table("by", ["group", *head], rows),
+    head = ["init", "final", "difference", "unit"]
+    found = [Table("numbers", ["held out", *head], moved(run.init, run.final))]
+    rows = [
+        [group, *row]
+        for group, sides in run.by.items()
+        for row in moved(*sides)
+        if row[0] in GROUPED
     ]
+    if rows:
+        named = ["of the rows", "held out", *head]
+        found += [Note("Some of them in groups of the rows:"), Table("by", named, rows)]
+    return found
+
+
+def moved(init: Mapping[str, float], final: Mapping[str, float]) -> list[list[Any]]:
+    """A row per number: before, after, difference and unit."""
+    rows = []
+    for name in {**init, **final}:
+        before, after = init.get(name), final.get(name)
+        difference = None if before is None or after is None else after - before
+        rows.append([name, before, after, difference, unit(name)])
+    return rows
 
 
 def curves(run: Run, key: str, title: str, names: Sequence[str]) -> list[Chart]:
