@@ -22,7 +22,6 @@ HERE = Path(__file__).resolve().parent
 # the wheel's copy first: beside an installed package a stranger's conf may lie
 CONF = str(next(p for p in (HERE / "conf", HERE.parent / "conf") if p.is_dir()))
 
-# keys whose last part is a name of the user's, for which Hydra wants a sign in front
 NAMED = re.compile(r"data\.(\S+\.)?eval_path\.[^=]+=")
 
 log = logging.getLogger(__name__)
@@ -96,6 +95,11 @@ def _prepare() -> None:
     sys.path.append(PLUGINS)  # with our launcher
 
 
+def named(words: Sequence[str]) -> list[str]:
+    """The words as Hydra wants those whose key ends in a name of the user's: with a sign."""
+    return [f"++{word}" if NAMED.match(word) else word for word in words]
+
+
 def _whole(job: Callable[[], Any], failures: list[BaseException], failed_jobs: list[str]) -> None:
     """The command, whatever ends it; a sweep's table."""
     from hydra.errors import HydraException
@@ -105,8 +109,7 @@ def _whole(job: Callable[[], Any], failures: list[BaseException], failed_jobs: l
     from spo_lightning.sweep.launcher import Processes
 
     try:
-        words = again.words(sys.argv[1:])
-        sys.argv[1:] = [f"++{word}" if NAMED.match(word) else word for word in words]
+        sys.argv[1:] = named(again.words(sys.argv[1:]))
         job()
     except (HydraException, OmegaConfBaseException) as error:
         failures.append(UserError(one_line(error)))

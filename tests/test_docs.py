@@ -28,6 +28,7 @@ from omegaconf import OmegaConf, open_dict
 from pairs import CONF
 from tiny import policy
 
+from spo_lightning.command import named
 from spo_lightning.config import knobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +165,7 @@ def test_every_command_composes(name, words, monkeypatch):
     if name in ARGUMENTS:
         return parsed(name, words, monkeypatch)
     args = get_args_parser().parse_args(words)
-    config, given = args.config_name or name, list(args.overrides)
+    config, given = args.config_name or name, named(args.overrides)
     if any(word.startswith("sweep.resume=") for word in given):
         return None  # it becomes the words of another command before Hydra sees it
     if config == "search_spo":
