@@ -10,6 +10,7 @@ import gzip
 import io
 import lzma
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
@@ -64,17 +65,19 @@ def lines(name: str) -> Iterator[str]:
         raise UserError(f"{name}: the file is empty: name one that is not")
 
 
-def _opened(name: str) -> BinaryIO:
+@contextmanager
+def _opened(name: str) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked."""
-    raw: Any
+    file: Any
     if "://" in name:
         import fsspec
 
-        raw = fsspec.open(name, "rb").open()  # type: ignore[union-attr]
+        file = fsspec.open(name, "rb")
     else:
-        raw = Path(name).expanduser().open("rb")
-    packed = suffixes(name)[1]
-    return UNPACKED[packed](raw) if packed else raw
+        file = Path(name).expanduser().open("rb")
+    with file as raw:
+        packed = suffixes(name)[1]
+        yield UNPACKED[packed](raw) if packed else raw
 
 
 def _zstd(raw: BinaryIO) -> Any:
@@ -177,7 +180,7 @@ def _cells(head: Sequence[str], delimiter: str) -> list[int]:
 def _parquet(name: str) -> Iterator[Block]:
     from pyarrow.parquet import ParquetFile
 
-    with _seekable(name) as file, ParquetFile(file) as table:
+    with _opened(name) as file, ParquetFile(_seekable(file)) as table:
         for group in range(table.num_row_groups):
             batches = table.iter_batches(AT_ONCE, row_groups=[group])
             rows = (row for batch in batches for row in batch.to_pylist())
@@ -188,7 +191,8 @@ def _arrow(name: str) -> Iterator[Block]:
     """Arrow's file form, or its stream form, which datasets writes."""
     import pyarrow.ipc
 
-    with _seekable(name) as file:
+    with _opened(name) as raw:
+        file = _seekable(raw)
         if file.read(6) != b"ARROW1":
             file.seek(0)
             for batch in pyarrow.ipc.open_stream(file):
@@ -200,9 +204,8 @@ def _arrow(name: str) -> Iterator[Block]:
             yield batch.num_rows, batch.to_pylist
 
 
-def _seekable(name: str) -> BinaryIO:
+def _seekable(file: BinaryIO) -> BinaryIO:
     """A server that cannot be asked for a part sends the whole."""
-    file = _opened(name)
     return file if file.seekable() else io.BytesIO(file.read())
 
 
