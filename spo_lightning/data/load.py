@@ -6,8 +6,9 @@ from dataclasses import replace
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from spo_lightning.data import layouts
 from spo_lightning.data.reading import read
-from spo_lightning.data.rows import Task, completion_rows, limit, preference_rows, without
+from spo_lightning.data.rows import Task, limit, without
 from spo_lightning.errors import UserError
 
 # read here, by the encoding and by the warm start; a source that names one of them gets it
@@ -56,11 +57,14 @@ def _with_pairs(task: Task, node: dict[str, Any]) -> Task:
         why = "samples its pairs from the policy" if task.samples else "is streamed"
         raise UserError(f"data.pairs={named}: the data {why}: take a source of given pairs")
     raw = read(named, split=node.get("split", "train"), where="data.pairs")
-    rows = without(preference_rows(raw, node.get("separator")), task.held_out)
+    made = layouts.normalised(raw, str(named), layouts.COMPARED)
+    rows = without(made.rows, task.held_out)
     if not rows:
         raise UserError(f"data.pairs={named}: every prompt is held out: name a file of others")
     rows = limit(rows, node.get("max_rows"), node.get("seed", 0))
-    return replace(task, train=rows, counts={"in data.pairs": len(raw)})
+    notes = (*task.notes, *(f"data.pairs: {note}" for note in made.notes))
+    counts = {"in data.pairs": len(raw)}
+    return replace(task, train=rows, counts=counts, notes=notes, dropped=made.dropped)
 
 
 def _with_lower(task: Task, node: dict[str, Any]) -> Task:
@@ -72,7 +76,8 @@ def _with_lower(task: Task, node: dict[str, Any]) -> Task:
     rows = task.sft
     if named != OWN and "sft" not in _parameters(node):
         raw = read(named, split=node.get("split", "train"), where="data.sft")
-        rows = without(completion_rows(raw), task.held_out)
+        rows = layouts.normalised(raw, str(named), (layouts.TEXTS,)).rows
+        rows = without(rows, task.held_out)
     if not rows:
         raise UserError(
             f"data.sft={named}: no SFT row is left: name a file of prompt and completion, or null "

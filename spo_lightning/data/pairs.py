@@ -1,12 +1,15 @@
-"""Your own preference pairs, in TRL's formats: files, a saved dataset or a hub id."""
+"""Your own preference pairs, in any published layout: files, a saved dataset or a hub id."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import zip_longest
+from typing import NamedTuple
 
-from spo_lightning.data import rows
+from spo_lightning.data import layouts, rows
+from spo_lightning.data.layouts import Asked
+from spo_lightning.data.layouts.known import LABELLED, TEXTS, Layout
 from spo_lightning.data.reading import Place, read
-from spo_lightning.data.rows import Chunk, Row, Rows, Task
+from spo_lightning.data.rows import Chunk, Dropped, Row, Rows, Task
 from spo_lightning.data.stream import chunks
 from spo_lightning.errors import UserError
 
@@ -21,6 +24,9 @@ def pairs(
     name: str | None,
     split: str,
     revision: str | None,
+    layout: str | None,
+    columns: dict[str, str | None],
+    pairing: str,
     separator: str | None,
     sft: str | list[str] | None,
     summary: bool,
@@ -37,66 +43,120 @@ def pairs(
         raise UserError("data.path is not set: name a file, a saved dataset or a hub id of pairs")
     place = Place(path, "data.path", split, name, revision)
     raw = _first_chunk(place, chunk_rows, max_rows) if stream else place.rows()
-    if separator is not None and all("prompt" in row for row in raw):
-        raise UserError(
-            f"{place.title}: data.separator={separator!r}, but every row has a prompt: unset it"
-        )
-    given = _labelled(rows.preference_rows(raw, separator), raw, by)
+    named = {role: column for role, column in columns.items() if column is not None}
+    asked = Asked(named, "data.columns", _meant(separator), pairing, seed)
+    file = layouts.file_of(place.title, raw, asked)
+    found = layouts.recognised(file) if layout is None else layouts.forced(file, layout)
+    _check(place.title, found, asked, stream)
+    made = layouts.made(file, found)
+    if not made.rows:
+        raise UserError(f"{place.title}: no row becomes a pair; {made.notes[-1]}")
+    own = Side(_labelled(made, raw, by), made.notes, made.dropped)
     if eval_path is None:
-        share = rows.share_of(given, eval_fraction)
+        share = rows.share_of(own.rows, eval_fraction)
         trains: Callable[[Row], bool] = partial(_by_hash, share)
-        held = [row for row in given if not trains(row)]
+        other = Side([row for row in own.rows if not trains(row)], (), {})
     else:
-        held = _held_out(eval_path, split, separator, by)
-        trains = partial(_by_prompt, {rows.prompt_key(row["prompt"]) for row in held})
-    train = [row for row in given if trains(row)]
-    texts = []
-    if sft is not None:
-        texts = rows.completion_rows(read(sft, split=split, where="data.sft"))
-    repeated = len(given) - len(train) if eval_path else 0
-    count = "read (first chunk)" if stream else "read"
+        other = _held_out(eval_path, split, found, asked, by)
+        trains = partial(_by_prompt, {rows.prompt_key(row["prompt"]) for row in other.rows})
+    train = [row for row in own.rows if trains(row)]
+    texts = [] if sft is None else _texts(sft, split)
+    repeated = len(own.rows) - len(train) if eval_path else 0
+    answered = all("answer" in row for row in own.rows + other.rows)
     return Task(
         train=train if stream else rows.limit(train, max_rows, seed),
-        held_out=held,
-        sft=rows.without(texts, held),
-        answer_of=str.strip if all("answer" in row for row in given + held) else None,
+        held_out=other.rows,
+        sft=rows.without(texts, other.rows),
+        answer_of=str.strip if answered else None,
         summary=summary,
-        chunks=_later(place, chunk_rows, separator, trains) if stream else None,
-        counts={count: len(given), "also in data.eval_path": repeated},
+        chunks=_later(place, chunk_rows, found, asked, trains) if stream else None,
+        counts=_counts(len(own.rows), repeated, stream),
+        layout=found.name,
+        notes=own.notes + other.notes,
+        dropped=own.dropped | other.dropped,
+        unpaired=rows.without(made.labelled, other.rows),
     )
+
+
+class Side(NamedTuple):
+    """Rows, and what a user is told of them."""
+
+    rows: list[Row]
+    notes: tuple[str, ...]
+    dropped: dict[str, Dropped]
+
+
+def _meant(separator: str | None) -> str | None:
+    r"""A separator as the shell passes it: ``\n`` is a line break and ``\t`` a tab."""
+    return separator and separator.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _check(title: str, layout: Layout, asked: Asked, stream: bool) -> None:
+    """What does not go with the layout."""
+    if layout.gives == TEXTS:
+        raise UserError(
+            f"{title}: the layout {layout.name} has one answer a row, which compares nothing: "
+            "name it as data.sft, and pairs as data.path"
+        )
+    if layout.gives == LABELLED and stream:
+        told = "whose pairs are made of all rows: leave data.stream out"
+        raise UserError(f"{title}: the layout {layout.name} has labelled answers, {told}")
+    if asked.separator is not None and not layout.asks("separator"):
+        told = f"the layout {layout.name} has prompts of its own"
+        raise UserError(f"{title}: data.separator={asked.separator!r}, but {told}: unset it")
+    if asked.pairing != "best_worst" and not layout.asks("pairing"):
+        told = f"the layout {layout.name} has no list of answers"
+        raise UserError(f"data.pairing={asked.pairing} has no effect: {told}; leave it out")
 
 
 def _held_out(
     eval_path: str | list[str] | dict[str, str | list[str]],
     split: str,
-    separator: str | None,
+    layout: Layout,
+    asked: Asked,
     by: str | None,
-) -> list[Row]:
+) -> Side:
     """The held-out rows; of several named places each has its name, and they take turns, so that
     ``eval.max_rows`` leaves equally many of each."""
-    if not isinstance(eval_path, dict):
-        raw = read(eval_path, split=split, where="data.eval_path")
-        return _labelled(rows.preference_rows(raw, separator), raw, by)
-    if not eval_path:
+    if not eval_path and isinstance(eval_path, dict):
         raise UserError("data.eval_path={}: name places, as in data.eval_path.helpful=a.jsonl")
-    sides = []
-    for subset, named in eval_path.items():
-        raw = read(named, split=split, where=f"data.eval_path.{subset}")
-        given = _labelled(rows.preference_rows(raw, separator), raw, by)
-        sides.append([{**row, "subset": str(subset)} for row in given])
-    return [row for turn in zip_longest(*sides) for row in turn if row is not None]
+    several = eval_path if isinstance(eval_path, dict) else {None: eval_path}
+    sides: list[list[Row]] = []
+    notes: list[str] = []
+    dropped: dict[str, Dropped] = {}
+    for subset, named in several.items():
+        where = "data.eval_path" if subset is None else f"data.eval_path.{subset}"
+        place = Place(named, where, split)
+        raw = place.rows()
+        file = layouts.file_of(place.title, raw, asked)
+        made = layouts.made(file, layouts.fitting(file, layout, layouts.COMPARED))
+        mine = {} if subset is None else {"subset": str(subset)}
+        sides.append([{**row, **mine} for row in _labelled(made, raw, by)])
+        notes += (f"{where}: {note}" for note in made.notes)
+        dropped |= {f"{where}: {why}": some for why, some in made.dropped.items()}
+    turns = [row for turn in zip_longest(*sides) for row in turn if row is not None]
+    return Side(turns, tuple(notes), dropped)
 
 
-def _labelled(given: list[Row], raw: Rows, by: str | None) -> list[Row]:
+def _labelled(made: layouts.Made, raw: Rows, by: str | None) -> list[Row]:
     """The rows with their raw value of a column, as text."""
     if by is None:
-        return given
+        return made.rows
     for at, row in enumerate(raw):
         if not isinstance(row.get(by, []), str | int | float | None):
             found = ", ".join(map(str, row))
             told = f"no text or number {by!r} for eval.by (found {found})"
             raise UserError(f"{raw.named(at)}: {told}: name another column")
-    return [{**row, "by": str(raw[at][by])} for at, row in enumerate(given)]
+    return [{**row, "by": str(raw[at][by])} for at, row in zip(made.places, made.rows)]
+
+
+def _texts(sft: str | list[str], split: str) -> list[Row]:
+    raw = read(sft, split=split, where="data.sft")
+    return layouts.normalised(raw, str(sft), (TEXTS,)).rows
+
+
+def _counts(read: int, repeated: int, stream: bool) -> dict[str, int]:
+    return {"read (first chunk)" if stream else "read": read, "also in data.eval_path": repeated}
 
 
 def _by_hash(share: float, row: Row) -> bool:
@@ -122,9 +182,10 @@ def _first_chunk(place: Place, size: int, max_rows: int | None) -> Rows:
 
 
 def _later(
-    place: Place, size: int, separator: str | None, trains: Callable[[Row], bool]
+    place: Place, size: int, layout: Layout, asked: Asked, trains: Callable[[Row], bool]
 ) -> Callable[[int], Iterator[Chunk]]:
     def later(start: int) -> Iterator[Chunk]:
-        return chunks(place, size=size, separator=separator, trains=trains, start=start)
+        how = {"size": size, "layout": layout, "asked": asked}
+        return chunks(place, **how, trains=trains, start=start)
 
     return later

@@ -71,6 +71,7 @@ class Task:
     layout: str | None = None  # of a file of the user's: the name that data.layout takes
     notes: tuple[str, ...] = ()  # what a user is told of the rows, a line each
     dropped: dict[str, Dropped] = field(default_factory=dict)  # by reason, before tokens are made
+    unpaired: list[Row] = field(default_factory=list)  # {prompt, completion, label}: all of KTO's
 
 
 def parsed(text: str, where: str, line: int) -> Any:
@@ -82,104 +83,6 @@ def parsed(text: str, where: str, line: int) -> Any:
         raise UserError(f"{at}: broken JSON ({error.msg} at column {error.colno})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}:{line}: unreadable JSON ({error})") from None
-
-
-def preference_rows(raw: Rows, separator: str | None) -> list[Row]:
-    """Every row in the normal form: explicit prompt, three fields of one kind (TRL's formats)."""
-    return [_pair(row, raw.named(at), separator) for at, row in enumerate(raw)]
-
-
-def completion_rows(raw: Rows) -> list[Row]:
-    """Rows ``{prompt, completion}``, as text or as messages."""
-    names = ("prompt", "completion")
-    return [_normal(row, names, raw.named(at)) for at, row in enumerate(raw)]
-
-
-def _pair(row: Row, where: str, separator: str | None) -> Row:
-    if "label" in row and "completion" in row and "chosen" not in row:
-        told = "KTO rows (prompt, completion, label): this package trains on pairs"
-        raise UserError(f"{where}: {told}: give prompt, chosen and rejected")
-    if "prompt" in row or "chosen" not in row or "rejected" not in row:
-        return _normal(row, ("prompt", "chosen", "rejected"), where)
-    normal = _normal(row, ("chosen", "rejected"), where)
-    chosen, rejected = normal["chosen"], normal["rejected"]
-    n = _shared(chosen, rejected, separator, where)
-    return {**normal, "prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
-
-
-def _shared(chosen: Any, rejected: Any, separator: str | None, where: str) -> int:
-    if not chosen or not rejected:
-        return 0  # encoding drops the pair and counts it
-    shortest = min(len(chosen), len(rejected))
-    common = next((n for n in range(shortest) if chosen[n] != rejected[n]), shortest)
-    if isinstance(chosen, list):
-        if not common:
-            raise UserError(f"{where}: chosen and rejected share no turn: add a 'prompt'")
-        return common
-    if not separator:
-        fix = "add one, or set data.separator to the text that ends it"
-        raise UserError(f"{where}: no field 'prompt': {fix}")
-    at = chosen[:common].rfind(separator)
-    if at < 0:
-        told = f"no {separator!r} in the beginning that chosen and rejected share"
-        raise UserError(f"{where}: {told}: add a 'prompt' or correct data.separator")
-    return at + len(separator)
-
-
-def _normal(row: Row, names: tuple[str, ...], where: str) -> Row:
-    values = {name: _value(row, name, where) for name in names}
-    if len({type(value) for value in values.values()}) > 1:
-        kinds = ", ".join(f"{name} is {kind_of(value)}" for name, value in values.items())
-        raise UserError(f"{where}: {kinds}: make all text or all messages")
-    return {**values, **_extras(row, where)}
-
-
-def _extras(row: Row, where: str) -> Row:
-    extras = {name: row[name] for name in KEPT if row.get(name) is not None}
-    if isinstance(extras.get("tools"), str):
-        extras["tools"] = parsed(extras["tools"], f"{where}: 'tools'", 1)
-    for name, value in extras.items():
-        if not isinstance(value, KEPT[name]):
-            raise UserError(
-                f"{where}: {name!r} is {kind_of(value)}: see the formats in docs/your-data.md"
-            )
-    return extras | ({"answer": str(extras["answer"])} if "answer" in extras else {})
-
-
-def _value(row: Row, name: str, where: str) -> str | list[Row]:
-    if name not in row:
-        found = ", ".join(map(str, row)) or "nothing"
-        raise UserError(f"{where}: no field {name!r} (found {found}): add it or rename a column")
-    value = row[name]
-    if isinstance(value, str):
-        return _text(value, f"{where}: {name!r}")
-    if not isinstance(value, list):
-        raise UserError(
-            f"{where}: {name!r} is {kind_of(value)}: make it text or a list of messages"
-        )
-    return [_message(turn, f"{where}: {name!r}, turn {n}") for n, turn in enumerate(value, 1)]
-
-
-def _message(turn: Any, where: str) -> Row:
-    if not isinstance(turn, dict) or "role" not in turn:
-        raise UserError(f"{where} is not a message: write {{'role': ..., 'content': ...}}")
-    if turn["role"] not in ROLES:
-        raise UserError(f"{where} has the unknown role {turn['role']!r}: use {', '.join(ROLES)}")
-    # arrow fills the keys that another row has with nulls, which templates take for values
-    filled = {key: value for key, value in turn.items() if value is not None}
-    if isinstance(filled.get("content"), str):
-        _text(filled["content"], where)
-    elif "content" in filled or "tool_calls" not in filled:
-        raise UserError(f"{where}: 'content' is {kind_of(turn.get('content'))}: make it text")
-    return filled
-
-
-def _text(value: str, where: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where} has half a surrogate pair: write valid unicode") from None
-    return value
 
 
 def kind_of(value: Any) -> str:

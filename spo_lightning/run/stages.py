@@ -4,19 +4,26 @@ Every process takes every stage; the first writes. How a stage does it stands in
 imports from once it begins, so that bad rows end a run before anything heavy is loaded.
 """
 
+import logging
 from dataclasses import replace
 
 from spo_lightning.run import record as known
 from spo_lightning.run.job import Job
 from spo_lightning.run.record import grown
 
+log = logging.getLogger(__name__)
+
 
 def data(at: known.Begun) -> known.Read:
     """Rows of text, checked and split."""
+    from spo_lightning.data.layouts.known import folders, look_in
     from spo_lightning.data.load import load
     from spo_lightning.evaluation.groups import check
 
+    look_in(at.world.once(folders))  # --config-dir stands on the first process's command line
     task = load(at.cfg.data)
+    for note in task.notes:
+        log.info("%s", note)
     check(task.held_out, at.cfg.eval.get("by"))
     return grown(known.Read, at, task=task)
 

@@ -7,20 +7,16 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from written import placed
 
 from spo_lightning.data.rows import (
-    completion_rows,
     held_out,
     limit,
-    preference_rows,
     split,
     without,
 )
 from spo_lightning.errors import UserError
 
-USER, OTHER = {"role": "user", "content": "hi"}, {"role": "user", "content": "ho"}
-GOOD, BAD = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+USER = {"role": "user", "content": "hi"}
 
 
 def message(call, *args, **kwargs):
@@ -37,103 +33,6 @@ def test_validation_imports_nothing_heavy():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.stdout.strip() == "[]", ran
-
-
-def pair(**changed):
-    return {"prompt": "p", "chosen": "c", "rejected": "r", **changed}
-
-
-@pytest.mark.parametrize(
-    "row, fragment",
-    [
-        ({"prompt": "p", "chosen": "c"}, "no field 'rejected' (found prompt, chosen)"),
-        ({}, "no field 'prompt' (found nothing)"),
-        ({"messages": []}, "no field 'prompt' (found messages)"),
-        (pair(chosen=3), "'chosen' is a number"),
-        (pair(chosen=None), "'chosen' is null"),
-        (pair(prompt=None), "'prompt' is null"),
-        (pair(rejected=True), "'rejected' is a boolean"),
-        (pair(rejected={"role": "user"}), "'rejected' is an object"),
-        (pair(chosen=[GOOD]), "prompt is text, chosen is a list, rejected is text"),
-        (pair(chosen="\ud800"), "half a surrogate pair"),
-        (pair(answer=["18"]), "'answer' is a list"),
-        (pair(tools=3), "'tools' is a number"),
-        (pair(tools="[{"), "broken JSON"),
-        (pair(chat_template_kwargs=[]), "'chat_template_kwargs' is a list"),
-        (
-            {"prompt": [USER], "chosen": [{"role": "robot", "content": ""}], "rejected": [BAD]},
-            "'chosen', turn 1 has the unknown role 'robot'",
-        ),
-        ({"prompt": [USER], "chosen": ["a"], "rejected": [BAD]}, "turn 1 is not a message"),
-        (
-            {"prompt": [USER], "chosen": [{"role": "user", "content": 3}], "rejected": [BAD]},
-            "'content' is a number",
-        ),
-        ({"prompt": "p", "completion": "c", "label": True}, "KTO rows"),
-        ({"chosen": "xa", "rejected": "xb"}, "set data.separator"),
-        ({"chosen": [USER, GOOD], "rejected": [OTHER, BAD]}, "share no turn"),
-    ],
-)
-def test_rows_that_are_refused_wherever_they_stand(row, fragment):
-    told = message(preference_rows, placed([pair(), pair(), row], "a.jsonl"), None)
-    assert told.startswith("a.jsonl, row 3: ") and fragment in told
-
-
-def test_explicit_rows_keep_their_optional_columns():
-    row = pair(answer=18, tools='[{"name": "f"}]', chat_template_kwargs={"x": 1}, other=1)
-    (normal,) = preference_rows(placed([row]), None)
-    assert normal == pair(answer="18", tools=[{"name": "f"}], chat_template_kwargs={"x": 1})
-    assert preference_rows(placed([pair(answer=None, tools=None)]), None) == [pair()]
-
-
-def test_implicit_text_is_split_after_the_last_declared_separator():
-    shared = "\n\nHuman: hi\n\nAssistant: hm\n\nHuman: well\n\nAssistant:"
-    row = {"chosen": shared + " yes\n\nAssistant: a", "rejected": shared + " yesterday"}
-    (normal,) = preference_rows(placed([row]), "\n\nAssistant:")
-    assert normal == {
-        "prompt": shared,
-        "chosen": " yes\n\nAssistant: a",
-        "rejected": " yesterday",
-    }
-    told = message(preference_rows, placed([{"chosen": "Q: a", "rejected": "P: b"}]), "Q:")
-    assert "row 1: no 'Q:' in the beginning" in told
-
-
-@given(st.text("ab|", max_size=12), st.text("ab|", max_size=6), st.text("ab|", max_size=6))
-def test_an_implicit_split_loses_nothing(shared, one, other):
-    row = {"chosen": shared + "|" + one, "rejected": shared + "|" + other}
-    (normal,) = preference_rows(placed([row]), "|")
-    assert normal["prompt"] + normal["chosen"] == row["chosen"]
-    assert normal["prompt"] + normal["rejected"] == row["rejected"]
-    assert normal["prompt"].endswith("|") and normal["prompt"].startswith(shared)
-
-
-def test_implicit_messages_are_split_at_turns():
-    system = {"role": "system", "content": "be brief"}
-    row = {"chosen": [system, USER, GOOD], "rejected": [system, USER, BAD, OTHER, GOOD]}
-    (normal,) = preference_rows(placed([row]), None)
-    assert normal["prompt"] == [system, USER]
-    assert normal["chosen"] == [GOOD] and normal["rejected"] == [BAD, OTHER, GOOD]
-
-
-def test_nulls_that_arrow_adds_to_messages_are_removed():
-    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "name": None}
-    row = {"prompt": [USER], "chosen": [called], "rejected": [{**BAD, "tool_calls": None}]}
-    (normal,) = preference_rows(placed([row]), None)
-    assert normal["chosen"] == [{"role": "assistant", "tool_calls": [{"name": "f"}]}]
-    assert normal["rejected"] == [BAD]
-
-
-def test_degenerate_pairs_are_left_for_the_encoding_to_count():
-    rows = [pair(chosen=""), pair(chosen="r"), {"chosen": "", "rejected": "x"}]
-    assert len(preference_rows(placed(rows), None)) == 3
-
-
-def test_completion_rows():
-    assert completion_rows(placed([{"prompt": "p", "completion": "c", "x": 1}])) == [
-        {"prompt": "p", "completion": "c"}
-    ]
-    assert "row 1: no field 'completion'" in message(completion_rows, placed([{"prompt": "p"}]))
 
 
 PROMPTS = st.lists(

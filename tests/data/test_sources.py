@@ -405,7 +405,7 @@ def test_refusals(source, overrides, fragment):
 def test_refusals_that_need_a_file(source, tmp_path):
     path = write(tmp_path / "a.jsonl", asked(5))
     told = refusal(source, "data=pairs", f"data.path={path}", "data.separator='Q:'")
-    assert f"{path}: data.separator='Q:', but every row has a prompt" in told
+    assert f"{path}: data.separator='Q:', but the layout trl has prompts of its own" in told
     told = refusal(source, "data=pairs", f"data.path={path}", f"data.eval_path={path}")
     assert f"{path}: no row is left to train on" in told
     story = tmp_path / "s.txt"
@@ -471,7 +471,8 @@ def test_pairs_of_a_file_train_in_place_of_the_sources_own(source, tmp_path, nam
     assert "every prompt is held out" in refusal(source, f"data={name}", f"data.pairs={path}")
     write(path, [{"prompt": "q", "chosen": "1"}])
     told = refusal(source, f"data={name}", f"data.pairs={path}")
-    assert f"{path}, row 1: no field 'rejected'" in told
+    assert told.startswith(f"{path}: no layout fits its columns prompt (q), chosen (1)")
+    assert told.endswith("lacks rejected; rename them")
 
 
 def test_pairs_where_the_data_samples_its_own(source):

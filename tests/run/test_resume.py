@@ -19,7 +19,8 @@ from pairs import CONF
 from safetensors.torch import load_file
 
 from spo_lightning.errors import UserError
-from spo_lightning.records.directory import MetricsCsv, cut_after, resumed
+from spo_lightning.records.directory import MetricsCsv, cut_after
+from spo_lightning.records.resume import resumed
 from spo_lightning.train import train
 
 STEPS = 12
