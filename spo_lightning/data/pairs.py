@@ -45,19 +45,14 @@ def pairs(
     raw = _first_chunk(place, chunk_rows, max_rows) if stream else place.rows()
     named = {role: column for role, column in columns.items() if column is not None}
     asked = Asked(named, "data.columns", _meant(separator), pairing, seed)
-    file = layouts.file_of(place.title, raw, asked)
-    found = layouts.recognised(file) if layout is None else layouts.forced(file, layout)
-    _check(place.title, found, asked, stream)
-    made = layouts.made(file, found)
-    if not made.rows:
-        raise UserError(f"{place.title}: no row becomes a pair; {made.notes[-1]}")
+    made = _made(place.title, raw, layout, asked, stream)
     own = Side(_labelled(made, raw, by), made.notes, made.dropped)
     if eval_path is None:
         share = rows.share_of(own.rows, eval_fraction)
         trains: Callable[[Row], bool] = partial(_by_hash, share)
         other = Side([row for row in own.rows if not trains(row)], (), {})
     else:
-        other = _held_out(eval_path, split, found, asked, by)
+        other = _held_out(eval_path, split, made.layout, asked, by)
         trains = partial(_by_prompt, {rows.prompt_key(row["prompt"]) for row in other.rows})
     train = [row for row in own.rows if trains(row)]
     texts = [] if sft is None else _texts(sft, split)
@@ -69,9 +64,9 @@ def pairs(
         sft=rows.without(texts, other.rows),
         answer_of=str.strip if answered else None,
         summary=summary,
-        chunks=_later(place, chunk_rows, found, asked, trains) if stream else None,
+        chunks=_later(place, chunk_rows, made.layout, asked, trains) if stream else None,
         counts=_counts(len(own.rows), repeated, stream),
-        layout=found.name,
+        layout=made.layout.name,
         notes=own.notes + other.notes,
         dropped=own.dropped | other.dropped,
         unpaired=rows.without(made.labelled, other.rows),
@@ -89,6 +84,17 @@ class Side(NamedTuple):
 def _meant(separator: str | None) -> str | None:
     r"""A separator as the shell passes it: ``\n`` is a line break and ``\t`` a tab."""
     return separator and separator.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _made(title: str, raw: Rows, layout: str | None, asked: Asked, stream: bool) -> layouts.Made:
+    """The rows by the layout that is named, or recognised."""
+    file = layouts.file_of(title, raw, asked)
+    found = layouts.recognised(file) if layout is None else layouts.forced(file, layout)
+    _check(title, found, asked, stream)
+    made = layouts.made(file, found)
+    if not made.rows:
+        raise UserError(f"{title}: no row becomes a pair; {made.notes[-1]}")
+    return made
 
 
 def _check(title: str, layout: Layout, asked: Asked, stream: bool) -> None:
