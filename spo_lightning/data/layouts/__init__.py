@@ -54,7 +54,7 @@ class _Fit:
 def recognised(file: File, gives: Sequence[str] = (PAIRS, LABELLED, TEXTS)) -> Layout:
     """The layout that explains most columns, over all rows; one that some rows lack is refused."""
     fits = [
-        _fit(layout.settled(file.groups(), file.asked.columns), file)
+        _fit(layout.settled(file.groups, file.asked.columns), file)
         for layout in known.layouts().values()
         if layout.gives in gives and file.asked.columns.keys() <= layout.roles.keys()
     ]
@@ -78,7 +78,7 @@ def recognised(file: File, gives: Sequence[str] = (PAIRS, LABELLED, TEXTS)) -> L
 
 def fitting(file: File, layout: Layout, gives: Sequence[str]) -> Layout:
     """The layout itself, if all rows fit it, else the one that is recognised."""
-    own = known.layouts()[layout.name].settled(file.groups(), file.asked.columns)
+    own = known.layouts()[layout.name].settled(file.groups, file.asked.columns)
     return own if _fit(own, file).odd is None else recognised(file, gives)
 
 
@@ -92,12 +92,12 @@ def forced(file: File, name: str) -> Layout:
         if role not in layout.roles:
             has = ", ".join(layout.roles)
             raise UserError(f"data.columns.{role}: layout {name} has no such role: it has {has}")
-    return layout.settled(file.groups(), file.asked.columns)
+    return layout.settled(file.groups, file.asked.columns)
 
 
 def _fit(layout: Layout, file: File) -> _Fit:
     covered, explained, exact, odd = 0, 0, 0, None
-    for kinds, count, place in file.groups():
+    for kinds, count, place in file.groups:
         found, lacks = layout.found(kinds)
         if lacks:
             odd = place if odd is None else odd
@@ -114,7 +114,7 @@ def made(file: File, layout: Layout) -> Made:
     odd = _fit(layout, file).odd
     if odd is not None:
         raise UserError(odd_row(layout, file, odd))
-    found = {id(k): layout.found(k)[0] for k, _, _ in file.groups()}
+    found = {id(k): layout.found(k)[0] for k, _, _ in file.groups}
     rows, places, said, left = [], [], Counter(), {}
     for place, (raw, kinds) in enumerate(zip(file.rows, file.kinds)):
         read = (one for one in found[id(kinds)].items() if one[0] not in layout.aside)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from spo_lightning.data.layouts.columns import chosen_by_user, kinds_of
 from spo_lightning.data.layouts.known import Groups, Kinds
@@ -30,6 +31,7 @@ class File:
     asked: Asked
     name: Callable[[int], str]  # of the row at a place
 
+    @cached_property
     def groups(self) -> Groups:
         """The sets of columns and kinds that its rows have: how many do, and the first place."""
         counts = Counter(map(id, self.kinds))

@@ -32,13 +32,13 @@ def odd_row(layout: Layout, file: File, place: int) -> str:
 
 def no_layout(file: File, layouts: Sequence[Layout]) -> str:
     """The line for a file of which no layout has most rows."""
-    kinds, _, place = max(file.groups(), key=lambda group: group[1])
+    kinds, _, place = max(file.groups, key=lambda group: group[1])
     has, near = ", ".join(samples(file.rows)), ""
     found = [(*one.found(kinds), one) for one in layouts]
     if found:
         _, lacks, nearest = min(found, key=_distance)
         if not lacks:  # it has some rows
-            others = (at for each, _, at in file.groups() if nearest.found(each)[1])
+            others = (at for each, _, at in file.groups if nearest.found(each)[1])
             return odd_row(nearest, file, next(others, place))
         near = f"; the nearest, {nearest.name}, lacks {' and '.join(lacks)}"
     key, names = file.asked.key, {role: _guess(role, kinds) for role in GUESSES}
