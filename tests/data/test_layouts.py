@@ -527,6 +527,23 @@ CASES = {  # layout: [(a row as published, the pairs it becomes or why it is lef
             },
             "tie",
         ),
+        (
+            {
+                "prompt": '["q", "s"]',
+                "response_a": '["c", null]',
+                "response_b": '["r", "u"]',
+                "winner_model_a": "1",
+                "winner_model_b": "0",
+                "winner_tie": "0",
+            },
+            [
+                {
+                    "prompt": [user("q")],
+                    "chosen": [said("c"), user("s"), said("")],
+                    "rejected": [said("r"), user("s"), said("u")],
+                }
+            ],
+        ),
     ],
     "arena": [
         ({**ONE, **ARENA, "winner": "model_a", "turn": 1}, [chat("q", "x", "y")]),
@@ -775,6 +792,13 @@ def test_two_that_fit_equally_well_are_both_named():
     assert turns_only(made([both], "question").rows) == [chat("q", "c", "r")]
 
 
+def test_the_narrower_kind_decides_between_two_that_read_as_much():
+    raw = {"prompt": "p", "response_1": "r", "response_2": "c", "overall_preference": 2}
+    assert made([raw]).rows == [pair(margin=2.0)]
+    (row,) = made([{**raw, "overall_preference": "Response 2"}]).rows
+    assert row == pair()
+
+
 def test_a_forced_layout():
     hh = [{"chosen": TALK + " a", "rejected": TALK + " b"}]
     assert made(hh, "implicit").rows == [{"prompt": TALK, "chosen": " a", "rejected": " b"}]
@@ -884,6 +908,12 @@ def test_explicit_rows_keep_their_optional_columns():
     (normal,) = made([row]).rows
     assert normal == pair(answer="18", tools=[{"name": "f"}], chat_template_kwargs={"x": 1})
     assert made([pair(answer=None, tools=None)]).rows == [pair()]
+
+
+def test_messages_that_stand_in_a_cell_as_json():
+    cells = {name: json.dumps(turns) for name, turns in chat("p", "c", "r").items()}
+    assert made([cells]).rows == [chat("p", "c", "r")]
+    assert made([pair(chosen='[{"x": 1}]')]).rows == [pair(chosen='[{"x": 1}]')]
 
 
 def test_nulls_that_arrow_adds_to_messages_are_removed():

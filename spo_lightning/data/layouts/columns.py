@@ -5,9 +5,11 @@ objects (``answers.*.rank``, a list with one value per answer). ``chosen_by_user
 to the roles that ``data.columns`` gives them.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from spo_lightning.data.rows import Row
@@ -152,6 +154,17 @@ def chosen_by_user(raw: Sequence[Row], columns: Mapping[str, str], file: str) ->
         | {role: value_at(row, path) for role, path in columns.items()}
         for row in raw
     ]
+
+
+def unpacked(row: Row) -> Row:
+    """The row with messages that stand in it as JSON, as in the cell of a csv, read."""
+    packed = {}
+    for name, value in row.items():
+        if isinstance(value, str) and value.startswith("[{"):
+            with suppress(ValueError):
+                found = json.loads(value)
+                packed |= {name: found} if kind_of(found) in ("messages", "turns") else {}
+    return row | packed if packed else row
 
 
 def samples(raw: Sequence[Row]) -> list[str]:

@@ -4,6 +4,7 @@ A row that is a tie, or whose answers are both bad or not judged, is left out an
 better the chosen answer is, is kept as ``margin``.
 """
 
+import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from spo_lightning.data.layouts.columns import WORDS, kind_of
 from spo_lightning.data.layouts.given import kept_of
-from spo_lightning.data.layouts.turns import LeftOut, apart, asked, messages
+from spo_lightning.data.layouts.turns import LeftOut, apart, asked, messages, spoken, user
 from spo_lightning.data.rows import Row, prompt_key
 from spo_lightning.errors import UserError
 
@@ -60,11 +61,31 @@ def scores(row: Row) -> list[Row]:
 
 
 def flags(row: Row) -> list[Row]:
-    """Two answers, each with a mark of whether it has won."""
+    """Two answers, each with a mark of whether it has won; lists of them are several turns."""
     won = [str(value).strip().lower() in ("1", "1.0", "true") for value in row["won"].values()]
     if won[0] == won[1]:
         raise LeftOut(TIE)
-    return [_pair(row, list(row["answers"])[won[1]], None)]
+    best = list(row["answers"])[won[1]]
+    (other,) = (mark for mark in row["answers"] if mark != best)
+    asks, *told = map(_listed, (row.get("prompt"), row["answers"][best], row["answers"][other]))
+    if asks is None or None in told:
+        return [_pair(row, best, None)]
+    return [apart(*(_conversation(asks, answers) for answers in told if answers is not None))]
+
+
+def _listed(text: Any) -> list[str] | None:
+    """The texts of a list that is written as JSON; None of another text."""
+    if not isinstance(text, str) or not text.startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return [part or "" for part in found] if kind_of(found) == "texts" else None
+
+
+def _conversation(asks: Sequence[str], answers: Sequence[str]) -> list[Row]:
+    return [turn for q, a in zip(asks, answers) for turn in (user(q), *spoken(a))]
 
 
 def arena(row: Row) -> list[Row]:

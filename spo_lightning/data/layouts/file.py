@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from spo_lightning.data.layouts.columns import chosen_by_user, kinds_of
+from spo_lightning.data.layouts.columns import chosen_by_user, kinds_of, unpacked
 from spo_lightning.data.layouts.known import Groups, Kinds
 from spo_lightning.data.rows import Row, Rows
 
@@ -43,7 +43,7 @@ class File:
 
 def file_of(path: str, raw: Rows, asked: Asked) -> File:
     """The rows as layouts look at them."""
-    rows = chosen_by_user(raw, asked.columns, path)
+    rows = chosen_by_user([*map(unpacked, raw)], asked.columns, path)
     same: dict[tuple, Kinds] = {}
     kinds = [same.setdefault(tuple(found.items()), found) for found in map(kinds_of, rows)]
     return File(path, rows, kinds, asked, raw.named)

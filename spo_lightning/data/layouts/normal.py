@@ -26,9 +26,9 @@ def normal(row: Row, raw: Row, where: str) -> Row:
 
 
 def _extras(given: Row, where: str) -> Row:
-    extras = {name: value for name, value in given.items() if value is not None}
+    extras = {name: value for name, value in given.items() if value not in (None, "")}
     if isinstance(extras.get("tools"), str):
-        extras["tools"] = parsed(extras["tools"] or "[]", f"{where}: 'tools'", 1)
+        extras["tools"] = parsed(extras["tools"], f"{where}: 'tools'", 1)
     for name, value in extras.items():
         if not isinstance(value, KEPT[name]):
             kind = WORDS[kind_of(value)]
