@@ -76,8 +76,10 @@ def _with_lower(task: Task, node: dict[str, Any]) -> Task:
     rows = task.sft
     if named != OWN and "sft" not in _parameters(node):
         raw = read(named, split=node.get("split", "train"), where="data.sft")
-        rows = layouts.normalised(raw, str(named), (layouts.TEXTS,)).rows
-        rows = without(rows, task.held_out)
+        made = layouts.normalised(raw, str(named), (layouts.TEXTS,))
+        rows = without(made.rows, task.held_out)
+        notes = (*task.notes, *(f"data.sft: {note}" for note in made.notes))
+        task = replace(task, notes=notes)
     if not rows:
         raise UserError(
             f"data.sft={named}: no SFT row is left: name a file of prompt and completion, or null "

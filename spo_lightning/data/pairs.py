@@ -55,19 +55,19 @@ def pairs(
         other = _held_out(eval_path, split, made.layout, asked, by)
         trains = partial(_by_prompt, {rows.prompt_key(row["prompt"]) for row in other.rows})
     train = [row for row in own.rows if trains(row)]
-    texts = [] if sft is None else _texts(sft, split)
+    texts = Side([], (), {}) if sft is None else _texts(sft, split)
     repeated = len(own.rows) - len(train) if eval_path else 0
     answered = all("answer" in row for row in own.rows + other.rows)
     return Task(
         train=train if stream else rows.limit(train, max_rows, seed),
         held_out=other.rows,
-        sft=rows.without(texts, other.rows),
+        sft=rows.without(texts.rows, other.rows),
         answer_of=str.strip if answered else None,
         summary=summary,
         chunks=_later(place, chunk_rows, made.layout, asked, trains) if stream else None,
         counts=_counts(len(own.rows), repeated, stream),
         layout=made.layout.name,
-        notes=own.notes + other.notes,
+        notes=own.notes + other.notes + texts.notes,
         dropped=own.dropped | other.dropped,
         unpaired=rows.without(made.labelled, other.rows),
     )
@@ -156,9 +156,9 @@ def _labelled(made: layouts.Made, raw: Rows, by: str | None) -> list[Row]:
     return [{**row, "by": str(raw[at][by])} for at, row in zip(made.places, made.rows)]
 
 
-def _texts(sft: str | list[str], split: str) -> list[Row]:
-    raw = read(sft, split=split, where="data.sft")
-    return layouts.normalised(raw, str(sft), (TEXTS,)).rows
+def _texts(sft: str | list[str], split: str) -> Side:
+    made = layouts.normalised(read(sft, split=split, where="data.sft"), str(sft), (TEXTS,))
+    return Side(made.rows, tuple(f"data.sft: {note}" for note in made.notes), {})
 
 
 def _counts(read: int, repeated: int, stream: bool) -> dict[str, int]:

@@ -552,6 +552,8 @@ def test_texts_of_other_layouts(source, tmp_path):
     write(sft, [{"messages": [user, said]}])
     task = source("data=pairs", f"data.path={path}", f"data.sft={sft}")
     assert task.lower == [{"prompt": [user], "completion": [said]}]
+    assert task.notes[1] == "data.sft: Layout: sft_conversation (messages as messages): 1 rows"
+    assert source("data=slips", f"data.sft={sft}").notes == task.notes[1:]
     told = refusal(source, "data=pairs", f"data.path={sft}")
     assert "the layout sft_conversation has one answer a row, which compares nothing" in told
     told = refusal(source, "data=pairs", f"data.path={path}", f"data.sft={path}")
