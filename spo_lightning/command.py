@@ -6,6 +6,7 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -20,6 +21,8 @@ from spo_lightning.records import terminal
 HERE = Path(__file__).resolve().parent
 # the wheel's copy first: beside an installed package a stranger's conf may lie
 CONF = str(next(p for p in (HERE / "conf", HERE.parent / "conf") if p.is_dir()))
+
+NAMED = re.compile(r"data\.(\S+\.)?eval_path\.[^=]+=")
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +95,11 @@ def _prepare() -> None:
     sys.path.append(PLUGINS)  # with our launcher
 
 
+def named(words: Sequence[str]) -> list[str]:
+    """The words as Hydra wants those whose key ends in a name of the user's: with a sign."""
+    return [f"++{word}" if NAMED.match(word) else word for word in words]
+
+
 def _whole(job: Callable[[], Any], failures: list[BaseException], failed_jobs: list[str]) -> None:
     """The command, whatever ends it; a sweep's table."""
     from hydra.errors import HydraException
@@ -101,7 +109,7 @@ def _whole(job: Callable[[], Any], failures: list[BaseException], failed_jobs: l
     from spo_lightning.sweep.launcher import Processes
 
     try:
-        sys.argv[1:] = again.words(sys.argv[1:])
+        sys.argv[1:] = named(again.words(sys.argv[1:]))
         job()
     except (HydraException, OmegaConfBaseException) as error:
         failures.append(UserError(one_line(error)))

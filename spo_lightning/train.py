@@ -26,7 +26,7 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> Any:
     """One job of the command: refuse bad input, then train; what a search maximises, or all."""
     from omegaconf import OmegaConf
 
-    from spo_lightning.records.directory import resumed
+    from spo_lightning.records.resume import resumed
     from spo_lightning.report.build import attempted
     from spo_lightning.run.processes import refuse_sweep
 

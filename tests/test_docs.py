@@ -28,6 +28,7 @@ from omegaconf import OmegaConf, open_dict
 from pairs import CONF
 from tiny import policy
 
+from spo_lightning.command import named
 from spo_lightning.config import knobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ STEPS = ("max_steps=2", "batch_size=4", "micro_batch_size=2", "report.enabled=fa
 DATA = ("data=slips", "data.sft_rows=32", "data.prompts=16", "data.eval_prompts=8")
 BUILT = (
     *("model.config.hidden_size=32", "model.config.intermediate_size=48"),
-    *("model.config.num_hidden_layers=1", "sft.batch_size=8"),
+    "model.config.num_hidden_layers=1",
 )
 TIMED = re.compile(r"\b(long|seconds|minutes|hours)\b", re.IGNORECASE)
 FILE = re.compile(r"`([\w./-]+)`:$")
@@ -164,7 +165,7 @@ def test_every_command_composes(name, words, monkeypatch):
     if name in ARGUMENTS:
         return parsed(name, words, monkeypatch)
     args = get_args_parser().parse_args(words)
-    config, given = args.config_name or name, list(args.overrides)
+    config, given = args.config_name or name, named(args.overrides)
     if any(word.startswith("sweep.resume=") for word in given):
         return None  # it becomes the words of another command before Hydra sees it
     if config == "search_spo":
@@ -209,7 +210,7 @@ def small(name: str, words: list[str], built: bool) -> list[str]:
         more += DATA
     if built:
         more += BUILT
-        more += [] if "data=pairs" in words else ["sft.max_steps=5"]
+        more += [] if "data=pairs" in words else ["sft.max_steps=5", "sft.batch_size=8"]
     return [*words, *(word for word in more if word.partition("=")[0] not in keys)]
 
 

@@ -3,17 +3,12 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-from spo_lightning.data.rows import (
-    Task,
-    completion_rows,
-    limit,
-    preference_rows,
-    read,
-    without,
-)
+from spo_lightning.data import layouts
+from spo_lightning.data.reading import read
+from spo_lightning.data.rows import Task, limit, without
 from spo_lightning.errors import UserError
 
 # read here, by the encoding and by the warm start; a source that names one of them gets it
@@ -57,16 +52,19 @@ def _with_pairs(task: Task, node: dict[str, Any]) -> Task:
     named = node.get("pairs")
     if named is None:
         return task
-    _check_kind(named, (str, NoneType), "data.pairs")
+    _check_kind(named, (str, list, NoneType), "data.pairs")
     if task.samples or task.chunks is not None:
         why = "samples its pairs from the policy" if task.samples else "is streamed"
         raise UserError(f"data.pairs={named}: the data {why}: take a source of given pairs")
     raw = read(named, split=node.get("split", "train"), where="data.pairs")
-    rows = without(preference_rows(raw, named, node.get("separator")), task.held_out)
+    made = layouts.normalised(raw, str(named), layouts.COMPARED)
+    rows = without(made.rows, task.held_out)
     if not rows:
         raise UserError(f"data.pairs={named}: every prompt is held out: name a file of others")
     rows = limit(rows, node.get("max_rows"), node.get("seed", 0))
-    return replace(task, train=rows, counts={"in data.pairs": len(raw)})
+    notes = (*task.notes, *(f"data.pairs: {note}" for note in made.notes))
+    counts = {"in data.pairs": len(raw)}
+    return replace(task, train=rows, counts=counts, notes=notes, dropped=made.dropped)
 
 
 def _with_lower(task: Task, node: dict[str, Any]) -> Task:
@@ -74,11 +72,14 @@ def _with_lower(task: Task, node: dict[str, Any]) -> Task:
     named = node.get("sft")
     if named is None:
         return task
-    _check_kind(named, (str, NoneType), "data.sft")
+    _check_kind(named, (str, list, NoneType), "data.sft")
     rows = task.sft
     if named != OWN and "sft" not in _parameters(node):
         raw = read(named, split=node.get("split", "train"), where="data.sft")
-        rows = without(completion_rows(raw, named), task.held_out)
+        made = layouts.normalised(raw, str(named), (layouts.TEXTS,))
+        rows = without(made.rows, task.held_out)
+        notes = (*task.notes, *(f"data.sft: {note}" for note in made.notes))
+        task = replace(task, notes=notes)
     if not rows:
         raise UserError(
             f"data.sft={named}: no SFT row is left: name a file of prompt and completion, or null "
@@ -130,10 +131,10 @@ def _check(node: dict[str, Any], where: str) -> None:
     for key in sorted(known.keys() - given):
         raise UserError(f"{where}.{key} is missing: take it from conf/data/{source.__name__}.yaml")
     for key in sorted(given):
-        wanted = get_args(kinds[key]) or (kinds[key],)
-        # a dict of sources is checked by the source it belongs to
-        if wanted[0] is not str or not isinstance(node[key], dict):
-            _check_kind(node[key], wanted, f"{where}.{key}")
+        wanted = get_args(kinds[key]) if isinstance(kinds[key], UnionType) else (kinds[key],)
+        # what a dict or list holds is checked by who reads it
+        plain = tuple(get_origin(kind) or kind for kind in wanted)
+        _check_kind(node[key], plain, f"{where}.{key}")
 
 
 def _check_kind(value: Any, wanted: tuple[type, ...], where: str) -> None:

@@ -1,66 +1,168 @@
-"""Your own preference pairs, in TRL's formats: a file, a saved dataset or a hub id."""
+"""Your own preference pairs, in any published layout: files, a saved dataset or a hub id."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
+from typing import NamedTuple
 
-from spo_lightning.data import rows
-from spo_lightning.data.rows import Chunk, Row, Task
-from spo_lightning.data.stream import chunks, parts
+from spo_lightning.data import layouts, rows
+from spo_lightning.data.layouts import Asked
+from spo_lightning.data.layouts.known import LABELLED, TEXTS, Layout
+from spo_lightning.data.reading import Place, read
+from spo_lightning.data.rows import Chunk, Dropped, Row, Rows, Task
+from spo_lightning.data.stream import chunks
 from spo_lightning.errors import UserError
 
 
 def pairs(
     *,
-    path: str | None,
-    eval_path: str | None,
+    path: str | list[str] | None,
+    eval_path: str | list[str] | dict[str, str | list[str]] | None,
     eval_fraction: float,
     max_rows: int | None,
     seed: int,
+    name: str | None,
     split: str,
+    revision: str | None,
+    layout: str | None,
+    columns: dict[str, str | None],
+    pairing: str,
     separator: str | None,
-    sft: str | None,
+    sft: str | list[str] | None,
     summary: bool,
     stream: bool,
     chunk_rows: int,
+    by: str | None,
 ) -> Task:
-    """Validated pairs, split by prompt, or with held-out pairs from a place of their own.
+    """Validated pairs, split by prompt, or with held-out pairs from places of their own.
 
-    ``stream``: read ``chunk_rows`` rows at a time while training goes on.
+    ``stream``: read ``chunk_rows`` rows at a time while training goes on. ``by``: a column that
+    held-out numbers are told apart by.
     """
     if path is None:
         raise UserError("data.path is not set: name a file, a saved dataset or a hub id of pairs")
-    if stream:
-        raw = _first_chunk(path, split, chunk_rows, max_rows)
-    else:
-        raw = rows.read(path, split=split, where="data.path")
-    if separator is not None and all("prompt" in row for row in raw):
-        raise UserError(
-            f"{path}: data.separator={separator!r}, but every row has a prompt: unset it"
-        )
-    given = rows.preference_rows(raw, path, separator)
+    place = Place(path, "data.path", split, name, revision)
+    raw = _first_chunk(place, chunk_rows, max_rows) if stream else place.rows()
+    named = {role: column for role, column in columns.items() if column is not None}
+    asked = Asked(named, "data.columns", _meant(separator), pairing, seed)
+    made = _made(place.title, raw, layout, asked, stream)
+    own = Side(_labelled(made, raw, by), made.notes, made.dropped)
     if eval_path is None:
-        share = rows.share_of(given, eval_fraction)
+        share = rows.share_of(own.rows, eval_fraction)
         trains: Callable[[Row], bool] = partial(_by_hash, share)
-        held = [row for row in given if not trains(row)]
+        other = Side([row for row in own.rows if not trains(row)], (), {})
     else:
-        raw = rows.read(eval_path, split=split, where="data.eval_path")
-        held = rows.preference_rows(raw, eval_path, separator)
-        trains = partial(_by_prompt, {rows.prompt_key(row["prompt"]) for row in held})
-    train = [row for row in given if trains(row)]
-    texts = []
-    if sft is not None:
-        texts = rows.completion_rows(rows.read(sft, split=split, where="data.sft"), sft)
-    repeated = len(given) - len(train) if eval_path else 0
-    name = "read (first chunk)" if stream else "read"
+        other = _held_out(eval_path, split, made.layout, asked, by)
+        trains = partial(_by_prompt, {rows.prompt_key(row["prompt"]) for row in other.rows})
+    train = [row for row in own.rows if trains(row)]
+    texts = Side([], (), {}) if sft is None else _texts(sft, split)
+    repeated = len(own.rows) - len(train) if eval_path else 0
+    answered = all("answer" in row for row in own.rows + other.rows)
     return Task(
         train=train if stream else rows.limit(train, max_rows, seed),
-        held_out=held,
-        sft=rows.without(texts, held),
-        answer_of=str.strip if all("answer" in row for row in given + held) else None,
+        held_out=other.rows,
+        sft=rows.without(texts.rows, other.rows),
+        answer_of=str.strip if answered else None,
         summary=summary,
-        chunks=_later(path, chunk_rows, split, separator, trains) if stream else None,
-        counts={name: len(given), "also in data.eval_path": repeated},
+        chunks=_later(place, chunk_rows, made.layout, asked, trains) if stream else None,
+        counts=_counts(len(own.rows), repeated, stream),
+        layout=made.layout.name,
+        notes=own.notes + other.notes + texts.notes,
+        dropped=own.dropped | other.dropped,
+        unpaired=rows.without(made.labelled, other.rows),
     )
+
+
+class Side(NamedTuple):
+    """Rows, and what a user is told of them."""
+
+    rows: list[Row]
+    notes: tuple[str, ...]
+    dropped: dict[str, Dropped]
+
+
+def _meant(separator: str | None) -> str | None:
+    r"""A separator as the shell passes it: ``\n`` is a line break and ``\t`` a tab."""
+    return separator and separator.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _made(title: str, raw: Rows, layout: str | None, asked: Asked, stream: bool) -> layouts.Made:
+    """The rows by the layout that is named, or recognised."""
+    file = layouts.file_of(title, raw, asked)
+    found = layouts.recognised(file) if layout is None else layouts.forced(file, layout)
+    _check(title, found, asked, stream)
+    made = layouts.made(file, found)
+    if not made.rows:
+        raise UserError(f"{title}: no row becomes a pair; {made.notes[-1]}")
+    return made
+
+
+def _check(title: str, layout: Layout, asked: Asked, stream: bool) -> None:
+    """What does not go with the layout."""
+    if layout.gives == TEXTS:
+        raise UserError(
+            f"{title}: the layout {layout.name} has one answer a row, which compares nothing: "
+            "name it as data.sft, and pairs as data.path"
+        )
+    if layout.gives == LABELLED and stream:
+        told = "whose pairs are made of all rows: leave data.stream out"
+        raise UserError(f"{title}: the layout {layout.name} has labelled answers, {told}")
+    if asked.separator is not None and not layout.asks("separator"):
+        told = f"the layout {layout.name} has prompts of its own"
+        raise UserError(f"{title}: data.separator={asked.separator!r}, but {told}: unset it")
+    if asked.pairing != "best_worst" and not layout.asks("pairing"):
+        told = f"the layout {layout.name} has no list of answers"
+        raise UserError(f"data.pairing={asked.pairing} has no effect: {told}; leave it out")
+
+
+def _held_out(
+    eval_path: str | list[str] | dict[str, str | list[str]],
+    split: str,
+    layout: Layout,
+    asked: Asked,
+    by: str | None,
+) -> Side:
+    """The held-out rows; of several named places each has its name, and they take turns, so that
+    ``eval.max_rows`` leaves equally many of each."""
+    if not eval_path and isinstance(eval_path, dict):
+        raise UserError("data.eval_path={}: name places, as in data.eval_path.helpful=a.jsonl")
+    several = eval_path if isinstance(eval_path, dict) else {None: eval_path}
+    sides: list[list[Row]] = []
+    notes: list[str] = []
+    dropped: dict[str, Dropped] = {}
+    for subset, named in several.items():
+        where = "data.eval_path" if subset is None else f"data.eval_path.{subset}"
+        place = Place(named, where, split)
+        raw = place.rows()
+        file = layouts.file_of(place.title, raw, asked)
+        made = layouts.made(file, layouts.fitting(file, layout, layouts.COMPARED))
+        mine = {} if subset is None else {"subset": str(subset)}
+        sides.append([{**row, **mine} for row in _labelled(made, raw, by)])
+        notes += (f"{where}: {note}" for note in made.notes)
+        dropped |= {f"{where}: {why}": some for why, some in made.dropped.items()}
+    turns = [row for turn in zip_longest(*sides) for row in turn if row is not None]
+    return Side(turns, tuple(notes), dropped)
+
+
+def _labelled(made: layouts.Made, raw: Rows, by: str | None) -> list[Row]:
+    """The rows with their raw value of a column, as text."""
+    if by is None:
+        return made.rows
+    for at, row in enumerate(raw):
+        if not isinstance(row.get(by, []), str | int | float | None):
+            found = ", ".join(map(str, row))
+            told = f"no text or number {by!r} for eval.by (found {found})"
+            raise UserError(f"{raw.named(at)}: {told}: name another column")
+    return [{**row, "by": str(raw[at][by])} for at, row in zip(made.places, made.rows)]
+
+
+def _texts(sft: str | list[str], split: str) -> Side:
+    made = layouts.normalised(read(sft, split=split, where="data.sft"), str(sft), (TEXTS,))
+    return Side(made.rows, tuple(f"data.sft: {note}" for note in made.notes), {})
+
+
+def _counts(read: int, repeated: int, stream: bool) -> dict[str, int]:
+    return {"read (first chunk)" if stream else "read": read, "also in data.eval_path": repeated}
 
 
 def _by_hash(share: float, row: Row) -> bool:
@@ -71,7 +173,7 @@ def _by_prompt(held: set[str], row: Row) -> bool:
     return rows.prompt_key(row["prompt"]) not in held
 
 
-def _first_chunk(path: str, split: str, size: int, max_rows: int | None) -> list[Row]:
+def _first_chunk(place: Place, size: int, max_rows: int | None) -> Rows:
     if size < 1:
         raise UserError(f"data.chunk_rows={size}: choose at least 1")
     if max_rows is not None:
@@ -79,18 +181,17 @@ def _first_chunk(path: str, split: str, size: int, max_rows: int | None) -> list
             f"data.max_rows={max_rows} samples among all rows, which data.stream=true never has: "
             "leave one of them out"
         )
-    raw = next(parts(path, size=size, split=split, start=0), None)
+    raw = next(place.parts(size, 0), None)
     if raw is None:
-        raise UserError(f"{path}: no rows: point data.path at data that has some")
+        raise UserError(f"{place.title}: no rows: point data.path at data that has some")
     return raw
 
 
 def _later(
-    path: str, size: int, split: str, separator: str | None, trains: Callable[[Row], bool]
+    place: Place, size: int, layout: Layout, asked: Asked, trains: Callable[[Row], bool]
 ) -> Callable[[int], Iterator[Chunk]]:
     def later(start: int) -> Iterator[Chunk]:
-        return chunks(
-            path, size=size, split=split, separator=separator, trains=trains, start=start
-        )
+        how = {"size": size, "layout": layout, "asked": asked}
+        return chunks(place, **how, trains=trains, start=start)
 
     return later

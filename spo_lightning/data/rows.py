@@ -1,17 +1,13 @@
-"""Files in, validated rows out: ``{prompt, chosen, rejected}`` as text or as messages.
+"""Raw rows in, validated rows out: ``{prompt, chosen, rejected}`` as text or as messages.
 
 A new source is a function that returns a ``Task``, and a yaml in ``conf/data`` that names it.
 """
 
-import csv
 import hashlib
-import io
 import json
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from spo_lightning.errors import UserError
@@ -20,6 +16,23 @@ ROLES = ("system", "user", "assistant", "tool", "developer")
 KEPT = {"answer": (str, int, float), "tools": list, "chat_template_kwargs": dict}
 
 Row = dict[str, Any]
+Found = tuple[str, int, Row]  # a row, the file it stands in and its number there
+
+
+class Rows(list[Row]):
+    """Rows as they were read; each can be named by its own file and its number there."""
+
+    def __init__(self, found: Iterable[Found]):
+        places = []
+        for file, number, row in found:
+            places.append((file, number))
+            self.append(row)
+        self.places = places
+
+    def named(self, at: int) -> str:
+        """The row at ``at``, for messages."""
+        file, number = self.places[at]
+        return f"{file}, row {number}"
 
 
 @dataclass(frozen=True)
@@ -58,71 +71,11 @@ class Task:
     layout: str | None = None  # of a file of the user's: the name that data.layout takes
     notes: tuple[str, ...] = ()  # what a user is told of the rows, a line each
     dropped: dict[str, Dropped] = field(default_factory=dict)  # by reason, before tokens are made
+    unpaired: list[Row] = field(default_factory=list)  # {prompt, completion, label}: all of KTO's
 
 
-def read(path: str, *, split: str, where: str) -> list[Row]:
-    """Rows of a file, of a directory saved by datasets, or of a hub id; ``where`` is the key."""
-    place = Path(path).expanduser()
-    if place.is_dir():
-        rows = saved(place, split).to_list()
-    elif is_file(path, READERS, where):
-        rows = READERS[place.suffix](existing(place, where))
-    else:
-        rows = hub(path, split, where).to_list()
-    if not rows:
-        raise UserError(f"{path}: no rows: point {where} at data that has some")
-    return rows
-
-
-def is_file(path: str, suffixes: Collection[str], where: str) -> bool:
-    """Whether a path names a file, of one of the ``suffixes`` then; otherwise it is a hub id."""
-    place = Path(path).expanduser()
-    named = place.suffix in suffixes
-    if not named and (path.startswith((".", "/", "~")) or place.exists()):
-        wanted = ", ".join(suffixes)
-        raise UserError(f"{path}: no such file, or its suffix is not {wanted}: check {where}")
-    return named
-
-
-def existing(path: Path, where: str) -> Path:
-    """The path of a file that is there; ``where`` is the key it came from."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file: check {where}")
-    return path
-
-
-def read_text(path: Path) -> str:
-    """The text of a utf-8 file that has some."""
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not utf-8: convert the file") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty: name one that is not")
-    return text
-
-
-def _jsonl(path: Path) -> list[Row]:
-    # not splitlines(): that also breaks at U+2028, which may stand inside a JSON string
-    lines = enumerate(read_text(path).split("\n"), 1)
-    return [json_row(line, path, n) for n, line in lines if line.strip()]
-
-
-def json_row(line: str, path: Path, number: int) -> Row:
-    """The row that stands in line ``number``."""
-    return _object(_parsed(line, str(path), number), f"{path}:{number}")
-
-
-def _json(path: Path) -> list[Row]:
-    rows = _parsed(read_text(path), str(path), 1)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: not a list of rows: write one list, or one row a line as .jsonl")
-    return [_object(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _parsed(text: str, where: str, line: int) -> Any:
+def parsed(text: str, where: str, line: int) -> Any:
+    """The JSON that begins in ``line``."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -132,181 +85,8 @@ def _parsed(text: str, where: str, line: int) -> Any:
         raise UserError(f"{where}:{line}: unreadable JSON ({error})") from None
 
 
-def _object(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: {_kind(row)}, not an object: write {{'prompt': ..., ...}}")
-    return row
-
-
-def _csv(path: Path) -> list[Row]:
-    return list(csv_rows(io.StringIO(read_text(path), newline=""), path))
-
-
-def csv_rows(lines: Iterable[str], path: Path) -> Iterator[Row]:
-    """The rows of a csv file, one after the other."""
-    reader = csv.DictReader(lines, strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                wanted = len(reader.fieldnames or ())
-                raise UserError(f"{path}:{reader.line_num}: not {wanted} cells: quote the commas")
-            yield row
-    except csv.Error as error:
-        line = reader.reader.line_num
-        raise UserError(f"{path}:{line}: broken csv ({error}): repair it") from None
-
-
-def _parquet(path: Path) -> list[Row]:
-    import pyarrow.parquet
-
-    with parquet_errors(path):
-        return pyarrow.parquet.read_table(path).to_pylist()
-
-
-@contextmanager
-def parquet_errors(path: Path) -> Iterator[None]:
-    """What arrow refuses inside, in one line."""
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path}: not a parquet file ({reason}): write it again") from None
-
-
-READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
-
-
-def saved(path: Path, split: str) -> Any:
-    """The dataset in a directory, mapped into memory."""
-    import datasets
-
-    try:
-        data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{path}: not saved by datasets: name a file in the directory") from None
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise UserError(f"{path}: no split {split!r}: set data.split to one of {list(data)}")
-        data = data[split]
-    return data
-
-
-def hub(path: str, split: str, where: str) -> Any:
-    """The dataset of a hub id, downloaded and mapped into memory."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(path, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        told = f"{path}: no such file, and not loaded from the hub ({reason})"
-        raise UserError(f"{told}: check {where}, data.split={split} and the network") from None
-
-
-def preference_rows(
-    raw: list[Row], where: str, separator: str | None, first: int = 1
-) -> list[Row]:
-    """Every row in the normal form: explicit prompt, three fields of one kind (TRL's formats).
-
-    ``first``: the number of the first of them, for messages.
-    """
-    return [_pair(row, f"{where}, row {n}", separator) for n, row in enumerate(raw, first)]
-
-
-def completion_rows(raw: list[Row], where: str) -> list[Row]:
-    """Rows ``{prompt, completion}``, as text or as messages."""
-    names = ("prompt", "completion")
-    return [_normal(row, names, f"{where}, row {n}") for n, row in enumerate(raw, 1)]
-
-
-def _pair(row: Row, where: str, separator: str | None) -> Row:
-    if "label" in row and "completion" in row and "chosen" not in row:
-        told = "KTO rows (prompt, completion, label): this package trains on pairs"
-        raise UserError(f"{where}: {told}: give prompt, chosen and rejected")
-    if "prompt" in row or "chosen" not in row or "rejected" not in row:
-        return _normal(row, ("prompt", "chosen", "rejected"), where)
-    normal = _normal(row, ("chosen", "rejected"), where)
-    chosen, rejected = normal["chosen"], normal["rejected"]
-    n = _shared(chosen, rejected, separator, where)
-    return {**normal, "prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
-
-
-def _shared(chosen: Any, rejected: Any, separator: str | None, where: str) -> int:
-    if not chosen or not rejected:
-        return 0  # encoding drops the pair and counts it
-    shortest = min(len(chosen), len(rejected))
-    common = next((n for n in range(shortest) if chosen[n] != rejected[n]), shortest)
-    if isinstance(chosen, list):
-        if not common:
-            raise UserError(f"{where}: chosen and rejected share no turn: add a 'prompt'")
-        return common
-    if not separator:
-        fix = "add one, or set data.separator to the text that ends it"
-        raise UserError(f"{where}: no field 'prompt': {fix}")
-    at = chosen[:common].rfind(separator)
-    if at < 0:
-        told = f"no {separator!r} in the beginning that chosen and rejected share"
-        raise UserError(f"{where}: {told}: add a 'prompt' or correct data.separator")
-    return at + len(separator)
-
-
-def _normal(row: Row, names: tuple[str, ...], where: str) -> Row:
-    values = {name: _value(row, name, where) for name in names}
-    if len({type(value) for value in values.values()}) > 1:
-        kinds = ", ".join(f"{name} is {_kind(value)}" for name, value in values.items())
-        raise UserError(f"{where}: {kinds}: make all text or all messages")
-    return {**values, **_extras(row, where)}
-
-
-def _extras(row: Row, where: str) -> Row:
-    extras = {name: row[name] for name in KEPT if row.get(name) is not None}
-    if isinstance(extras.get("tools"), str):
-        extras["tools"] = _parsed(extras["tools"], f"{where}: 'tools'", 1)
-    for name, value in extras.items():
-        if not isinstance(value, KEPT[name]):
-            raise UserError(
-                f"{where}: {name!r} is {_kind(value)}: see the formats in docs/your-data.md"
-            )
-    return extras | ({"answer": str(extras["answer"])} if "answer" in extras else {})
-
-
-def _value(row: Row, name: str, where: str) -> str | list[Row]:
-    if name not in row:
-        found = ", ".join(map(str, row)) or "nothing"
-        raise UserError(f"{where}: no field {name!r} (found {found}): add it or rename a column")
-    value = row[name]
-    if isinstance(value, str):
-        return _text(value, f"{where}: {name!r}")
-    if not isinstance(value, list):
-        raise UserError(f"{where}: {name!r} is {_kind(value)}: make it text or a list of messages")
-    return [_message(turn, f"{where}: {name!r}, turn {n}") for n, turn in enumerate(value, 1)]
-
-
-def _message(turn: Any, where: str) -> Row:
-    if not isinstance(turn, dict) or "role" not in turn:
-        raise UserError(f"{where} is not a message: write {{'role': ..., 'content': ...}}")
-    if turn["role"] not in ROLES:
-        raise UserError(f"{where} has the unknown role {turn['role']!r}: use {', '.join(ROLES)}")
-    # arrow fills the keys that another row has with nulls, which templates take for values
-    filled = {key: value for key, value in turn.items() if value is not None}
-    if isinstance(filled.get("content"), str):
-        _text(filled["content"], where)
-    elif "content" in filled or "tool_calls" not in filled:
-        raise UserError(f"{where}: 'content' is {_kind(turn.get('content'))}: make it text")
-    return filled
-
-
-def _text(value: str, where: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where} has half a surrogate pair: write valid unicode") from None
-    return value
-
-
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
     names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else "binary")
 

@@ -20,6 +20,7 @@ class Pairs:
     pairs: Sequence[Pair]
     references: Sequence[Tensor] | None
     pad_id: int
+    groups: Sequence[Sequence[str]] = ()  # of each held-out pair, where there are any
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -30,6 +31,7 @@ class Pairs:
             self,
             pairs=[self.pairs[i] for i in indices],
             references=None if scored is None else [scored[i] for i in indices],
+            groups=[self.groups[i] for i in indices] if self.groups else (),
         )
 
     def batch(self, indices: Sequence[int]) -> PairBatch:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spo_lightning import losses
 from spo_lightning.data.sets import Pairs
+from spo_lightning.evaluation import groups
 from spo_lightning.evaluation.totals import Totals, pair_numbers
 from spo_lightning.models.generate import Decoding, answers
 from spo_lightning.models.policy import Policy
@@ -26,6 +27,7 @@ class PairScores(NamedTuple):
     """Means over held-out pairs, and each pair's change against the reference in nats."""
 
     means: dict[str, float]
+    by: groups.Numbers
     chosen_delta: list[float | None]  # [N]
     rejected_delta: list[float | None]
 
@@ -41,9 +43,11 @@ def pair_totals(
     beta: float,
     top: bool,
     world: World,
-    each: Callable[[Turn, dict], None] = lambda *_: None,
+    each: groups.PerPair | None = None,
+    advance: Callable[[Turn], None] = lambda _: None,
 ) -> Totals:
-    """Sums and counts of the held-out numbers, over all processes; ``each`` sees this one's."""
+    """Sums and counts of the held-out numbers, over all processes; ``each`` is given what the
+    pairs of this one add to them."""
     totals = Totals()
     for turn in world.deal(pairs.batches(batch_size)):
         batch = pairs.batch(turn.item).to(scorer.model.device)
@@ -52,11 +56,13 @@ def pair_totals(
         numbers = pair_numbers(policy, reference, beta=beta)
         if loss is not None:
             numbers["loss"] = losses.evaluate(loss, policy, reference, moments)
+        chosen, tops = batch.chosen_only, {}
         if top:
-            chosen = batch.chosen_only
-            numbers["entropy/top10"], numbers["mass/top10"] = scorer.top(chosen, TOP)
-        totals.add(numbers, turn.mine)
-        each(turn, numbers)
+            tops["entropy/top10"], tops["mass/top10"] = scorer.top(chosen, TOP)
+        totals.add(numbers | tops, turn.mine)
+        if each is not None:
+            each.add(turn, numbers, tops, chosen.pair)
+        advance(turn)
     return totals.over(world)
 
 
@@ -70,34 +76,27 @@ def pair_scores(
     stages: Stages,
 ) -> PairScores:
     """Held-out pairs under the model as it is now."""
-    deltas: tuple[dict, dict] = ({}, {})
-    with stages.stage("held-out pairs", len(pairs)) as advance:
-
-        def each(turn: Turn, numbers: dict) -> None:
-            for side, name in enumerate(("rewards/chosen", "rewards/rejected")):
-                if name in numbers and turn.mine:
-                    moved = (numbers[name].double() / beta).tolist()
-                    deltas[side].update(zip(turn.item, moved))
-            advance(sum(map(len, turn.together)))
-
-        with precision():
-            totals = pair_totals(
-                scorer,
-                pairs,
-                batch_size=batch_size,
-                loss=None,
-                moments=None,
-                beta=beta,
-                top=True,
-                world=stages.world,
-                each=each,
-            )
-    whole: tuple[dict, dict] = ({}, {})
-    for found in stages.world.gather(deltas):
-        for side, moved in zip(whole, found):
-            side.update(moved)
+    each = groups.PerPair()
+    with stages.stage("held-out pairs", len(pairs)) as advance, precision():
+        totals = pair_totals(
+            scorer,
+            pairs,
+            batch_size=batch_size,
+            loss=None,
+            moments=None,
+            beta=beta,
+            top=True,
+            world=stages.world,
+            each=each,
+            advance=lambda turn: advance(sum(map(len, turn.together))),
+        )
+    parts = each.gathered(stages.world)
     means = {name: value.item() for name, value in totals.means().items()}
-    return PairScores(means, *([side.get(n) for n in range(len(pairs))] for side in whole))
+    moved = (
+        [part[name][0] / beta if name in part else None for part in parts.values()]
+        for name in ("rewards/chosen", "rewards/rejected")
+    )
+    return PairScores(means, groups.means_by(parts, pairs.groups), *moved)
 
 
 class Answers(NamedTuple):
@@ -121,8 +120,14 @@ class HeldOut(NamedTuple):
     """What one look at the held-out rows gave."""
 
     numbers: dict[str, float]
+    by: groups.Numbers  # the same of each group of rows, where there are any
     answers: Answers
     scores: PairScores | None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As metrics.json and eval.json have it."""
+        return {**self.numbers, "by": self.by} if self.by else self.numbers
 
 
 def held_out(
@@ -133,12 +138,14 @@ def held_out(
     pairs: Pairs,
     *,
     beta: float,
+    by: str | None,
     how: Decoding,
     rivals: Sequence[str] | None,
     precision: Callable[[], AbstractContextManager],
     stages: Stages,
 ) -> HeldOut:
-    """All held-out numbers of a policy. ``rivals``: the init's samples, for win_rate."""
+    """All held-out numbers of a policy, over all rows and in the groups that they and the column
+    ``by`` make. ``rivals``: the init's samples, for win_rate."""
     scores = None
     if len(pairs):
         scores = pair_scores(
@@ -150,11 +157,22 @@ def held_out(
             stages=stages,
         )
     greedy = greedy_answers(policy, rows, task, how, stages)
-    numbers = {**greedy.numbers, **(scores.means if scores else {})}
-    if rivals is not None:
-        mine = samples(policy, rows, task, how, MINE, stages)
-        numbers["win_rate"] = win_rate(task.judge, mine, rivals)
-    return HeldOut(numbers, greedy, scores)
+    mine = None if rivals is None else samples(policy, rows, task, how, MINE, stages)
+
+    def numbers(places: Sequence[int], texts: dict[str, float], pairs: dict) -> dict[str, float]:
+        found = {**texts, **pairs}
+        if rivals is not None and mine is not None:
+            theirs = [rivals[place] for place in places]
+            found["win_rate"] = win_rate(task.judge, [mine[place] for place in places], theirs)
+        return found
+
+    told = {}
+    for group, places in groups.places_by(groups.groups_of(rows, by)).items():
+        some = [rows[place] for place in places], [greedy.texts[place] for place in places]
+        pairs_of = scores.by.get(group, {}) if scores else {}
+        told[group] = numbers(places, text_numbers(task, *some), pairs_of)
+    whole = numbers(range(len(rows)), greedy.numbers, scores.means if scores else {})
+    return HeldOut(whole, told, greedy, scores)
 
 
 def rivals_of(

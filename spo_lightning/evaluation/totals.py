@@ -23,12 +23,12 @@ class Totals:
     def add(
         self, values: Mapping[str, Tensor | tuple[Tensor, Tensor]], counts: bool = True
     ) -> None:
-        """``values``: one value per row, or a (sum, count) pair. Not ``counts``: their names only,
-        so that every process has the same."""
+        """``values``: one value per row, or a sum and a count, of each row or of all. Not
+        ``counts``: their names only, so that every process has the same."""
         for name, value in values.items():
-            total, count = value if isinstance(value, tuple) else (value.sum(), value.numel())
-            total = torch.as_tensor(total).detach().double()
-            count = torch.as_tensor(count, device=total.device).detach().double()
+            total, count = value if isinstance(value, tuple) else (value, value.numel())
+            total = torch.as_tensor(total).detach().sum().double()
+            count = torch.as_tensor(count, device=total.device).detach().sum().double()
             if not counts:
                 total, count = torch.zeros_like(total), torch.zeros_like(count)
             before = self.sums.get(name)
@@ -53,12 +53,12 @@ class Totals:
 
 
 def pair_numbers(policy: PairLogps, reference: PairLogps | None, *, beta: float) -> dict:
-    """Per-pair values (or sum and count) under the names of the design's section 7."""
+    """Per-pair values (or sums and counts) under the names of the design's section 7."""
     chosen, rejected = policy.chosen.detach(), policy.rejected.detach()
     numbers = {
         "logps/chosen": chosen,
         "logps/rejected": rejected,
-        "nll/chosen": (-chosen.double().sum(), policy.chosen_length.double().sum()),
+        "nll/chosen": (-chosen.double(), policy.chosen_length.double()),
         "preference/accuracy": (chosen > rejected).double(),
         "preference/accuracy_norm": (policy.mean_chosen > policy.mean_rejected).double(),
     }

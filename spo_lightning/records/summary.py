@@ -3,15 +3,28 @@
 from collections.abc import Mapping
 from typing import Any
 
+# numbers of each group of held-out rows that a terminal shows; metrics.json has all
+BRIEF = ("exact_match", "win_rate", "rewards/accuracies", "nll/chosen", "displacement/rate")
+
+
+def flat(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Held-out numbers over all rows, then a few of each group."""
+    found = {name: value for name, value in numbers.items() if name != "by"}
+    for group, some in numbers.get("by", {}).items():
+        found |= {f"{group}: {name}": some[name] for name in BRIEF if name in some}
+    return found
+
 
 def run_table(numbers: Mapping[str, Any]) -> str:
     """init, final and difference of the held-out numbers, as plain text."""
-    lines = [f"{'held-out':<28}{'init':>12}{'final':>12}{'difference':>12}"]
+    init, final = flat(numbers.get("init") or {}), flat(numbers["final"])
+    wide = max([28, *(len(name) + 1 for name in init)])
+    lines = [f"{'held-out':<{wide}}{'init':>12}{'final':>12}{'difference':>12}"]
     lines.append("-" * len(lines[0]))
-    for name, before in (numbers.get("init") or {}).items():
-        after = numbers["final"].get(name)
+    for name, before in init.items():
+        after = final.get(name)
         if after is not None:
-            lines.append(f"{name:<28}{before:>12.4f}{after:>12.4f}{after - before:>+12.4f}")
+            lines.append(f"{name:<{wide}}{before:>12.4f}{after:>12.4f}{after - before:>+12.4f}")
     return "\n".join(lines)
 
 

@@ -34,6 +34,7 @@ class Run:
     status: Mapping[str, str]  # status.json
     init: Mapping[str, float]  # metrics.json: held-out numbers before training
     final: Mapping[str, float]  # and after
+    by: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]]  # both, of groups of rows
     seconds: Mapping[str, float]  # by stage
     config: Mapping[str, Any]  # config.yaml
     choices: Mapping[str, str]  # the option of each config group
@@ -142,6 +143,7 @@ def read(path: Path, name: str, job: Mapping[str, str]) -> Run:
         status=status,
         init=_numbers(metrics.get("init")),
         final=final,
+        by=_by(metrics),
         seconds=_numbers(metrics.get("seconds")),
         config=config,
         choices=_texts(choices) or _texts(metrics.get("choices")),
@@ -170,6 +172,15 @@ def _numbers(found: Any) -> dict[str, float]:
         for name, value in (found.items() if isinstance(found, dict) else ())
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }
+
+
+def _by(metrics: Mapping[str, Any]) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+    """Before and after, of each group of held-out rows."""
+    sides = [metrics.get(when) for when in ("init", "final")]
+    found = [side.get("by") if isinstance(side, dict) else None for side in sides]
+    init, final = (side if isinstance(side, dict) else {} for side in found)
+    both = {str(group): None for group in (*init, *final)}
+    return {group: (_numbers(init.get(group)), _numbers(final.get(group))) for group in both}
 
 
 def _texts(found: Any) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """One run's files in, the sections of its page out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -31,6 +31,10 @@ MAIN = (
     ("learning_rate", "Learning rate", ("learning_rate",)),
     ("speed", "Throughput", ("time/tokens_per_second",)),
 )
+GROUPED = (
+    *("exact_match", "win_rate", "rewards/accuracies", "rewards/margins", "nll/chosen"),
+    *("displacement/rate", "displacement/chosen"),
+)  # numbers of groups of held-out rows that the table shows
 PROBABILITY = ("logps", "mass", "displacement_rate", "displacement")  # charts that come first
 SPLITS = ("train", "eval")
 ABOUT = (
@@ -86,12 +90,28 @@ def told(run: Run) -> list[Any]:
 def numbers(run: Run) -> list[Any]:
     if not run.init and not run.final:
         return [Note("No held-out numbers yet (metrics.json).")]
+    head = ["init", "final", "difference", "unit"]
+    found = [Table("numbers", ["held out", *head], moved(run.init, run.final))]
+    rows = [
+        [group, *row]
+        for group, sides in run.by.items()
+        for row in moved(*sides)
+        if row[0] in GROUPED
+    ]
+    if rows:
+        named = ["of the rows", "held out", *head]
+        found += [Note("Some of them in groups of the rows:"), Table("by", named, rows)]
+    return found
+
+
+def moved(init: Mapping[str, float], final: Mapping[str, float]) -> list[list[Any]]:
+    """A row per number: before, after, difference and unit."""
     rows = []
-    for name in {**run.init, **run.final}:
-        before, after = run.init.get(name), run.final.get(name)
-        moved = None if before is None or after is None else after - before
-        rows.append([name, before, after, moved, unit(name)])
-    return [Table("numbers", ["held out", "init", "final", "difference", "unit"], rows)]
+    for name in {**init, **final}:
+        before, after = init.get(name), final.get(name)
+        difference = None if before is None or after is None else after - before
+        rows.append([name, before, after, difference, unit(name)])
+    return rows
 
 
 def curves(run: Run, key: str, title: str, names: Sequence[str]) -> list[Chart]:

@@ -34,10 +34,10 @@ class Tokenised(Compared):
 class Measured(Tokenised):
     """What eval.json holds."""
 
-    numbers: dict[str, float]
+    numbers: dict[str, Any]
 
 
-def evaluate(cfg: Any, world: World) -> dict[str, float]:
+def evaluate(cfg: Any, world: World) -> dict[str, Any]:
     """The held-out numbers of ``checkpoint``, against ``reference`` where there is one."""
     from spo_lightning.models.sources import check
 
@@ -53,8 +53,10 @@ def evaluate(cfg: Any, world: World) -> dict[str, float]:
 def data(at: Begun) -> Read:
     """The held-out rows."""
     from spo_lightning.data.load import load_to_look
+    from spo_lightning.evaluation.groups import check
 
     task = load_to_look(at.cfg.data)
+    check(task.held_out, at.cfg.eval.by)
     task = replace(task, held_out=task.held_out[: at.cfg.eval.max_rows])
     if not task.held_out:
         raise UserError("no held-out rows: raise data.eval_fraction or set data.eval_path")
@@ -90,6 +92,7 @@ def pairs(at: Compared) -> Tokenised:
     """The held-out pairs; where the data samples them, from the reference, or none without one."""
     from spo_lightning.cache.tokens import encoded
     from spo_lightning.data.sets import Pairs
+    from spo_lightning.evaluation.groups import groups_of_pairs
     from spo_lightning.models.scorer import FLOATS
     from spo_lightning.models.sharing import longest_of, scorer_of
     from spo_lightning.sampling.pairing import sampled
@@ -101,7 +104,8 @@ def pairs(at: Compared) -> Tokenised:
     found = encoded(cfg, tokenizer, rows, "held-out").pairs if rows else []
     logits = cfg.hardware.logits_mib * FLOATS
     scorer = scorer_of(at.policy, longest_of(found), share=True, logits=logits)
-    held = Pairs(found, None, tokenizer.pad_token_id)
+    groups = groups_of_pairs(found, rows, cfg.eval.by)
+    held = Pairs(found, None, tokenizer.pad_token_id, groups)
     return grown(Tokenised, at, scorer=scorer, held=held)
 
 
@@ -124,9 +128,14 @@ def measured(at: Tokenised) -> Measured:
     from spo_lightning.models.generate import Decoding
 
     how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": at.cfg.loss.beta}
-    how |= {"rivals": at.rivals, "precision": at.precision, "stages": at.stages}
+    how |= {
+        "by": at.cfg.eval.by,
+        "rivals": at.rivals,
+        "precision": at.precision,
+        "stages": at.stages,
+    }
     found = held_out(at.policy, at.scorer, at.task, at.task.held_out, at.held, **how)
-    return grown(Measured, at, numbers=found.numbers)
+    return grown(Measured, at, numbers=found.told)
 
 
 STAGES = [

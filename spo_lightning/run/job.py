@@ -46,13 +46,13 @@ class Job:
 
     def begin(self, before: "HeldOut", seconds: dict[str, float]) -> None:
         """metrics.json holds the start's numbers as soon as they are known."""
-        first = {"init": before.numbers, "final": None, "choices": dict(self.choices)}
+        first = {"init": before.told, "final": None, "choices": dict(self.choices)}
         self.numbers.update({**first, "steps": 0, "seconds": seconds})
         self.run.note_metrics(self.numbers)
 
     def end(self, after: "HeldOut", steps: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """What is left to be read: numbers, answers before and after, a table in the terminal."""
-        self.numbers.update({"final": after.numbers, "steps": steps})
+        self.numbers.update({"final": after.told, "steps": steps})
         self.run.note_metrics(self.numbers)
         self.run.note_samples(samples)
         if self.run.writes:

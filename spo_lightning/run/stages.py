@@ -4,16 +4,28 @@ Every process takes every stage; the first writes. How a stage does it stands in
 imports from once it begins, so that bad rows end a run before anything heavy is loaded.
 """
 
+import logging
+from dataclasses import replace
+
 from spo_lightning.run import record as known
 from spo_lightning.run.job import Job
 from spo_lightning.run.record import grown
 
+log = logging.getLogger(__name__)
+
 
 def data(at: known.Begun) -> known.Read:
     """Rows of text, checked and split."""
+    from spo_lightning.data.layouts.known import folders, look_in
     from spo_lightning.data.load import load
+    from spo_lightning.evaluation.groups import check
 
-    return grown(known.Read, at, task=load(at.cfg.data))
+    look_in(at.world.once(folders))  # --config-dir stands on the first process's command line
+    task = load(at.cfg.data)
+    for note in task.notes:
+        log.info("%s", note)
+    check(task.held_out, at.cfg.eval.get("by"))
+    return grown(known.Read, at, task=task)
 
 
 def policy(at: known.Read) -> known.Opened:
@@ -46,6 +58,7 @@ def tokens(at: known.Paired) -> known.Tokenised:
     """Token ids of both sides, adapters, and how batches of such rows are read."""
     from spo_lightning.cache.tokens import of_both_sides
     from spo_lightning.data.sets import Pairs
+    from spo_lightning.evaluation.groups import groups_of_pairs
     from spo_lightning.models.policy import adapt
     from spo_lightning.models.sharing import scorer_of_run
 
@@ -55,6 +68,8 @@ def tokens(at: known.Paired) -> known.Tokenised:
     scorer = scorer_of_run(at.cfg, policy, rows, streamed=at.task.chunks is not None)
     pad = policy.tokenizer.pad_token_id
     sets = {name: Pairs(side.pairs, None, pad) for name, side in sides.items()}
+    of = groups_of_pairs(sets["held-out"].pairs, at.task.held_out, at.cfg.eval.get("by"))
+    sets["held-out"] = replace(sets["held-out"], groups=of)
     counts = sides["train"].counts
     return grown(known.Tokenised, at, policy=policy, scorer=scorer, sets=sets, counts=counts)
 
@@ -134,4 +149,5 @@ def _held_out(at: known.Referenced, rivals: list[str] | None) -> "known.HeldOut"
 
     how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": at.cfg.loss.beta}
     how |= {"rivals": rivals, "precision": at.precision, "stages": at.stages}
+    how |= {"by": at.cfg.eval.get("by")}
     return held_out(at.policy, at.scorer, at.task, at.places.rows, at.held, **how)

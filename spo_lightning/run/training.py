@@ -133,6 +133,8 @@ def _run(
 ) -> dict[str, Any]:
     refuse_processes(cfg, stages.world)
     at = walk([DATA], Begun(cfg, stages.world, stages, {}))
+    if at.task.layout is not None and "layout" in cfg.data:
+        run.keep("data.layout", at.task.layout)  # a run that goes on reads its rows the same way
     job = opened(cfg, run, choices, stages.world)
     walk(after_data(job), at)
     return job.numbers

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from spo_lightning.data import rows as data
+from spo_lightning.data.reading import read
 from spo_lightning.errors import UserError
 from spo_lightning.judges.local import Judge
 from spo_lightning.models.generate import Decoding, answers
@@ -38,11 +39,12 @@ def prompts(cfg: Any, task: Any) -> list[dict]:
     if cfg.prompts.path is None:
         found = task.train
     else:
-        found = data.read(cfg.prompts.path, split=cfg.prompts.split, where="prompts.path")
+        place: Any = OmegaConf.to_object(cfg.prompts)
+        found = read(place["path"], split=place["split"], where="prompts.path")
+        for at, row in enumerate(found):
+            if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
+                raise UserError(f"{found.named(at)}: no 'prompt': add one")
     kept = ("prompt", *data.KEPT)
-    for number, row in enumerate(found, 1):
-        if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
-            raise UserError(f"{cfg.prompts.path}, row {number}: no 'prompt': add one")
     distinct: dict[str, dict] = {}
     for row in found:
         plain = {key: row[key] for key in kept if row.get(key) is not None}

@@ -247,7 +247,7 @@ def _callbacks(
     recorder = Recorder(
         run,
         stages,
-        columns=[name for diagnostic in diagnostics for name in diagnostic.names],
+        columns=[name for watch in (evaluation, *diagnostics) for name in watch.names],
         max_steps=steps,
         checkpoint_every=cfg.checkpoint.every_n_steps,
         monitor=cfg.checkpoint.monitor,

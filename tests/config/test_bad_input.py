@@ -66,7 +66,7 @@ DATA = [
     Case("missing field", rows("field"), "field.jsonl, row 2: no field 'rejected'"),
     Case("wrong type", rows("type"), "type.jsonl, row 2: 'chosen' is a number"),
     Case("unknown role", rows("role"), "row 1: 'prompt', turn 1 has the unknown role 'wizard'"),
-    Case("KTO rows", rows("kto"), "row 1: KTO rows"),
+    Case("KTO rows of one label", rows("kto"), "kto.jsonl: no row becomes a pair; Rows that"),
     Case("no path", ("data=pairs",), "data.path is not set"),
     Case("eval_path alone", ("data=slips", "data.eval_path=good.jsonl"), "data.eval_path"),
     Case(
@@ -96,7 +96,9 @@ DATA = [
         ("data=slips", "data.sft=own", "data.sft_rows=0"),
         "data.sft=own: no SFT row is left",
     ),
-    Case("wrong kind of texts", ("data=slips", "data.sft=5"), "data.sft=5: give str or null"),
+    Case(
+        "wrong kind of texts", ("data=slips", "data.sft=5"), "data.sft=5: give str or list or null"
+    ),
     Case("wrong kind of a data key", ("data=slips", "data.prompts=many"), "data.prompts=many"),
 ]
 # seen once rows are tokens, so after the heavy imports

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from written import placed
 
+from spo_lightning.data import layouts
 from spo_lightning.data.batch import CHOSEN, PROMPT, REJECTED, Pair, collate
 from spo_lightning.data.encode import COUNTS, encode_pairs, encode_texts, prompt_ids
-from spo_lightning.data.rows import preference_rows
 from spo_lightning.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -297,7 +298,9 @@ def test_equal_to_trl_on_messages(bytes_):
             row([system, turn("hi", "user")], [turn("a")], [turn("bb")], **extra),
             row([turn("hi", "user")], [turn("c")], [turn("d"), turn("?", "user")], **extra),
         ]
-        counts = same_as_peer(preference_rows(rows, "a", None), bytes_, 200)
+        counts = same_as_peer(
+            layouts.normalised(placed(rows), "a", layouts.COMPARED).rows, bytes_, 200
+        )
         assert counts["kept"] == 2 and counts.get("split", 0) == 2 * ("thinking" in str(extra))
 
 
@@ -315,4 +318,4 @@ def test_equal_to_trl_on_implicit_messages(bytes_):
 
     asked = [turn("hi", "user"), turn("yes?"), turn("go", "user")]
     raw = {"chosen": [*asked, turn("a")], "rejected": [*asked, turn("b")]}
-    assert preference_rows([raw], "a", None) == [extract_prompt(raw)]
+    assert layouts.normalised(placed([raw]), "a", layouts.COMPARED).rows == [extract_prompt(raw)]

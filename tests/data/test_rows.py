@@ -1,4 +1,4 @@
-"""Every format that is read, every row that is refused, and the split by prompt."""
+"""Every row that is refused, and the split by prompt."""
 
 import json
 import subprocess
@@ -9,26 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spo_lightning.data.rows import (
-    completion_rows,
     held_out,
     limit,
-    preference_rows,
-    read,
     split,
     without,
 )
 from spo_lightning.errors import UserError
 
-PAIRS = [
-    {"prompt": "one\u2028two", "chosen": "good, yes", "rejected": 'bad "no"'},
-    {"prompt": "three\nfour", "chosen": "ä", "rejected": "€"},
-]
-USER, OTHER = {"role": "user", "content": "hi"}, {"role": "user", "content": "ho"}
-GOOD, BAD = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
-
-
-def taken(path, split="train"):
-    return read(str(path), split=split, where="data.path")
+USER = {"role": "user", "content": "hi"}
 
 
 def message(call, *args, **kwargs):
@@ -38,92 +26,6 @@ def message(call, *args, **kwargs):
     return str(caught.value)
 
 
-def as_csv(rows):
-    quoted = [[f'"{v.replace(chr(34), chr(34) * 2)}"' for v in row.values()] for row in rows]
-    return "\n".join([",".join(rows[0]), *map(",".join, quoted)])
-
-
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("a.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in PAIRS) + "\n\n"),
-        ("crlf.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, PAIRS))),
-        ("a.json", json.dumps(PAIRS, indent=1)),
-        ("a.csv", as_csv(PAIRS)),
-    ],
-)
-def test_text_files_give_the_same_rows(tmp_path, name, text):
-    path = tmp_path / name
-    path.write_bytes(text.encode())
-    assert taken(path) == PAIRS
-
-
-def test_parquet_and_saved_datasets_give_the_same_rows(tmp_path):
-    import datasets
-
-    data = datasets.Dataset.from_list(PAIRS)
-    data.to_parquet(tmp_path / "a.parquet")
-    data.save_to_disk(tmp_path / "flat")
-    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "dict")
-    for name in ("a.parquet", "flat", "dict"):
-        assert taken(tmp_path / name) == PAIRS
-    assert taken(tmp_path / "dict", split="test") == PAIRS[1:]
-    assert "no split 'dev'" in message(taken, tmp_path / "dict", split="dev")
-
-
-LINE = json.dumps(PAIRS[0])
-
-
-@pytest.mark.parametrize(
-    "name, content, fragments",
-    [
-        ("a.jsonl", b"", ["a.jsonl: the file is empty"]),
-        ("a.jsonl", b"\n \n", ["a.jsonl: the file is empty"]),
-        ("a.jsonl", f"{LINE}\n".encode() + b'{"prompt": "\xff"}', ["a.jsonl:2: not utf-8"]),
-        ("a.jsonl", f"{LINE}\n" * 6 + '{"prompt": ', ["a.jsonl:7: broken JSON"]),
-        ("a.jsonl", f"{LINE}\n[1]\n", ["a.jsonl:2: a list, not an object"]),
-        ("a.jsonl", "3" * 5000, ["a.jsonl:1: unreadable JSON"]),
-        ("a.jsonl", "[" * 200000, ["a.jsonl:1: unreadable JSON"]),
-        ("a.json", "[{},\n{},\n{]", ["a.json:3: broken JSON"]),
-        ("a.json", "{}", ["a.json: not a list of rows"]),
-        ("a.json", "[{}, 3]", ["a.json, row 2: a number, not an object"]),
-        ("a.json", "[]", ["a.json: no rows"]),
-        ("a.csv", "prompt,chosen\na,b\nc\n", ["a.csv:3: not 2 cells"]),
-        ("a.csv", "prompt,chosen\na,b,c\n", ["a.csv:2: not 2 cells"]),
-        ("a.csv", 'prompt,chosen\n"a"b,c\n', ["a.csv:2: broken csv"]),
-        ("a.csv", "prompt,chosen\n", ["a.csv: no rows"]),
-        ("a.parquet", "PAR0", ["a.parquet: not a parquet file"]),
-        ("a.txt", "x", ["a.txt: no such file, or its suffix is not .jsonl"]),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path, name, content, fragments):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    told = message(taken, path)
-    for fragment in fragments:
-        assert fragment in told
-
-
-def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path):
-    for path in ("none.jsonl", "./none", str(tmp_path / "none"), "~/no-such-dir-at-all/x"):
-        assert "no such file" in message(taken, path) and "hub" not in message(taken, path)
-    assert "not saved by datasets" in message(taken, tmp_path)
-
-
-def test_the_hub_without_a_network_is_one_line():
-    code = (
-        "from spo_lightning.data.rows import read\n"
-        "from spo_lightning.errors import UserError\n"
-        "try: read('someone/no-such-set', split='train', where='data.path')\n"
-        "except UserError as error: print(error)"
-    )
-    env = {"HF_HUB_OFFLINE": "1", "PATH": ""}
-    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    told = ran.stdout.strip()
-    assert told.startswith("someone/no-such-set: no such file, and not loaded from the hub"), ran
-    assert "\n" not in told and "data.path" in told
-
-
 def test_validation_imports_nothing_heavy():
     code = (
         "import sys, spo_lightning.data.rows, spo_lightning.data.pairs, spo_lightning.data.load\n"
@@ -131,103 +33,6 @@ def test_validation_imports_nothing_heavy():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.stdout.strip() == "[]", ran
-
-
-def pair(**changed):
-    return {"prompt": "p", "chosen": "c", "rejected": "r", **changed}
-
-
-@pytest.mark.parametrize(
-    "row, fragment",
-    [
-        ({"prompt": "p", "chosen": "c"}, "no field 'rejected' (found prompt, chosen)"),
-        ({}, "no field 'prompt' (found nothing)"),
-        ({"messages": []}, "no field 'prompt' (found messages)"),
-        (pair(chosen=3), "'chosen' is a number"),
-        (pair(chosen=None), "'chosen' is null"),
-        (pair(prompt=None), "'prompt' is null"),
-        (pair(rejected=True), "'rejected' is a boolean"),
-        (pair(rejected={"role": "user"}), "'rejected' is an object"),
-        (pair(chosen=[GOOD]), "prompt is text, chosen is a list, rejected is text"),
-        (pair(chosen="\ud800"), "half a surrogate pair"),
-        (pair(answer=["18"]), "'answer' is a list"),
-        (pair(tools=3), "'tools' is a number"),
-        (pair(tools="[{"), "broken JSON"),
-        (pair(chat_template_kwargs=[]), "'chat_template_kwargs' is a list"),
-        (
-            {"prompt": [USER], "chosen": [{"role": "robot", "content": ""}], "rejected": [BAD]},
-            "'chosen', turn 1 has the unknown role 'robot'",
-        ),
-        ({"prompt": [USER], "chosen": ["a"], "rejected": [BAD]}, "turn 1 is not a message"),
-        (
-            {"prompt": [USER], "chosen": [{"role": "user", "content": 3}], "rejected": [BAD]},
-            "'content' is a number",
-        ),
-        ({"prompt": "p", "completion": "c", "label": True}, "KTO rows"),
-        ({"chosen": "xa", "rejected": "xb"}, "set data.separator"),
-        ({"chosen": [USER, GOOD], "rejected": [OTHER, BAD]}, "share no turn"),
-    ],
-)
-def test_rows_that_are_refused_wherever_they_stand(row, fragment):
-    told = message(preference_rows, [pair(), pair(), row], "a.jsonl", None)
-    assert told.startswith("a.jsonl, row 3: ") and fragment in told
-
-
-def test_explicit_rows_keep_their_optional_columns():
-    row = pair(answer=18, tools='[{"name": "f"}]', chat_template_kwargs={"x": 1}, other=1)
-    (normal,) = preference_rows([row], "a", None)
-    assert normal == pair(answer="18", tools=[{"name": "f"}], chat_template_kwargs={"x": 1})
-    assert preference_rows([pair(answer=None, tools=None)], "a", None) == [pair()]
-
-
-def test_implicit_text_is_split_after_the_last_declared_separator():
-    shared = "\n\nHuman: hi\n\nAssistant: hm\n\nHuman: well\n\nAssistant:"
-    row = {"chosen": shared + " yes\n\nAssistant: a", "rejected": shared + " yesterday"}
-    (normal,) = preference_rows([row], "a", "\n\nAssistant:")
-    assert normal == {
-        "prompt": shared,
-        "chosen": " yes\n\nAssistant: a",
-        "rejected": " yesterday",
-    }
-    told = message(preference_rows, [{"chosen": "Q: a", "rejected": "P: b"}], "a", "Q:")
-    assert "row 1: no 'Q:' in the beginning" in told
-
-
-@given(st.text("ab|", max_size=12), st.text("ab|", max_size=6), st.text("ab|", max_size=6))
-def test_an_implicit_split_loses_nothing(shared, one, other):
-    row = {"chosen": shared + "|" + one, "rejected": shared + "|" + other}
-    (normal,) = preference_rows([row], "a", "|")
-    assert normal["prompt"] + normal["chosen"] == row["chosen"]
-    assert normal["prompt"] + normal["rejected"] == row["rejected"]
-    assert normal["prompt"].endswith("|") and normal["prompt"].startswith(shared)
-
-
-def test_implicit_messages_are_split_at_turns():
-    system = {"role": "system", "content": "be brief"}
-    row = {"chosen": [system, USER, GOOD], "rejected": [system, USER, BAD, OTHER, GOOD]}
-    (normal,) = preference_rows([row], "a", None)
-    assert normal["prompt"] == [system, USER]
-    assert normal["chosen"] == [GOOD] and normal["rejected"] == [BAD, OTHER, GOOD]
-
-
-def test_nulls_that_arrow_adds_to_messages_are_removed():
-    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "name": None}
-    row = {"prompt": [USER], "chosen": [called], "rejected": [{**BAD, "tool_calls": None}]}
-    (normal,) = preference_rows([row], "a", None)
-    assert normal["chosen"] == [{"role": "assistant", "tool_calls": [{"name": "f"}]}]
-    assert normal["rejected"] == [BAD]
-
-
-def test_degenerate_pairs_are_left_for_the_encoding_to_count():
-    rows = [pair(chosen=""), pair(chosen="r"), {"chosen": "", "rejected": "x"}]
-    assert len(preference_rows(rows, "a", None)) == 3
-
-
-def test_completion_rows():
-    assert completion_rows([{"prompt": "p", "completion": "c", "x": 1}], "a") == [
-        {"prompt": "p", "completion": "c"}
-    ]
-    assert "row 1: no field 'completion'" in message(completion_rows, [{"prompt": "p"}], "a")
 
 
 PROMPTS = st.lists(

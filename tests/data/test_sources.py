@@ -361,6 +361,8 @@ def test_a_mixture_of_different_answers_has_no_answer(source, tmp_path):
         (["data=gsm8k", "data.path=no/such/place"], "example_model_solutions.jsonl: no such file"),
         (["data=stories", "data.path=none.txt"], "none.txt: no such file"),
         (["data.eval_path=a.jsonl"], "data.eval_path without data.path"),
+        (["data.eval_path={a: b}"], "data.eval_path={'a': 'b'}: give str or null"),
+        (["data=stories", "data.path=[a, b]"], "data.path=['a', 'b']: give str or null"),
         (["data=slips", "data.eval_path=a.jsonl"], "data.eval_path without data.path"),
         (["data.eval_fraction=1.5"], "data.eval_fraction=1.5"),
         (["data.eval_fraction=0"], "data.eval_fraction=0 with (4000, 2000, 500)"),
@@ -372,9 +374,9 @@ def test_a_mixture_of_different_answers_has_no_answer(source, tmp_path):
         (["data.seed=true"], "data.seed=True: give int"),
         (["+data.samplse=3"], "data.samplse: arithmetic has no such key"),
         (["~data.samples"], "data.samples is missing"),
-        (["data.sft=5"], "data.sft=5: give str or null"),
-        (["data=slips", "data.sft=true"], "data.sft=True: give str or null"),
-        (["data=mixture", "data.sft=[a]"], "data.sft=['a']: give str or null"),
+        (["data.sft=5"], "data.sft=5: give str or list or null"),
+        (["data=slips", "data.sft=true"], "data.sft=True: give str or list or null"),
+        (["data=mixture", "data.sft={a: b}"], "data.sft={'a': 'b'}: give str or list or null"),
         (["data=slips", "data.sft=none.jsonl"], "none.jsonl: no such file"),
         (["data=slips", "data.sft=own", "data.sft_rows=0"], "data.sft=own: no SFT row is left"),
         (["data=pairs", "data.path=x.jsonl", "data.sft=own"], "pairs has no SFT rows of its own"),
@@ -403,7 +405,7 @@ def test_refusals(source, overrides, fragment):
 def test_refusals_that_need_a_file(source, tmp_path):
     path = write(tmp_path / "a.jsonl", asked(5))
     told = refusal(source, "data=pairs", f"data.path={path}", "data.separator='Q:'")
-    assert f"{path}: data.separator='Q:', but every row has a prompt" in told
+    assert f"{path}: data.separator='Q:', but the layout trl has prompts of its own" in told
     told = refusal(source, "data=pairs", f"data.path={path}", f"data.eval_path={path}")
     assert f"{path}: no row is left to train on" in told
     story = tmp_path / "s.txt"
@@ -469,9 +471,127 @@ def test_pairs_of_a_file_train_in_place_of_the_sources_own(source, tmp_path, nam
     assert "every prompt is held out" in refusal(source, f"data={name}", f"data.pairs={path}")
     write(path, [{"prompt": "q", "chosen": "1"}])
     told = refusal(source, f"data={name}", f"data.pairs={path}")
-    assert f"{path}, row 1: no field 'rejected'" in told
+    assert told.startswith(f"{path}: no layout fits its columns prompt (q), chosen (1)")
+    assert told.endswith("lacks rejected; rename them")
 
 
 def test_pairs_where_the_data_samples_its_own(source):
     told = refusal(source, "data=arithmetic", "data.pairs=absent.jsonl")
     assert told.startswith("data.pairs=absent.jsonl: the data samples its pairs from the policy")
+
+
+TALK = "\n\nHuman: q{n}\n\nAssistant:"
+
+
+def hh_rows(count):
+    """Transcripts, as HH-RLHF has them."""
+    return [
+        {"chosen": TALK.format(n=n) + " a", "rejected": TALK.format(n=n) + " b"}
+        for n in range(count)
+    ]
+
+
+def test_pairs_of_a_published_layout(source, tmp_path):
+    path = write(tmp_path / "a.jsonl", hh_rows(20))
+    task = source("data=pairs", f"data.path={path}")
+    assert task.layout == "hh" and disjoint(task)
+    assert task.notes == ("Layout: hh (chosen, rejected as messages): 20 rows",)
+    assert task.train[0]["chosen"] == [{"role": "assistant", "content": "a"}]
+    same = source("data=pairs", f"data.path={path}", "data.layout=hh")
+    assert (same.train, same.held_out) == (task.train, task.held_out)
+
+
+@pytest.mark.parametrize("separator", ["'\\n\\nAssistant:'", "'\n\nAssistant:'"])
+def test_a_separator_is_what_the_shell_passes_or_a_line_break(source, tmp_path, separator):
+    path = write(tmp_path / "a.jsonl", hh_rows(20))
+    task = source("data=pairs", f"data.path={path}", f"data.separator={separator}")
+    assert task.layout == "implicit"
+    for row in task.train:
+        assert row["prompt"].endswith("\n\nAssistant:") and row["chosen"] == " a"
+
+
+def test_held_out_rows_are_read_by_the_layout_of_the_others_or_by_their_own(source, tmp_path):
+    path, other = write(tmp_path / "a.jsonl", hh_rows(20)), tmp_path / "b.jsonl"
+    write(other, hh_rows(3))
+    both = ("data=pairs", f"data.path={path}", f"data.eval_path={other}")
+    forced = source(*both, "data.layout=implicit")
+    assert forced.held_out[0]["chosen"] == " a" == forced.train[0]["chosen"]
+    write(other, asked(3))
+    assert source(*both).held_out == asked(3)
+    write(other, [{"prompt": "p", "response_0": "a", "response_1": "b", "winner": "tie"}] * 2
+          + [{"prompt": "p", "response_0": "a", "response_1": "b", "winner": 1}])  # fmt: skip
+    task = source(*both)
+    assert [row["chosen"] for row in task.held_out] == ["b"]
+    assert task.dropped["data.eval_path: tie"].count == 2
+    assert task.notes[1].startswith("data.eval_path: Layout: verdict (prompt, response_0")
+
+
+def test_labelled_rows_are_paired_and_all_are_left_for_who_needs_them(source, tmp_path):
+    rows = [
+        {"prompt": f"q{n}", "completion": side, "label": side == "a"}
+        for n in range(20)
+        for side in "ab"
+    ]
+    path = write(tmp_path / "a.jsonl", [*rows, {"prompt": "q", "completion": "a", "label": True}])
+    task = source("data=pairs", f"data.path={path}")
+    assert len(task.train) + len(task.held_out) == 20 and disjoint(task)
+    assert {(row["chosen"], row["rejected"]) for row in task.train} == {("a", "b")}
+    held = prompts(task.held_out)
+    assert task.unpaired[-1] == {"prompt": "q", "completion": "a", "label": True}
+    assert task.unpaired[:-1] == [row for row in rows if json.dumps(row["prompt"]) not in held]
+    told = refusal(source, "data=pairs", f"data.path={path}", "data.stream=true")
+    assert "the layout kto has labelled answers, whose pairs are made of all rows" in told
+    write(path, rows[::2])
+    told = refusal(source, "data=pairs", f"data.path={path}")
+    assert "no row becomes a pair; Rows that become no pair: no answer with the other" in told
+
+
+def test_texts_of_other_layouts(source, tmp_path):
+    path, sft = write(tmp_path / "a.jsonl", asked(20)), tmp_path / "s.jsonl"
+    user, said = {"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}
+    write(sft, [{"messages": [user, said]}])
+    task = source("data=pairs", f"data.path={path}", f"data.sft={sft}")
+    assert task.lower == [{"prompt": [user], "completion": [said]}]
+    assert task.notes[1] == "data.sft: Layout: sft_conversation (messages as messages): 1 rows"
+    assert source("data=slips", f"data.sft={sft}").notes == task.notes[1:]
+    told = refusal(source, "data=pairs", f"data.path={sft}")
+    assert "the layout sft_conversation has one answer a row, which compares nothing" in told
+    told = refusal(source, "data=pairs", f"data.path={path}", f"data.sft={path}")
+    assert told.startswith(f"{path}: no layout fits its columns") and told.endswith("rename them")
+
+
+def test_keys_that_a_layout_does_not_read(source, tmp_path):
+    path = write(tmp_path / "a.jsonl", asked(20))
+    told = refusal(source, "data=pairs", f"data.path={path}", "data.pairing=all")
+    assert told.startswith("data.pairing=all has no effect: the layout trl has no list of answers")
+    ranked = [{"prompt": "p", "answers": ["a", "b"], "ranks": [1, 2]}] * 3
+    write(path, ranked)
+    told = refusal(source, "data=pairs", f"data.path={path}", "data.pairing=most")
+    assert "row 1: data.pairing=most: choose best_worst, best_random, adjacent, all" in told
+
+
+def test_later_chunks_are_held_to_the_layout_of_the_first(source, tmp_path):
+    ranked = [
+        {"prompt": f"p{n}", "answers": ["a", "b", "c"], "ranks": [1, 2, 3]} for n in range(30)
+    ]
+    path = write(tmp_path / "a.jsonl", [*ranked, {"prompt": "p", "chosen": "a", "rejected": "b"}])
+    stream = ("data.stream=true", "data.chunk_rows=10", "data.pairing=adjacent")
+    task = source("data=pairs", f"data.path={path}", *stream)
+    chunks = task.chunks(1)
+    chunk = next(chunks)
+    assert set(chunk.places) <= set(range(10, 20)) and len(chunk.rows) == len(chunk.places)
+    assert all(chunk.places.count(place) == 2 for place in chunk.places)
+    next(chunks)
+    told = message(next, chunks)
+    assert "row 31: no field 'answers' (found prompt, chosen, rejected), which the lay" in told
+
+
+def test_a_mixture_says_how_each_of_its_files_is_read(source, tmp_path):
+    path = write(tmp_path / "a.jsonl", hh_rows(60))
+    task = source(
+        "data=mixture",
+        "+data@data.sources.mine=pairs",
+        f"data.sources.mine.path={path}",
+        "+data.weights.mine=1",
+    )
+    assert task.notes == ("mine: Layout: hh (chosen, rejected as messages): 60 rows",)

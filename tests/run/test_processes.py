@@ -205,13 +205,18 @@ def test_eval_and_sample_take_them_too(tmp_path):
     data = [word for word in SMALL if word.startswith("data")]
     looks = (*data, "checkpoint=run/model", "reference=run/model", "eval.batch_size=3")
     looks = (*looks, "cache.enabled=false", "eval.max_new_tokens=4", "dtype=float64")
+    looks = (*looks, "eval.by=answer")
     found = []
     for name, words in (("one", ("hardware=cpu",)), ("two", TWO)):
         module = ("-m", "spo_lightning.eval")
         done = command(tmp_path, *looks, *words, f"output={name}.json", module=module, timeout=300)
         assert (done.code, done.err) == (0, "")
         found.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    one, two = (numbers.pop("by") for numbers in found)
     assert found[1] == pytest.approx(found[0], rel=1e-9, abs=1e-9)
+    assert one.keys() == two.keys() and len(one) > 1
+    for value, numbers in one.items():
+        assert two[value] == pytest.approx(numbers, rel=1e-9, abs=1e-9)
     answers = ("model=pretrained", "model.pretrained=run/model", *data, "judge=answer")
     answers = (*answers, "samples=3", "eval.batch_size=9", "cache.enabled=false")
     answers = (*answers, "eval.max_new_tokens=4", "temperature=1.5")

@@ -19,7 +19,8 @@ from pairs import CONF
 from safetensors.torch import load_file
 
 from spo_lightning.errors import UserError
-from spo_lightning.records.directory import MetricsCsv, cut_after, resumed
+from spo_lightning.records.directory import MetricsCsv, RunDir, cut_after
+from spo_lightning.records.resume import resumed
 from spo_lightning.train import train
 
 STEPS = 12
@@ -290,6 +291,20 @@ def test_what_may_differ(tmp_path, words):
     from omegaconf import OmegaConf
 
     assert str(OmegaConf.select(cfg, key)) == value
+
+
+def test_a_layout_that_was_found_is_kept(tmp_path):
+    """A run that names none goes on by what config.yaml has; another one is refused."""
+    data = ("data=pairs", "data.path=a.jsonl")
+    run = RunDir(finished(tmp_path, *data))
+    before = (tmp_path / "config.yaml").read_text()
+    run.keep("data.layout", "hh")
+    assert (tmp_path / "config.yaml").read_text() == before.replace("layout: null", "layout: hh")
+    for words in (data, (*data, "data.layout=null"), (*data, "data.layout=hh")):
+        cfg, _ = going_on(tmp_path, *words)
+        assert cfg.data.layout == "hh"
+    with pytest.raises(UserError, match="data.layout is 'hh' in"):
+        going_on(tmp_path, *data, "data.layout=trl")
 
 
 def test_another_option_that_may_differ(tmp_path):

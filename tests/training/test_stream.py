@@ -17,11 +17,11 @@ from tiny import policy
 
 from spo_lightning.cache import reference
 from spo_lightning.config import knobs
-from spo_lightning.data import stream
 from spo_lightning.data.batch import Pair, draws
 from spo_lightning.data.encode import encode_some
 from spo_lightning.data.load import load
-from spo_lightning.data.rows import Chunk, held_out, read
+from spo_lightning.data.reading import Place, read
+from spo_lightning.data.rows import Chunk, held_out
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import UserError
 from spo_lightning.train import train
@@ -83,7 +83,7 @@ def test_parts_are_the_file_wherever_they_begin(tmp_path, name):
     whole = read(str(path), split="train", where="data.path")
     assert len(whole) == COUNT
     for start in (0, 1, 3, 7):
-        found = [*stream.parts(str(path), size=SIZE, split="train", start=start)]
+        found = [*Place(str(path), "data.path").parts(SIZE, start)]
         assert [row for part in found for row in part] == whole[start * SIZE :]
         assert all(len(part) == SIZE for part in found[:-1])
 
@@ -92,7 +92,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     path = tmp_path / "a.jsonl"
     told = json.dumps({"prompt": "a\u2028b", "chosen": "c", "rejected": "d"}, ensure_ascii=False)
     path.write_bytes(b"\xef\xbb\xbf" + told.encode() + b"\r\n\n" + told.encode())
-    (part,) = stream.parts(str(path), size=4, split="train", start=0)
+    (part,) = Place(str(path), "data.path").parts(4, 0)
     assert part == read(str(path), split="train", where="data.path") and len(part) == 2
 
 

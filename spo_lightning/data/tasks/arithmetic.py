@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from spo_lightning.data.rows import Row, Task, held_out, limit, read, split, without
+from spo_lightning.data.reading import read
+from spo_lightning.data.rows import Row, Task, held_out, limit, split, without
 from spo_lightning.errors import UserError
 
 PROBLEM = re.compile(r"\d+([+-]\d+)+=\?")
@@ -140,10 +141,11 @@ def _parts(train: list[str], held: list[str], sizes: Sizes, counts: dict[str, in
 
 def _problems(path: str, where: str) -> list[Row]:
     prompts = {}
-    for number, row in enumerate(read(path, split="train", where=where), 1):
+    rows = read(path, split="train", where=where)
+    for at, row in enumerate(rows):
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not PROBLEM.fullmatch(prompt):
-            raise UserError(f"{path}, row {number}: 'prompt' is not like 12+7-5+9=?: correct it")
+            raise UserError(f"{rows.named(at)}: 'prompt' is not like 12+7-5+9=?: correct it")
         prompts[prompt] = {"prompt": prompt}
     return list(prompts.values())
 

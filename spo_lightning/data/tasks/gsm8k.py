@@ -7,7 +7,8 @@ for the SFT text.
 import re
 from pathlib import Path
 
-from spo_lightning.data.rows import Row, Task, limit, read, split, without
+from spo_lightning.data.reading import read
+from spo_lightning.data.rows import Row, Task, limit, split, without
 from spo_lightning.errors import UserError
 
 SOLUTIONS, WORKED = "example_model_solutions.jsonl", "train.jsonl"
@@ -45,8 +46,8 @@ def gsm8k(
 def _pairs(folder: Path, where: str, ground_truth: bool) -> tuple[list[Row], dict[str, int]]:
     questions = read(str(folder / SOLUTIONS), split="train", where=where)
     pairs, unpaired = [], 0
-    for number, row in enumerate(questions, 1):
-        here = f"{folder / SOLUTIONS}, row {number}"
+    for at, row in enumerate(questions):
+        here = questions.named(at)
         question, truth = _texts(row, ("question", "ground_truth"), here)
         solutions = [_solution(row, model, here) for model in MODELS]
         # two models may give one text: a set in order, so that no pair stands twice
@@ -67,9 +68,9 @@ def _solution(row: Row, model: str, where: str) -> tuple[str, bool]:
 
 
 def _worked(folder: Path) -> list[Row]:
-    path, rows = folder / WORKED, []
-    for number, row in enumerate(read(str(path), split="train", where="data.path"), 1):
-        question, answer = _texts(row, ("question", "answer"), f"{path}, row {number}")
+    found, rows = read(str(folder / WORKED), split="train", where="data.path"), []
+    for at, row in enumerate(found):
+        question, answer = _texts(row, ("question", "answer"), found.named(at))
         rows.append({"prompt": question + "\n", "completion": answer.replace("####", "A:")})
     return rows
 

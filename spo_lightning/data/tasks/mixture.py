@@ -36,6 +36,10 @@ def mixture(
         judge=_same([task.judge for task in tasks]),
         summary=all(task.summary for task in tasks),
         counts=counts | {f"{name}/taken": len(rows) for name, rows in taken.items()},
+        notes=tuple(f"{name}: {note}" for name, task in sources.items() for note in task.notes),
+        dropped={
+            f"{n}: {why}": d for n, task in sources.items() for why, d in task.dropped.items()
+        },
     )
 
 

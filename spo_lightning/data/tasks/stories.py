@@ -5,9 +5,9 @@ One text file, stories separated by ``<|endoftext|>``; what follows the last sep
 
 import random
 import re
-from pathlib import Path
 
-from spo_lightning.data.rows import Row, Task, existing, limit, read_text, split, without
+from spo_lightning.data.reading import text
+from spo_lightning.data.rows import Row, Task, limit, split, without
 from spo_lightning.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
@@ -48,7 +48,7 @@ def stories(
 
 
 def _openings(path: str, where: str, words: int) -> tuple[list[Row], dict[str, int]]:
-    pieces = read_text(existing(Path(path).expanduser(), where)).split(SEPARATOR)[:-1]
+    pieces = text(path, where).split(SEPARATOR)[:-1]
     if not pieces:
         raise UserError(f"{path}: no {SEPARATOR}: end each story with it")
     rows = []

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, Trainer
 
 from spo_lightning import losses
+from spo_lightning.evaluation.groups import PerPair, means_by, places_by
 from spo_lightning.evaluation.held_out import pair_totals
 from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.module import Preference
@@ -33,7 +34,8 @@ EVAL_NAMES = (
 class Evaluation(Callback):
     """Adds to ``module.numbers``. ``every``: outer steps between evaluations; 0 is off.
 
-    ``epoch``: passes over the training pairs, of the outer step and of the pairs seen.
+    ``epoch``: passes over the training pairs, of the outer step and of the pairs seen. ``names``:
+    columns that it may fill besides ``EVAL_NAMES``, of groups of held-out pairs.
     """
 
     def __init__(
@@ -44,6 +46,11 @@ class Evaluation(Callback):
         every: int,
     ):
         self.setting, self.epoch, self.every = setting, epoch, every
+        self.names = [
+            name.replace("eval/", f"eval/{group}/")
+            for group in places_by(setting.held.groups)
+            for name in EVAL_NAMES
+        ]
 
     def on_train_start(self, trainer: Trainer, module: Preference) -> None:
         self.clock, self.tokens = time.monotonic(), 0
@@ -66,18 +73,23 @@ class Evaluation(Callback):
 
     @torch.no_grad()
     def _evaluate(self, module: Preference) -> dict[str, float]:
-        began = time.monotonic()
+        began, held = time.monotonic(), self.setting.held
+        each = PerPair() if held.groups else None
         with self.setting.precision():
             totals = pair_totals(
                 module.scorer,
-                self.setting.held,
+                held,
                 batch_size=self.setting.batch_size,
                 loss=module.loss,
                 moments=losses.moments_of(module.moments_state),
                 beta=module.beta,
                 top=True,
                 world=self.setting.world,
+                each=each,
             )
-        means = totals.means()
+        means = {f"eval/{name}": value.item() for name, value in totals.means().items()}
+        if each is not None:
+            by = means_by(each.gathered(self.setting.world), held.groups)
+            means |= {f"eval/{g}/{name}": v for g, of in by.items() for name, v in of.items()}
         self.clock += time.monotonic() - began  # evaluation is not training's pace
-        return {f"eval/{name}": value.item() for name, value in means.items()}
+        return means
