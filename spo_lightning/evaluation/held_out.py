@@ -1,5 +1,6 @@
 """A model and held-out rows in, numbers out: the same rows before and after training."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -249,4 +250,7 @@ def shown(text: Any) -> str:
     """A prompt or answer as one text: messages are joined."""
     if isinstance(text, str):
         return text
-    return "\n".join(f"{message['role']}: {message['content']}" for message in text)
+    return "\n".join(
+        f"{turn['role']}: {turn.get('content') or json.dumps(turn.get('tool_calls', ''))}"
+        for turn in text
+    )

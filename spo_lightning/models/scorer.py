@@ -113,11 +113,15 @@ def tree_mask(segment: Tensor) -> Tensor:
 
 def sides(batch: PairBatch) -> tuple[PairBatch, PairBatch]:
     """The batch as ``[prompt | chosen]`` rows and as ``[prompt | rejected]`` rows."""
-    flipped = []
-    for ids, lengths in zip(batch.input_ids.tolist(), batch.lengths.tolist()):
+    home, flipped = batch.to("cpu"), []
+    for ids, lengths in zip(home.input_ids.tolist(), home.lengths.tolist()):
         p, c, r = lengths
         flipped.append(Pair(tuple(ids[:p]), tuple(ids[p + c : p + c + r]), ()))
-    return batch.chosen_only, collate(flipped, 0).to(batch.input_ids.device)
+    rejected = collate(flipped, 0)
+    scored = torch.zeros_like(home.segment, dtype=torch.bool)
+    scored[home.pair, home.column] = True
+    rejected = rejected.of(scored[home.segment == REJECTED])
+    return batch.chosen_only, rejected.to(batch.input_ids.device)
 
 
 class Scorer(nn.Module):
@@ -307,7 +311,7 @@ def score(
             batch = bare.batch(indices)
             with precision():
                 logps = scorer(batch.to(scorer.model.device)).logps.cpu()
-            sizes = (batch.lengths[:, 1] + batch.lengths[:, 2]).tolist()
+            sizes = batch.scored.sum(1).tolist()
             for index, row in zip(indices, logps.split(sizes)) if mine else ():
                 scored[index] = row.clone()
             advance(sum(map(len, together)))

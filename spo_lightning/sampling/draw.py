@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from spo_lightning.data import rows as data
+from spo_lightning.data.chat import as_asked, in_turns
 from spo_lightning.errors import UserError
 from spo_lightning.judges.local import Judge
 from spo_lightning.models.generate import Decoding, answers
@@ -45,6 +46,7 @@ def prompts(cfg: Any, task: Any) -> list[dict]:
             raise UserError(f"{cfg.prompts.path}, row {number}: no 'prompt': add one")
     distinct: dict[str, dict] = {}
     for row in found:
+        row = in_turns(row, chat=cfg.data.chat, system=cfg.data.system)
         plain = {key: row[key] for key in kept if row.get(key) is not None}
         distinct.setdefault(data.prompt_key(row["prompt"]), plain)
     if len(distinct) < len(found):
@@ -158,8 +160,3 @@ def chosen(cfg: Any, drawn: Sequence[dict], strategy: Any) -> Iterator[dict[str,
                 "prompt_number": one["number"],
                 **source,
             }
-
-
-def as_asked(prompt: Any, text: str) -> Any:
-    """An answer as text, or as a turn where the prompt is made of turns."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

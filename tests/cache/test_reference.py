@@ -340,7 +340,13 @@ def test_the_chat_template_misses(made, shelf):
         tokenizer.chat_template = (
             "{% for m in messages %}" + opening + "{{ m.role }}: {{ m.content }}\n{% endfor %}"
         )
-        how = {"max_length": 200, "on_mismatch": "split", "strict": True, "where": "test"}
+        how = {
+            "max_length": 200,
+            "on_mismatch": "split",
+            "strict": True,
+            "scored": "assistant",
+            "where": "test",
+        }
         return encode_pairs([row], tokenizer, **how).pairs
 
     scored(made, sets_of(encoded("<")), shelf)

@@ -1,6 +1,7 @@
 """Tokens on disk: the same as anew, missed when what decides them differs, never wrong."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import COUNTS, Encoded, encode_some
 from spo_lightning.train import train
 
-HOW = {"max_length": 64, "on_mismatch": "split", "strict": False}
+HOW = {"max_length": 64, "on_mismatch": "split", "strict": False, "scored": "assistant"}
 ROWS = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": str(n)} for n in range(1, 10)]
 ROWS.append({"prompt": "1+1=", "chosen": "2", "rejected": "2"})  # dropped: identical
 
@@ -161,6 +162,8 @@ def test_the_least_recently_used_go_first(kept, tokenizer):
     for start in range(3):
         found(kept, tokenizer, ROWS[start : start + 3])
     size = max(path.stat().st_size for path in files(kept))
+    for path in files(kept):
+        os.utime(path, (0, 0))  # long ago: a clock's ticks are longer than this test
     found(kept, tokenizer, ROWS[:3])  # now the latest
     found(replace(kept, limit=2.5 * size), tokenizer, ROWS[3:6])
     assert len(files(kept)) == 2

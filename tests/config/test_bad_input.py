@@ -112,7 +112,7 @@ TOKENS = [
     Case(
         "long prompts",
         rows("long", "max_length=20"),
-        "the prompt alone fills max_length: 3",
+        "fills max_length: 3",
         slow=True,
     ),
     Case("no chat template", rows("chat"), "no chat template"),

@@ -60,6 +60,7 @@ def stories():
 
 def encoded(rows, tokenizer, **changed):
     knobs = {"max_length": 512, "on_mismatch": "split", "strict": False, "where": "a.jsonl"}
+    knobs |= {"scored": "assistant"}
     return encode_pairs(rows, tokenizer, **(knobs | changed))
 
 
@@ -184,8 +185,10 @@ def test_sft_rows_have_no_rejected_side(bytes_):
         {"prompt": "p" * 4, "completion": "a"},
         {"prompt": [turn("h", "user")], "completion": [turn("a")]},
     ]
-    assert encode_texts(rows[:3], bytes_, max_length=4) == [Pair(ids("p"), ids("abc"), (), row=0)]
-    chat = encode_texts(rows, bytes_, max_length=64)[-1]
+    assert encode_texts(rows[:3], bytes_, max_length=4, scored="assistant") == [
+        Pair(ids("p"), ids("abc"), (), row=0)
+    ]
+    chat = encode_texts(rows, bytes_, max_length=64, scored="assistant")[-1]
     assert chat.row == 3 and chat.chosen == (*ids("a"), 1) and chat.rejected == ()
 
 
@@ -241,7 +244,7 @@ def peer(rows, tokenizer, max_length):
 
 def same_as_peer(rows, tokenizer, max_length):
     pytest.importorskip("trl")
-    ours = encoded(rows, tokenizer, max_length=max_length)
+    ours = encoded(rows, tokenizer, max_length=max_length, scored="all")
     theirs = list(peer(rows, tokenizer, max_length))
     # ours alone drops pairs that truncation makes identical, and first tokens nothing predicts
     theirs = [trio for trio in theirs if trio[0] and trio[1] != trio[2]]
