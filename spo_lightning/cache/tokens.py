@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from spo_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 CODE = 3  # raise it when the same rows and tokenizer come to give other tokens
-READ = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # of a row
+READ = ("prompt", "chosen", "rejected", "plain", "tools", "chat_template_kwargs")  # of a row
 # of a file, as of a Pair
 COLUMNS = ("prompt", "chosen", "rejected", "row", "chosen_context", "rejected_context")
 SUFFIX = ".tokens"
@@ -169,9 +169,7 @@ def of_both_sides(cfg: DictConfig, task: Task, tokenizer: Any) -> dict[str, Enco
     else:
         rows = cfg.data.chunk_rows
         log.info("Pairs (train): those of the first %d rows; the rest follows", rows)
-        chunk = next(task.chunks(0))
-        train = chunk_encoder(cfg, tokenizer, kept)(chunk)
-        train = replace(train, notes=tuple(remarks(chunk.rows, tokenizer)))
+        train = chunk_encoder(cfg, tokenizer, kept)(next(task.chunks(0)))
         check_survivors(train.counts, f"{cfg.data.path}, the first {rows} rows")
     sides = {
         "train": train,
@@ -180,8 +178,8 @@ def of_both_sides(cfg: DictConfig, task: Task, tokenizer: Any) -> dict[str, Enco
     for name, some in sides.items():
         told = ", ".join(f"{key} {count}" for key, count in some.counts.items() if count)
         log.info("Pairs (%s): %s", name, told)
-    for note in dict.fromkeys(note for some in sides.values() for note in some.notes):
-        log.info("%s", note)
+    for remark in remarks([*task.train, *task.held_out], tokenizer):
+        log.info("%s", remark)
     return sides
 
 
@@ -203,8 +201,7 @@ def encoded(
     """Token pairs of one side of the data; ``kept``: where they are looked up and kept."""
     where, how = f"{cfg.data.get('path') or 'data'} ({name})", _how(cfg)
     encode = partial(encode_pairs, rows, tokenizer, where=where, **how)
-    found = encode() if kept is None else kept.find(rows, range(len(rows)), how, encode)
-    return replace(found, notes=tuple(remarks(rows, tokenizer)))
+    return encode() if kept is None else kept.find(rows, range(len(rows)), how, encode)
 
 
 def chunk_encoder(

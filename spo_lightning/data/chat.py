@@ -82,16 +82,11 @@ def rendered(
     prompt, answers = row["prompt"], [template.closed(row["prompt"], row[side]) for side in sides]
     # a prompt that nobody's assistant answers first is not made to ask for it
     asks = scored == "all" or not answers or any(a[0]["role"] == "assistant" for a in answers)
-    asked = template(prompt, asks=asks)
-    for turn in prompt:
-        if _instructs(turn) and turn.get("content", "").strip() not in asked:
-            raise UserError(
-                f"{where}: the chat template leaves out the {turn['role']} turn: take it out of "
-                "the data, or leave data.system out"
-            )
-    texts, words, split = [asked], [], False
+    texts, words, split = [template(prompt, asks=asks)], [], False
+    template.check(prompt, texts[0])
     for turns in answers:
         texts.append(template(prompt + turns))
+        template.check(turns, texts[-1])
         one = len(turns) == 1 and writes(turns[0], where)
         if scored == "all" or one:
             words.append(None)
@@ -130,6 +125,17 @@ class Template:
         """``asks``: with what the template has an assistant go on from."""
         return self._rendered(turns, asks)[0]
 
+    def check(self, turns: Sequence[Row], text: str) -> None:
+        """Refuse a template that leaves out what nobody would miss: instructions and calls."""
+        for turn in turns:
+            words = [(turn.get("content") or "").strip()] if _instructs(turn) else _called(turn)
+            for left_out in (word for word in words if word not in text):
+                what = f"{turn['role']} turn" if _instructs(turn) else "tool call"
+                raise UserError(
+                    f"{self.where}: the chat template leaves out the {what} {left_out[:40]!r}: "
+                    "take it out of the data (data.system), or take another template"
+                )
+
     @property
     def marks(self) -> bool:
         return GENERATION.search(self.text) is not None
@@ -141,11 +147,12 @@ class Template:
         found, blocks = [], self._rendered(turns, False)[1]
         for place in places:
             first, last = (len(self._rendered(turns[:n], False)[1]) for n in (place, place + 1))
-            own = [(start, stop) for start, stop in blocks[first:last] if start < stop]
-            if not own:
+            own, turn = blocks[first:last], turns[place]
+            says = turn.get("content") or turn.get("tool_calls")
+            if says and all(start == stop for start, stop in own):
                 told = f"the generation marks of the chat template leave out turn {place + 1}"
                 raise UserError(f"{self.where}: {told}: mend the template, or data.scored=all")
-            found += [*own[:-1], (own[-1][0], self._end(whole, own[-1][1]))]
+            found += own[:-1] + [(start, self._end(whole, stop)) for start, stop in own[-1:]]
         return found, False
 
     def _end(self, whole: str, stop: int) -> int:
@@ -191,7 +198,11 @@ class Template:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        plain = [{key: turn[key] for key in turn if key not in OWN} for turn in turns]
+        # templates take a null for a value
+        plain = [
+            {key: value for key, value in turn.items() if key not in OWN and value is not None}
+            for turn in turns
+        ]
         words = {**self.tokenizer.special_tokens_map, **self.given}
         words |= {"chat_template": self.text, "add_generation_prompt": asks}
         words["return_assistant_tokens_mask"] = self.marks
@@ -217,23 +228,37 @@ def remarks(rows: Sequence[Row], tokenizer: Any) -> list[str]:
         share = sum(any(mark in text for mark in marks) for text in texts) / len(texts)
         found.append(
             f"{len(texts):,} rows of text stay text, though the tokenizer has a chat template: "
-            f"{share:.0%} of them carry its marks; data.chat=true wraps the others as turns"
+            f"{share:.0%} of them carry its marks; data.chat=true makes turns of them"
         )
-    chat = next((row for row in rows if isinstance(row["prompt"], list) and row["prompt"]), None)
-    turns = chat and (chat.get("chosen") or chat.get("completion"))
-    if chat and turns:
-        template = Template.of(chat, tokenizer, "the first row")
-        if not template(chat["prompt"] + turns).rstrip().endswith(tuple(_specials(tokenizer))):
-            found.append(
-                "The chat template ends an answer with no token of its own: nothing that is "
-                "scored teaches the policy to stop"
-            )
-        if DATE.search(tokenizer.get_chat_template(None, chat.get("tools"))):
-            day = BEGAN.strftime("%d %b %Y")
-            found.append(
-                f"The chat template writes the date: {day} in this run, and other tokens another "
-                "day, so they are not cached"
-            )
+    for chat in [row for row in rows if isinstance(row["prompt"], list) and row["prompt"]][:1]:
+        found += _of_template(chat, tokenizer)
+    return found
+
+
+def _of_template(row: Row, tokenizer: Any) -> list[str]:
+    """What the template does to a row of messages, as far as it is not what one expects."""
+    template, found = Template.of(row, tokenizer, "the first row"), []
+    turns = row["prompt"] + (row.get("chosen") or row.get("completion") or [])
+    turns = turns[
+        : 1 + max((n for n, t in enumerate(turns) if t["role"] == "assistant"), default=0)
+    ]
+    text = template(turns)
+    if turns[-1]["role"] == "assistant" and not text.rstrip().endswith(
+        tuple(_specials(tokenizer))
+    ):
+        found.append(
+            "The chat template ends an answer with no token of its own: nothing that is scored "
+            "teaches the policy to stop"
+        )
+    bare = Template.of({**row, "tools": None}, tokenizer, "the first row")
+    if row.get("tools") and text == bare(turns):
+        found.append("The chat template leaves out the tools of the rows")
+    if CLOCK in tokenizer.get_chat_template(None, row.get("tools")):
+        day = BEGAN.strftime("%d %b %Y")
+        found.append(
+            f"The chat template writes the date: {day} in this run, and other tokens another day, "
+            "so they are not cached"
+        )
     return found
 
 
@@ -257,6 +282,13 @@ def _is_text(row: Row, key: str) -> bool:
 
 def _instructs(turn: Row) -> bool:
     return turn["role"] in ("system", "developer")
+
+
+def _called(turn: Row) -> list[str]:
+    """The names of the functions that a turn calls."""
+    calls = [call for call in turn.get("tool_calls") or () if isinstance(call, dict)]
+    named = [call.get("function", call) for call in calls]
+    return [str(one["name"]) for one in named if isinstance(one, dict) and "name" in one]
 
 
 def _ends(turn: Row, eos: str) -> bool:

@@ -40,7 +40,6 @@ class Encoded:
     counts: dict[str, int]
     # by reason: the places of the first three rows that were dropped
     examples: dict[str, list[int]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()  # what a user is told of rows and chat template, a line each
 
 
 class Sequences(NamedTuple):
@@ -201,7 +200,7 @@ def _has_text(row: Row, sides: tuple[str, ...], tokenizer: Any, scored: str, nam
     if isinstance(row["prompt"], list):
         return bool(row["prompt"]) and all(
             any(
-                (turn.get("content", "").removesuffix(eos) or turn.get("tool_calls"))
+                ((turn.get("content") or "").removesuffix(eos) or turn.get("tool_calls"))
                 and (scored == "all" or writes(turn, name))
                 for turn in row[side]
             )

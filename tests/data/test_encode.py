@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl_tokens import peer
 
 from spo_lightning.data.batch import CHOSEN, PROMPT, REJECTED, Pair, collate
 from spo_lightning.data.encode import COUNTS, encode_pairs, encode_texts, prompt_ids
@@ -219,27 +219,6 @@ def test_the_exact_collator_case():
             masks.append((segment[kept] == side).int().tolist() + rest)
     assert rows == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 0]]
     assert masks == [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0]]
-
-
-def peer(rows, tokenizer, max_length):
-    """TRL's own tokenisation, filter and truncation: (prompt, chosen, rejected) per row."""
-    from datasets import Dataset
-    from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
-
-    args = SimpleNamespace(
-        dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start"
-    )
-    data = DPOTrainer._prepare_dataset(
-        SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, args, "x"
-    )
-    collator = DataCollatorForPreference(pad_token_id=0, max_length=max_length)
-    for example in data:
-        batch = collator([example])
-        sides = [
-            tuple(tokens[mask.bool()].tolist())
-            for tokens, mask in zip(batch["input_ids"], batch["completion_mask"])
-        ]
-        yield tuple(example["prompt_ids"]), *sides
 
 
 def same_as_peer(rows, tokenizer, max_length):
