@@ -197,7 +197,7 @@ def text_numbers(task: Any, rows: Sequence[dict], texts: Sequence[str]) -> dict[
         from spo_lightning.evaluation.text_metrics import Rouge
 
         numbers |= Rouge(keep_in_memory=True).compute(  # type: ignore[operator]
-            predictions=list(texts), references=[shown(row["chosen"]) for row in rows]
+            predictions=list(texts), references=[said(row["chosen"]) for row in rows]
         )
     return {name: float(value) for name, value in numbers.items()}
 
@@ -244,6 +244,14 @@ def side_by_side(
             }
         )
     return found
+
+
+def said(answer: Any) -> str:
+    """What the assistant says in an answer, as one text."""
+    if isinstance(answer, str):
+        return answer
+    turns = [turn for turn in answer if turn["role"] == "assistant"]
+    return "\n".join(turn.get("content") or "" for turn in turns)
 
 
 def shown(text: Any) -> str:

@@ -57,7 +57,7 @@ def test_the_second_time_nothing_is_tokenised(kept, tokenizer):
     assert len(files(kept)) == 1 and not list(kept.home.rglob("*.tmp"))
 
 
-PAIRS = st.lists(st.tuples(*(st.lists(st.integers(0, 2**31 - 1)).map(tuple),) * 3))
+PAIRS = st.lists(st.tuples(*(st.lists(st.integers(0, 2**31 - 1)).map(tuple),) * 5))
 
 
 @settings(max_examples=25, deadline=None)
@@ -65,7 +65,7 @@ PAIRS = st.lists(st.tuples(*(st.lists(st.integers(0, 2**31 - 1)).map(tuple),) * 
 def test_any_pairs_come_back(tmp_path_factory, pairs, counts):
     kept = Tokens(tmp_path_factory.mktemp("tokens"), "any", 1e9)
     whole = Encoded(
-        [Pair(*ids, row=3 * n) for n, ids in enumerate(pairs)], dict(zip(COUNTS, counts))
+        [Pair(*ids[:3], 3 * n, *ids[3:]) for n, ids in enumerate(pairs)], dict(zip(COUNTS, counts))
     )
     for encode in (lambda: whole, None):
         assert kept.find(ROWS, range(len(ROWS)), HOW, encode) == whole
@@ -81,6 +81,8 @@ def test_any_pairs_come_back(tmp_path_factory, pairs, counts):
         {"places": range(1, len(ROWS) + 1)},
         {"max_length": 63},
         {"on_mismatch": "drop"},
+        {"scored": "all"},
+        {"rows": [{**ROWS[0], "plain": {"prompt": "1 + 1 ="}}, *ROWS[1:]]},
         {"strict": True, "rows": ROWS[:-1]},
     ],
 )

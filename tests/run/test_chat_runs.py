@@ -1,12 +1,13 @@
 """Runs on messages: several turns, text as turns, templates that cannot."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from chats import says, tokenizer_of, user
 from conftest import SMALL
 from fitting import config
-from tiny import GATED
+from tiny import GATED, slow_logps
 
 from spo_lightning.data.load import load
 from spo_lightning.errors import UserError
@@ -92,6 +93,26 @@ def test_text_as_turns_equals_the_messages(tmp_path, model_of):
     given = (*words, f"data.path={train_}", f"data.eval_path={held}")
     assert numbers(tmp_path, "messages", *given) == turned
     assert plain["init"] != turned["init"]
+
+
+def test_the_judge_of_a_likelihood_reads_turns(tmp_path, model_of):
+    from spo_lightning.data.encode import encode_texts
+    from spo_lightning.judges.local import Asked, likelihood
+    from spo_lightning.models.policy import opened
+    from spo_lightning.records.progress import silent
+
+    cfg = config(*words_of(tmp_path, ROWS, model_of("chatml")))
+    policy = opened(cfg.model.pretrained, cfg.model, "cpu")
+    asked = Asked(None, policy, None, nullcontext, silent(), 4, 512)  # type: ignore[arg-type]
+    row = {"prompt": [user("1+1")]}
+    (found,) = likelihood(asked, model=None, per_token=False)([row], ["2"])
+    (pair,) = encode_texts(
+        [{**row, "completion": [says("2")]}],
+        policy.tokenizer,
+        max_length=512,
+        scored="assistant",
+    )
+    assert found == pytest.approx(slow_logps(policy.lm, pair).sum().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize(
