@@ -20,6 +20,7 @@ BEGAN = datetime.now()  # the date of the whole run, also after midnight
 DATE = re.compile(CLOCK + r"\(\s*(['\"])(.*?)\1\s*\)")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 BRACKETS = re.compile(r"\[/?[A-Z_]{3,}\]")  # marks that some templates write as plain text
+SYSTEM = ", or leave data.system out"
 OWN = ("weight", "train")  # keys of a message that are ours to read, not the template's
 
 Stretch = tuple[int, int]  # from the first on, up to the second
@@ -131,9 +132,10 @@ class Template:
             words = [(turn.get("content") or "").strip()] if _instructs(turn) else _called(turn)
             for left_out in (word for word in words if word not in text):
                 what = f"{turn['role']} turn" if _instructs(turn) else "tool call"
+                told = f"the chat template leaves out the {what} {left_out[:40]!r}"
                 raise UserError(
-                    f"{self.where}: the chat template leaves out the {what} {left_out[:40]!r}: "
-                    "take it out of the data (data.system), or take another template"
+                    f"{self.where}: {told}: mend the template, or take it out of the data"
+                    + SYSTEM * _instructs(turn)
                 )
 
     @property
@@ -146,10 +148,15 @@ class Template:
         """What the template itself marks as generated, of the turns at these places."""
         found, blocks = [], self._rendered(turns, False)[1]
         for place in places:
-            first, last = (len(self._rendered(turns[:n], False)[1]) for n in (place, place + 1))
-            own, turn = blocks[first:last], turns[place]
+            # asked to go on, so that none of the marks is that of the conversation's end
+            asked, before = self._rendered(turns[:place], True)
+            later = self._rendered(turns[: place + 1], True)[1]
+            own = blocks[len(before) : len(later) if place + 1 < len(turns) else None]
+            # some mark the head of the turn too, which the policy is given
+            head = len(asked) if whole.startswith(asked) else 0
+            own, turn = [(max(head, start), stop) for start, stop in own], turns[place]
             says = turn.get("content") or turn.get("tool_calls")
-            if says and all(start == stop for start, stop in own):
+            if says and all(start >= stop for start, stop in own):
                 told = f"the generation marks of the chat template leave out turn {place + 1}"
                 raise UserError(f"{self.where}: {told}: mend the template, or data.scored=all")
             found += own[:-1] + [(start, self._end(whole, stop)) for start, stop in own[-1:]]
@@ -176,7 +183,8 @@ class Template:
                 raise UserError(
                     f"{self.where}: the chat template writes turn {place + 1} otherwise when "
                     "others follow, and has no generation marks, so the assistant's words cannot "
-                    "be told apart: cut the answers to one turn, or set data.scored=all"
+                    "be told apart: give it marks, cut the answers to one turn, or set "
+                    "data.scored=all"
                 )
             start = len(os.path.commonprefix([asked, whole]))
             split |= start < len(asked)
@@ -211,7 +219,7 @@ class Template:
         except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             told = f"the chat template refuses it ({reason}): mend the turns of the data"
-            system = ", or leave data.system out" if any(map(_instructs, turns)) else ""
+            system = SYSTEM * any(map(_instructs, turns))
             raise UserError(f"{self.where}: {told}{system}") from None
         (text,), blocks = made
         return text, blocks[0] if blocks else []

@@ -228,7 +228,7 @@ def _answer(whole: list[int], n: int, scored: list[Stretch], max_length: int) ->
     """What follows the first ``n`` tokens, up to the last that is scored and fits."""
     edges = [0]  # where context ends and where it begins, by turns
     for first, last in scored:
-        first, last = first - n, min(last, max_length) - n
+        first, last = max(first - n, edges[-1]), min(last, max_length) - n
         if first < last:
             edges = [*edges[:-1], last] if edges[-1] == first else [*edges, first, last]
     return Answer(tuple(whole[n : n + edges[-1]]), tuple(edges[:-1]))

@@ -95,6 +95,22 @@ def test_tool_calls_are_scored_and_their_results_are_context(family):
     assert ("The chat template leaves out the tools of the rows" in told) == (family == "llama")
 
 
+def test_marks_that_take_in_the_head_and_the_end_of_the_conversation():
+    tokenizer = tokenizer_of("marked")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "<|im_start|>assistant\n{{ m.content }}<|im_end|>\n{% endgeneration %}"
+        "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% elif messages[-1].role == 'assistant' %}{% generation %}<end>{% endgeneration %}"
+        "{% endif %}"
+    )
+    other = [says("a"), user("b"), says("c", weight=0)]
+    pair = pair_of(tokenizer, [user("hi")], SEVERAL, other)
+    first = "⟦a<|im_end|>\n⟧"
+    assert shown(tokenizer, pair)[1:] == (f"{first}{B}⟦c<|im_end|>\n<end>⟧", first)
+
+
 def test_all_is_what_trl_scores():
     tokenizer = tokenizer_of("chatml")
     pair = pair_of(tokenizer, [user("hi")], SEVERAL, [*IGNORED, user("d")], scored="all")
