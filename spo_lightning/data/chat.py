@@ -50,8 +50,10 @@ def in_turns(row: Row, *, chat: bool, system: str | None) -> Row:
     for key in texts:
         role = "user" if key == "prompt" else "assistant"
         turned[key] = [{"role": role, "content": row[key]}] if row[key] else []
-    prompt = turned["prompt"]
-    if system is not None and prompt and not any(map(_instructs, prompt)):
+    prompt = turned.get("prompt")
+    if system is None or not isinstance(prompt, list) or not prompt:
+        return turned
+    if not any(map(_instructs, prompt)):
         turned["prompt"] = [{"role": "system", "content": system}, *prompt]
     return turned
 
@@ -289,7 +291,7 @@ def _is_text(row: Row, key: str) -> bool:
 
 
 def _instructs(turn: Row) -> bool:
-    return turn["role"] in ("system", "developer")
+    return turn.get("role") in ("system", "developer")
 
 
 def _called(turn: Row) -> list[str]:

@@ -32,7 +32,7 @@ ROOM = 1.8  # what a graph that can be differentiated twice may take, in plain f
 
 @dataclass(frozen=True)
 class PairLogps:
-    """One log-probability per completion token, with its pair and its side."""
+    """One log-probability per scored token of an answer, with its pair and its side."""
 
     logps: Tensor  # [S] nats
     pair: Tensor  # [S] which of the B pairs
@@ -52,7 +52,7 @@ class PairLogps:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """[B, 2] completion tokens; an absent response counts as one, so means stay finite."""
+        """[B, 2] scored tokens; an absent response counts as one, so means stay finite."""
         return self._per_side(torch.ones_like(self.logps.detach())).clamp(min=1)
 
     @property
@@ -146,7 +146,7 @@ class Scorer(nn.Module):
         return self._attention in attention.PACKED
 
     def forward(self, batch: PairBatch) -> PairLogps:
-        """Log-probabilities of every completion token. Differentiable."""
+        """Log-probabilities of every scored token. Differentiable."""
         if self.packs or self.shared or not bool(batch.rejected.any()):
             logps = self._score(batch, self._predictors(batch))
             return PairLogps(logps, batch.pair, batch.rejected, len(batch))

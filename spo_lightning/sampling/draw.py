@@ -40,13 +40,13 @@ def prompts(cfg: Any, task: Any) -> list[dict]:
         found = task.train
     else:
         found = data.read(cfg.prompts.path, split=cfg.prompts.split, where="prompts.path")
+        found = [in_turns(row, chat=cfg.data.chat, system=cfg.data.system) for row in found]
     kept = ("prompt", *data.KEPT)
     for number, row in enumerate(found, 1):
         if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
             raise UserError(f"{cfg.prompts.path}, row {number}: no 'prompt': add one")
     distinct: dict[str, dict] = {}
     for row in found:
-        row = in_turns(row, chat=cfg.data.chat, system=cfg.data.system)
         plain = {key: row[key] for key in kept if row.get(key) is not None}
         distinct.setdefault(data.prompt_key(row["prompt"]), plain)
     if len(distinct) < len(found):
