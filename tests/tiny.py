@@ -1,6 +1,7 @@
 """Tiny policies built by ``policies.load``, random pairs, and one-token-at-a-time scoring."""
 
 import random
+from dataclasses import replace
 
 import torch
 
@@ -84,14 +85,33 @@ def random_pairs(count, seed=0, longest=14):
     return [Pair(text(), text(), text(), row=row) for row in range(count)]
 
 
+def with_context(pair, chosen=(), rejected=()):
+    """The pair, of which these places, (begin, end, begin, end, ...), are read and not scored."""
+    return replace(pair, chosen_context=tuple(chosen), rejected_context=tuple(rejected))
+
+
+def random_contexts(pairs, seed=0):
+    """The pairs with context anywhere: none, in between, at the begin, at the end, all of it."""
+    chance = random.Random(seed)
+
+    def edges(length):
+        count = 2 * chance.randint(0, min(2, length // 2))
+        return sorted(chance.sample(range(length + 1), count))
+
+    return [with_context(p, edges(len(p.chosen)), edges(len(p.rejected))) for p in pairs]
+
+
 def slow_logps(lm, pair):
     """[tokens] chosen, then rejected: unpadded forwards of the whole model, token by token."""
     found = []
-    for response in (pair.chosen, pair.rejected):
+    contexts = (pair.chosen_context, pair.rejected_context)
+    for response, context in zip((pair.chosen, pair.rejected), contexts):
         if response:
             logits = lm(input_ids=torch.tensor([pair.prompt + response])).logits[0]
-            for place, token in enumerate(response, len(pair.prompt) - 1):
-                found.append(logits[place].log_softmax(-1)[token])
+            for place, token in enumerate(response):
+                if sum(edge <= place for edge in context) % 2 == 0:
+                    before = logits[len(pair.prompt) + place - 1]
+                    found.append(before.log_softmax(-1)[token])
     return torch.stack(found)
 
 

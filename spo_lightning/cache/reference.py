@@ -51,9 +51,12 @@ Rows = dict[bytes, Pair]
 
 
 def row_key(pair: Pair) -> bytes:
-    """A row's name: its token ids, and where prompt, chosen and rejected response end."""
+    """A row's name: its token ids, where prompt, chosen and rejected response end, and where
+    their context does."""
     sizes = (len(pair.prompt), len(pair.chosen), len(pair.rejected))
     ids = array("q", [*sizes, *pair.prompt, *pair.chosen, *pair.rejected])
+    if pair.chosen_context or pair.rejected_context:
+        ids.extend([len(pair.chosen_context), *pair.chosen_context, *pair.rejected_context])
     return hashlib.sha256(ids.tobytes()).digest()[:KEY]
 
 

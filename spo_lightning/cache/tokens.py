@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from spo_lightning.cache.shards import Damaged, cache_of, limit_of, trim
 from spo_lightning.data.batch import Pair
+from spo_lightning.data.chat import CLOCK, remarks
 from spo_lightning.data.encode import (
     Encoded,
     check_survivors,
@@ -36,13 +37,13 @@ from spo_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CODE = 2  # raise it when the same rows and tokenizer come to give other tokens
-READ = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # of a row
-COLUMNS = ("prompt", "chosen", "rejected", "row")  # of a file, as of a Pair
+CODE = 3  # raise it when the same rows and tokenizer come to give other tokens
+READ = ("prompt", "chosen", "rejected", "plain", "tools", "chat_template_kwargs")  # of a row
+# of a file, as of a Pair
+COLUMNS = ("prompt", "chosen", "rejected", "row", "chosen_context", "rejected_context")
 SUFFIX = ".tokens"
 CHECK = 32  # bytes of the checksum, before an arrow stream
 NAME = 32  # hexadecimal digits of a name
-CLOCK = "strftime_now"  # a template that asks the time gives other tokens another day
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,12 @@ class Tokens:
                 path.unlink()
             return None
         table = pa.ipc.open_stream(content).read_all()
-        *sides, places = (table[name].to_pylist() for name in COLUMNS)
-        pairs = [Pair(*map(tuple, ids), row=row) for *ids, row in zip(*sides, places)]
+        pairs = [
+            Pair(tuple(prompt), tuple(chosen), tuple(rejected), row, tuple(its), tuple(other))
+            for prompt, chosen, rejected, row, its, other in zip(
+                *(table[name].to_pylist() for name in COLUMNS)
+            )
+        ]
         told = (json.loads(table.schema.metadata[name]) for name in (b"counts", b"examples"))
         return Encoded(pairs, *told)
 
@@ -95,8 +100,8 @@ class Tokens:
         """Where it cannot be written, go on without."""
         import pyarrow as pa
 
-        kinds = (pa.list_(pa.int32()),) * 3 + (pa.int64(),)
-        fields = [pa.field(name, kind) for name, kind in zip(COLUMNS, kinds)]
+        ids = pa.list_(pa.int32())
+        fields = [pa.field(name, pa.int64() if name == "row" else ids) for name in COLUMNS]
         told = {name: json.dumps(getattr(found, name)) for name in ("counts", "examples")}
         schema = pa.schema(fields, told)
         columns = [[getattr(pair, name) for pair in found.pairs] for name in COLUMNS]
@@ -124,6 +129,7 @@ def name_of(tokenizer: Any) -> str | None:
 
     None where that cannot be told: a tokenizer in Python, or a template that asks the time.
     """
+    # a template that asks the time gives other tokens another day
     theirs = type(tokenizer).__module__.startswith("transformers.")
     template = json.dumps(tokenizer.chat_template)
     if not theirs or not tokenizer.is_fast or CLOCK in template:
@@ -172,12 +178,15 @@ def of_both_sides(cfg: DictConfig, task: Task, tokenizer: Any) -> dict[str, Enco
     for name, some in sides.items():
         told = ", ".join(f"{key} {count}" for key, count in some.counts.items() if count)
         log.info("Pairs (%s): %s", name, told)
+    for remark in remarks([*task.train, *task.held_out], tokenizer):
+        log.info("%s", remark)
     return sides
 
 
 def lower_texts(cfg: DictConfig, task: Task, tokenizer: Any) -> Pairs:
     """The lower level's own texts, as pairs without a rejected side."""
-    texts = encode_texts(task.lower, tokenizer, max_length=cfg.max_length)
+    how = {"max_length": cfg.max_length, "scored": cfg.data.scored}
+    texts = encode_texts(task.lower, tokenizer, **how)
     if not texts:
         raise UserError(
             f"data.sft={cfg.data.sft}: no row has a prompt and a completion that fit max_length"
@@ -217,4 +226,5 @@ def _how(cfg: DictConfig) -> dict[str, Any]:
         "max_length": cfg.max_length,
         "on_mismatch": cfg.data.on_mismatch,
         "strict": cfg.data.strict,
+        "scored": cfg.data.scored,
     }

@@ -45,6 +45,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.chunk_rows": (lambda v: v >= 1, "at least 1"),
     "data.tokens_per_batch": (lambda v: v is None or v >= 2, "at least 2, or null"),
     "hardware.logits_mib": (lambda v: v >= 1, "at least 1"),
+    "data.scored": (lambda v: v in ("assistant", "all"), "assistant or all"),
     "data.on_mismatch": (lambda v: v in ("split", "drop", "error"), "split, drop or error"),
     "data.drop_high_ches": (lambda v: v is None or 0 <= v < 1, "at least 0 and below 1, or null"),
     "cache.max_gb": (lambda v: v > 0, "above 0"),

@@ -1,7 +1,7 @@
 """Token pairs in, shared-prompt rows out.
 
-Letters used for shapes everywhere: B pairs, T columns of a row, S scored (completion) tokens of
-the whole batch, in the order pair by pair, chosen before rejected.
+Letters used for shapes everywhere: B pairs, T columns of a row, S scored tokens of the whole
+batch, in the order pair by pair, chosen before rejected: those of the answers, less their context.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,15 +19,34 @@ PAD, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Pair:
-    """One tokenised pair. ``row`` is its place in the source, for messages."""
+    """One tokenised pair. ``row`` is its place in the source, for messages.
+
+    An answer may hold context, tokens that are read and not scored: a user's turn between two of
+    the assistant's. ``chosen_context``: where one begins, ends, the next begins, ends, and so on.
+    """
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     row: int = -1
+    chosen_context: tuple[int, ...] = ()
+    rejected_context: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def scored(self) -> tuple[list[range], list[range]]:
+        """The places of the scored tokens in the chosen and in the rejected answer, in runs."""
+        return (
+            _between(len(self.chosen), self.chosen_context),
+            _between(len(self.rejected), self.rejected_context),
+        )
+
+
+def _between(length: int, context: tuple[int, ...]) -> list[range]:
+    edges = (0, *context, length)
+    return [range(a, b) for a, b in zip(edges[::2], edges[1::2]) if a < b]
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,12 @@ class PairBatch:
     def targets(self) -> Tensor:
         """[S] the scored token ids."""
         return self.input_ids[self.pair, self.column]
+
+    @property
+    def scored(self) -> Tensor:
+        """[B, 2] tokens of chosen and rejected that are scored."""
+        slots = 2 * self.pair + self.rejected.long()
+        return slots.bincount(minlength=2 * len(self)).view(-1, 2)
 
     @property
     def tokens(self) -> int:
@@ -103,7 +128,6 @@ class PairBatch:
             return self.home.chosen_only.to(self.input_ids.device)
         width = int(self.lengths[:, :2].sum(1).max())
         gone = self.segment[:, :width] == REJECTED
-        kept = ~self.rejected
         lengths = self.lengths.clone()
         lengths[:, 2] = 0
         return replace(
@@ -111,11 +135,17 @@ class PairBatch:
             input_ids=self.input_ids[:, :width],
             position_ids=self.position_ids[:, :width].masked_fill(gone, 0),
             segment=self.segment[:, :width].masked_fill(gone, PAD),
+            lengths=lengths,
+        ).of(~self.rejected)
+
+    def of(self, kept: Tensor) -> "PairBatch":
+        """The same rows, of whose scored tokens these alone are scored."""
+        return replace(
+            self,
             pair=self.pair[kept],
             rejected=self.rejected[kept],
             column=self.column[kept],
             predictor=self.predictor[kept],
-            lengths=lengths,
             reference=None if self.reference is None else self.reference[kept],
         )
 
@@ -128,19 +158,16 @@ class PairBatch:
 
     def _slice(self, start: int, stop: int) -> "PairBatch":
         width = int(self.lengths[start:stop].sum(1).max())
-        kept = (self.pair >= start) & (self.pair < stop)
-        return PairBatch(
+        some = self.of((self.pair >= start) & (self.pair < stop))
+        return replace(
+            some,
             input_ids=self.input_ids[start:stop, :width],
             position_ids=self.position_ids[start:stop, :width],
             segment=self.segment[start:stop, :width],
-            pair=self.pair[kept] - start,
-            rejected=self.rejected[kept],
-            column=self.column[kept],
-            predictor=self.predictor[kept],
+            pair=some.pair - start,
             lengths=self.lengths[start:stop],
             rows=self.rows[start:stop],
             prompt=self.prompt[start:stop],
-            reference=None if self.reference is None else self.reference[kept],
             lower=None if self.lower is None else self.lower._slice(start, stop),
         )
 
@@ -170,26 +197,29 @@ def pack(batch: PairBatch, *, share: bool, gpu: bool = False) -> Packed:
         owner, prompt_of = first, group[pair]
     else:
         owner, prompt_of = pair, torch.arange(len(pair), device=pair.device)
-    scored = batch.lengths[:, 1:].flatten()[present]
+    own = batch.lengths[:, 1:].flatten()[present]
     given = batch.lengths[owner, 0]
     prompts = Block.of(given, 0)
     start = int(given.sum())
-    responses = Block.of(scored - 1, start)
+    responses = Block.of(own - 1, start)
     stretches = Stretches.of(prompts, responses, prompt_of) if gpu else None
-    kept = torch.ones_like(batch.pair, dtype=torch.bool)
-    kept[scored.cumsum(0) - 1] = False  # the last of every response
+    answers = batch.segment >= CHOSEN  # [B, T] of which the tokens of the answers, one by one:
+    kept = torch.ones_like(batch.input_ids[answers], dtype=torch.bool)
+    kept[own.cumsum(0) - 1] = False  # the last of every response
     columns = torch.arange(prompts.there.shape[1], device=given.device)
     inside = columns < given[:, None]
     before = batch.input_ids[owner, : inside.shape[1]][inside]
-    # scored token -> the place just before it: its prompt's last, or the response's token before
+    # token -> the place just before it: its prompt's last, or the response's token before
     place = start + kept.cumsum(0) - kept.long() - 1
-    firsts = torch.cat([scored.new_zeros(1), scored.cumsum(0)[:-1]])
+    firsts = torch.cat([own.new_zeros(1), own.cumsum(0)[:-1]])
     place[firsts] = given.cumsum(0)[prompt_of] - 1
-    position = batch.position_ids[batch.pair, batch.column][kept]
+    scored = torch.zeros_like(answers)
+    scored[batch.pair, batch.column] = True
+    position = batch.position_ids[answers][kept]
     return Packed(
-        input_ids=torch.cat([before, batch.targets[kept]])[None],
+        input_ids=torch.cat([before, batch.input_ids[answers][kept]])[None],
         position_ids=torch.cat([columns.expand_as(inside)[inside], position])[None],
-        predictor=place,
+        predictor=place[scored[answers]],
         tree=Tree(prompts, responses, prompt_of, stretches),
     )
 
@@ -228,15 +258,14 @@ def collate(
         ids.append([*pair.prompt, *pair.chosen, *pair.rejected, *[pad_id] * rest])
         positions.append([*range(p + c), *range(p, p + r), *[0] * rest])
         segments.append([PROMPT] * p + [CHOSEN] * c + [REJECTED] * r + [PAD] * rest)
-        index += [number] * (c + r)
-        side += [False] * c + [True] * r
-        column += range(p, p + c + r)
-        # the first token of either response is predicted by the last token of the prompt
-        predictor += [
-            *range(p - 1, p + c - 1),
-            *([p - 1] if r else []),
-            *range(p + c, p + c + r - 1),
-        ]
+        for rejected, (runs, start) in enumerate(zip(pair.scored, (p, p + c))):
+            for run in runs:
+                index += [number] * len(run)
+                side += [bool(rejected)] * len(run)
+                column += range(start + run.start, start + run.stop)
+                # the first token of either response is predicted by the last token of the prompt
+                first = start + run.start - 1 if run.start else p - 1
+                predictor += [first, *range(start + run.start, start + run.stop - 1)]
     return PairBatch(
         input_ids=torch.tensor(ids),
         position_ids=torch.tensor(positions),

@@ -4,11 +4,13 @@ Tokenised as TRL 1.16 does (its ``DPOTrainer._prepare_dataset``), except that ev
 a leading BOS is never doubled, and an EOS that the tokenizer adds by itself is not doubled either.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from spo_lightning.data.batch import Pair
+from spo_lightning.data.chat import Rendered, Stretch, readable, rendered, writes
 from spo_lightning.data.rows import Row
 from spo_lightning.errors import UserError
 
@@ -24,8 +26,8 @@ COUNTS: tuple[str, ...] = (
 SHOWN = 3  # rows of each reason that are shown
 FIXES = {
     "identical": "chosen and rejected are the same",
-    "empty": "the prompt or a response is empty",
-    "long": "the prompt alone fills max_length",
+    "empty": "the prompt or what is scored of a response is empty",
+    "long": "what stands before the first scored token fills max_length",
     "split": "the prompt's tokens are not the beginning of prompt + response",
 }
 
@@ -40,13 +42,31 @@ class Encoded:
     examples: dict[str, list[int]] = field(default_factory=dict)
 
 
+class Sequences(NamedTuple):
+    """A row in tokens: the prompt alone, and prompt + each response."""
+
+    prompt: list[int]
+    wholes: list[list[int]]
+    # of each whole the stretches that are scored; None: what follows the prompt
+    scored: list[list[Stretch] | None]
+    split: bool
+
+
+class Answer(NamedTuple):
+    """A response up to its last scored token, and where its context begins and ends, see Pair."""
+
+    ids: tuple[int, ...]
+    context: tuple[int, ...]
+
+
 class Cut(NamedTuple):
     """A tokenised row: the shared prompt, its responses, and what it took to get there."""
 
-    prompt: list[int]
-    responses: tuple[list[int], ...]
+    prompt: tuple[int, ...]
+    answers: tuple[Answer, ...]
     split: bool
     truncated: bool
+    long: bool
 
 
 def encode_pairs(
@@ -56,9 +76,13 @@ def encode_pairs(
     max_length: int,
     on_mismatch: str,
     strict: bool,
+    scored: str,
     where: str,
 ) -> Encoded:
-    """Pairs whose prompt + one response has at most ``max_length`` tokens."""
+    """Pairs whose prompt + one response has at most ``max_length`` tokens.
+
+    ``scored``: of an answer of several turns, the assistant's, or all.
+    """
     found = encode_some(
         rows,
         tokenizer,
@@ -66,6 +90,7 @@ def encode_pairs(
         max_length=max_length,
         on_mismatch=on_mismatch,
         strict=strict,
+        scored=scored,
         where=where,
     )
     check_survivors(found.counts, where)
@@ -88,6 +113,7 @@ def encode_some(
     max_length: int,
     on_mismatch: str,
     strict: bool,
+    scored: str,
     where: str,
 ) -> Encoded:
     """Part of the data, of which nothing need be left. ``places``: of the rows in the whole."""
@@ -96,8 +122,10 @@ def encode_some(
     counts, pairs = dict.fromkeys(COUNTS, 0), []
     examples: dict[str, list[int]] = {}
     names = [f"{where}, row {place + 1}" for place in places]
-    for index, cut in enumerate(_cuts(rows, ("chosen", "rejected"), tokenizer, max_length, names)):
-        reason = _reason(rows[index], cut, max_length, on_mismatch == "drop")
+    rows = [readable(row, tokenizer) for row in rows]
+    cuts = _cuts(rows, ("chosen", "rejected"), tokenizer, max_length, scored, names)
+    for index, cut in enumerate(cuts):
+        reason = _reason(rows[index], cut, on_mismatch == "drop")
         if on_mismatch == "error" and cut is not None and cut.split:
             reason, strict = "split", True
         if reason and strict:
@@ -106,40 +134,45 @@ def encode_some(
             counts[f"dropped/{reason}"] += 1
             examples[str(reason)] = [*examples.get(str(reason), []), places[index]][:SHOWN]
             continue
-        pairs.append(Pair(tuple(cut.prompt), *map(tuple, cut.responses), row=places[index]))
+        (chosen, its), (rejected, other) = cut.answers
+        pairs.append(Pair(cut.prompt, chosen, rejected, places[index], its, other))
         counts["split"] += cut.split
         counts["truncated"] += cut.truncated
     return Encoded(pairs, counts | {"kept": len(pairs)}, examples)
 
 
-def encode_texts(rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Pair]:
+def encode_texts(
+    rows: Sequence[Row], tokenizer: Any, *, max_length: int, scored: str
+) -> list[Pair]:
     """Rows ``{prompt, completion}`` as pairs with no rejected side; unusable rows are left out."""
     names = [f"data.sft, row {index + 1}" for index in range(len(rows))]
-    cuts = enumerate(_cuts(rows, ("completion",), tokenizer, max_length, names))
+    rows = [readable(row, tokenizer) for row in rows]
+    cuts = _cuts(rows, ("completion",), tokenizer, max_length, scored, names)
     return [
-        Pair(tuple(cut.prompt), tuple(cut.responses[0]), (), row=index)
-        for index, cut in cuts
-        if cut and cut.prompt and cut.responses[0] and len(cut.prompt) < max_length
+        Pair(cut.prompt, cut.answers[0].ids, (), index, cut.answers[0].context)
+        for index, cut in enumerate(cuts)
+        if cut and cut.prompt and cut.answers[0].ids and not cut.long
     ]
 
 
 def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
     """What generation starts from: the prompt as training tokenises it, before any split."""
-    return _sequences([row], (), tokenizer, ["the prompt"])[0][0]
+    row = readable(row, tokenizer)
+    return _sequences([row], (), tokenizer, "assistant", ["the prompt"])[0].prompt
 
 
-def _reason(row: Row, cut: Cut | None, max_length: int, drop_split: bool) -> str | None:
+def _reason(row: Row, cut: Cut | None, drop_split: bool) -> str | None:
     if row["chosen"] == row["rejected"]:
         return "identical"
     if cut is None or not cut.prompt:
         return "empty"
     if cut.split and drop_split:
         return "split"
-    if len(cut.prompt) >= max_length:
+    if cut.long:
         return "long"
-    if not all(cut.responses):
+    if not all(answer.ids for answer in cut.answers):
         return "empty"
-    return "identical" if cut.responses[0] == cut.responses[1] else None
+    return "identical" if cut.answers[0] == cut.answers[1] else None
 
 
 def _cuts(
@@ -147,31 +180,58 @@ def _cuts(
     sides: tuple[str, ...],
     tokenizer: Any,
     max_length: int,
+    scored: str,
     names: Sequence[str],
 ) -> list[Cut | None]:
-    usable = [index for index, row in enumerate(rows) if _has_text(row, sides, tokenizer)]
+    usable = [
+        n for n, row in enumerate(rows) if _has_text(row, sides, tokenizer, scored, names[n])
+    ]
     cuts: list[Cut | None] = [None] * len(rows)
     usable_names = [names[index] for index in usable]
-    sequences = _sequences([rows[index] for index in usable], sides, tokenizer, usable_names)
-    for index, (prompt, *fulls) in zip(usable, sequences):
-        cuts[index] = _cut(prompt, fulls, max_length)
+    usable_rows = [rows[index] for index in usable]
+    sequences = _sequences(usable_rows, sides, tokenizer, scored, usable_names)
+    for index, found in zip(usable, sequences):
+        cuts[index] = _cut(found, max_length)
     return cuts
 
 
-def _has_text(row: Row, sides: tuple[str, ...], tokenizer: Any) -> bool:
+def _has_text(row: Row, sides: tuple[str, ...], tokenizer: Any, scored: str, name: str) -> bool:
+    eos = tokenizer.eos_token or ""
     if isinstance(row["prompt"], list):
         return bool(row["prompt"]) and all(
-            any(turn.get("content") or turn.get("tool_calls") for turn in row[side])
+            any(
+                ((turn.get("content") or "").removesuffix(eos) or turn.get("tool_calls"))
+                and (scored == "all" or writes(turn, name))
+                for turn in row[side]
+            )
             for side in sides
         )
-    return all(row[side].removesuffix(tokenizer.eos_token or "") for side in sides)
+    return all(row[side].removesuffix(eos) for side in sides)
 
 
-def _cut(prompt: list[int], fulls: list[list[int]], max_length: int) -> Cut:
-    n = min(common_prefix(prompt, full) for full in fulls)
-    room = max(max_length - n, 0)
-    responses = tuple(full[n : n + room] for full in fulls)
-    return Cut(prompt[:n], responses, n < len(prompt), any(len(f) > n + room for f in fulls))
+def _cut(found: Sequences, max_length: int) -> Cut:
+    n = min(common_prefix(found.prompt, whole) for whole in found.wholes)
+    given = [
+        [(n, len(whole))] if own is None else [(max(n, first), last) for first, last in own]
+        for own, whole in zip(found.scored, found.wholes)
+    ]
+    return Cut(
+        tuple(found.prompt[:n]),
+        tuple(_answer(w, n, own, max_length) for w, own in zip(found.wholes, given)),
+        split=found.split or n < len(found.prompt),
+        truncated=any(own and own[-1][1] > max_length for own in given),
+        long=n >= max_length or any(own and own[0][0] >= max_length for own in given),
+    )
+
+
+def _answer(whole: list[int], n: int, scored: list[Stretch], max_length: int) -> Answer:
+    """What follows the first ``n`` tokens, up to the last that is scored and fits."""
+    edges = [0]  # where context ends and where it begins, by turns
+    for first, last in scored:
+        first, last = max(first - n, edges[-1]), min(last, max_length) - n
+        if first < last:
+            edges = [*edges[:-1], last] if edges[-1] == first else [*edges, first, last]
+    return Answer(tuple(whole[n : n + edges[-1]]), tuple(edges[:-1]))
 
 
 def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
@@ -183,58 +243,61 @@ def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
 
 
 def _sequences(
-    rows: Sequence[Row], sides: tuple[str, ...], tokenizer: Any, names: Sequence[str]
-) -> list[list[list[int]]]:
-    """Per row the tokens of the prompt and of prompt + each side: [N][1 + sides][tokens]."""
+    rows: Sequence[Row],
+    sides: tuple[str, ...],
+    tokenizer: Any,
+    scored: str,
+    names: Sequence[str],
+) -> list[Sequences]:
+    """Per row the tokens of the prompt and of prompt + each side."""
     chats = [isinstance(row["prompt"], list) for row in rows]
     if not all(chats) and sides and tokenizer.eos_token is None:
         name = tokenizer.name_or_path or "the tokenizer"
         raise UserError(f"{name}: no EOS token, so an answer has no end: set tokenizer.eos_token")
     texts = [
-        _chat_texts(row, sides, tokenizer, name) if chat else _plain_texts(row, sides, tokenizer)
+        rendered(row, sides, tokenizer, scored=scored, where=name)
+        if chat
+        else _plain_texts(row, sides, tokenizer)
         for row, chat, name in zip(rows, chats, names)
     ]
-    sequences: list[list[list[int]]] = [[] for _ in rows]
+    tokens: list[list[list[int]]] = [[] for _ in rows]
     for kind in set(chats):
         places = [index for index, chat in enumerate(chats) if chat is kind]
         # a template writes its own special tokens
-        flat = _tokens([text for p in places for text in texts[p]], tokenizer, special=not kind)
+        flat = _tokens([t for p in places for t in texts[p].texts], tokenizer, special=not kind)
         width = 1 + len(sides)
         for number, place in enumerate(places):
-            own = flat[number * width : (number + 1) * width]
-            # the prompt has a BOS of its own before which the tokenizer or template put another
-            doubled = own[0][:2] == [tokenizer.bos_token_id] * 2
-            sequences[place] = [ids[doubled:] for ids in own]
-    return sequences
+            tokens[place] = flat[number * width : (number + 1) * width]
+    return [_sequence(*both, tokenizer) for both in zip(texts, tokens)]
 
 
-def _plain_texts(row: Row, sides: tuple[str, ...], tokenizer: Any) -> list[str]:
+def _sequence(texts: Rendered, tokens: list[list[int]], tokenizer: Any) -> Sequences:
+    """The words that are scored, in tokens: one that reaches beyond a turn is not the turn's."""
+    # the prompt has a BOS of its own before which the tokenizer or template put another
+    doubled = tokens[0][:2] == [tokenizer.bos_token_id] * 2
+    prompt, *wholes = (ids[doubled:] for ids in tokens)
+    scored: list[list[Stretch] | None] = []
+    for words, text, ids in zip(texts.words, texts.texts[1:], tokens[1:]):
+        if words is None:
+            scored.append(None)
+            continue
+        edges = [edge for stretch in words for edge in stretch]
+        if tokenizer.is_fast:
+            how = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+            ends = [end for _, end in tokenizer(text, **how)["offset_mapping"]]
+            found = [bisect_right(ends, edge) - doubled for edge in edges]
+        else:
+            parts = _tokens([text[:edge] for edge in edges], tokenizer, special=False)
+            found = [common_prefix(part, ids) - doubled for part in parts]
+        scored.append(list(zip(found[::2], found[1::2])))
+    return Sequences(prompt, wholes, scored, texts.split)
+
+
+def _plain_texts(row: Row, sides: tuple[str, ...], tokenizer: Any) -> Rendered:
     eos = tokenizer.eos_token
     ended = [row[side] if row[side].endswith(eos) else row[side] + eos for side in sides]
-    return [row["prompt"], *(row["prompt"] + text for text in ended)]
-
-
-def _chat_texts(row: Row, sides: tuple[str, ...], tokenizer: Any, name: str) -> list[str]:
-    from jinja2 import TemplateError
-
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{tokenizer.name_or_path or 'the tokenizer'}: no chat template, and {name} holds "
-            "messages: use a tokenizer that has one, or give prompt, chosen and rejected as text"
-        )
-    extra = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
-    chats = [row["prompt"], *(row["prompt"] + row[side] for side in sides)]
-    try:
-        return [
-            tokenizer.apply_chat_template(
-                chat, **(extra | {"tokenize": False, "add_generation_prompt": not place})
-            )
-            for place, chat in enumerate(chats)
-        ]
-    except TemplateError as error:
-        raise UserError(
-            f"{name}: the chat template refuses it ({error}): mend the turns"
-        ) from None
+    texts = [row["prompt"], *(row["prompt"] + text for text in ended)]
+    return Rendered(texts, [None] * len(sides), split=False)
 
 
 def _tokens(texts: list[str], tokenizer: Any, *, special: bool) -> list[list[int]]:

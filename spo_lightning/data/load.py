@@ -1,19 +1,21 @@
 """The composed ``data`` node in, a ``Task`` out."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from spo_lightning.data import layouts
+from spo_lightning.data.chat import in_turns
 from spo_lightning.data.reading import read
-from spo_lightning.data.rows import Task, limit, without
+from spo_lightning.data.rows import Chunk, Row, Task, limit, without
 from spo_lightning.errors import UserError
 
 # read here, by the encoding and by the warm start; a source that names one of them gets it
 ELSEWHERE = (
-    *("sft", "pairs", "strict", "on_mismatch", "drop_high_ches", "sft_steps", "tokens_per_batch"),
+    *("sft", "pairs", "chat", "system", "scored", "strict", "on_mismatch", "drop_high_ches"),
+    *("sft_steps", "tokens_per_batch"),
 )
 OWN = "own"  # data.sft: the source's own SFT rows
 
@@ -38,7 +40,7 @@ def load(node: Any) -> Task:
         raise UserError(
             f"{place}: no row is left to train on: give more rows or lower data.eval_fraction"
         )
-    return _with_lower(_with_pairs(task, plain), plain)
+    return _in_turns(_with_lower(_with_pairs(task, plain), plain), plain)
 
 
 def load_to_look(node: Any) -> Task:
@@ -86,6 +88,26 @@ def _with_lower(task: Task, node: dict[str, Any]) -> Task:
             "for the chosen responses"
         )
     return replace(task, lower=rows)
+
+
+def _in_turns(task: Task, node: dict[str, Any]) -> Task:
+    """The task with its rows as ``data.chat`` and ``data.system`` want them."""
+    chat, system = node.get("chat", False), node.get("system")
+    _check_kind(chat, (bool,), "data.chat")
+    _check_kind(system, (str, NoneType), "data.system")
+
+    def turned(rows: list[Row]) -> list[Row]:
+        return [in_turns(row, chat=chat, system=system) for row in rows]
+
+    def later(start: int) -> Iterator[Chunk]:
+        assert task.chunks is not None
+        return (replace(chunk, rows=turned(chunk.rows)) for chunk in task.chunks(start))
+
+    if not chat and system is None:
+        return task
+    names = ("train", "held_out", "sft", "lower")
+    sides = {name: turned(getattr(task, name)) for name in names}
+    return replace(task, **sides, chunks=task.chunks and later)
 
 
 def _plain(node: Any) -> Any:

@@ -21,7 +21,7 @@ def ches(sums: Tensor, lengths: Tensor) -> Tensor:
     """[B, 2] CHES and its length-normalised form. Razin et al. 2410.08847, definition 2.
 
     ``sums`` [B, 2, width]: E+ and E-, the last hidden states that predict the tokens of the
-    chosen and of the rejected answer, summed; ``lengths`` [B, 2]: tokens.
+    chosen and of the rejected answer, summed; ``lengths`` [B, 2]: those tokens.
 
     CHES = <E+, E-> - |E+|^2; normalised <E+, E-> / (n_w n_l) - |E+|^2 / n_w^2. The higher, the
     more the chosen answer is expected to be displaced.
@@ -51,7 +51,7 @@ def scores(
         batch = bare.batch(indices).to(scorer.model.device)
         with precision():
             sums = scorer.hidden_sums(batch)
-        found[indices] = ches(sums, batch.lengths[:, 1:]).cpu()
+        found[indices] = ches(sums, batch.scored).cpu()
         advance(len(indices))
     return found
 

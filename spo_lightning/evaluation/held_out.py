@@ -1,5 +1,6 @@
 """A model and held-out rows in, numbers out: the same rows before and after training."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -214,7 +215,7 @@ def text_numbers(task: Any, rows: Sequence[dict], texts: Sequence[str]) -> dict[
         from spo_lightning.evaluation.text_metrics import Rouge
 
         numbers |= Rouge(keep_in_memory=True).compute(  # type: ignore[operator]
-            predictions=list(texts), references=[shown(row["chosen"]) for row in rows]
+            predictions=list(texts), references=[said(row["chosen"]) for row in rows]
         )
     return {name: float(value) for name, value in numbers.items()}
 
@@ -263,8 +264,19 @@ def side_by_side(
     return found
 
 
+def said(answer: Any) -> str:
+    """What the assistant says in an answer, as one text."""
+    if isinstance(answer, str):
+        return answer
+    turns = [turn for turn in answer if turn["role"] == "assistant"]
+    return "\n".join(turn.get("content") or "" for turn in turns)
+
+
 def shown(text: Any) -> str:
     """A prompt or answer as one text: messages are joined."""
     if isinstance(text, str):
         return text
-    return "\n".join(f"{message['role']}: {message['content']}" for message in text)
+    return "\n".join(
+        f"{turn['role']}: {turn.get('content') or json.dumps(turn.get('tool_calls', ''))}"
+        for turn in text
+    )

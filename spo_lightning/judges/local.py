@@ -75,6 +75,7 @@ def _number(found: Any, path: str) -> float | None:
 
 def likelihood(asked: Asked, *, model: str | None, per_token: bool) -> Judge:
     """log pi(answer | prompt) in nats under ``model``, or under the policy that answered."""
+    from spo_lightning.data.chat import as_asked
     from spo_lightning.data.encode import encode_texts
     from spo_lightning.data.sets import Pairs
     from spo_lightning.models.scorer import LOGITS, score
@@ -86,10 +87,12 @@ def likelihood(asked: Asked, *, model: str | None, per_token: bool) -> Judge:
     pad = judged.tokenizer.pad_token_id
 
     def judge(rows: Sequence[dict], texts: Sequence[str]) -> list[float | None]:
-        asked_rows = [{**row, "completion": text} for row, text in zip(rows, texts)]
+        asked_rows = [
+            {**row, "completion": as_asked(row["prompt"], text)} for row, text in zip(rows, texts)
+        ]
         found: list[float | None] = [None] * len(texts)  # empty, or too long to be scored
-        pairs = encode_texts(asked_rows, judged.tokenizer, max_length=asked.max_length)
-        some = Pairs(pairs, None, pad)
+        how = {"max_length": asked.max_length, "scored": "assistant"}
+        some = Pairs(encode_texts(asked_rows, judged.tokenizer, **how), None, pad)
         scored = score(
             scorer,
             some,
@@ -98,7 +101,7 @@ def likelihood(asked: Asked, *, model: str | None, per_token: bool) -> Judge:
             stages=Within(asked.stages, ALONE),
             title="likelihood",
         )
-        for pair, logps in zip(pairs, scored.references or ()):
+        for pair, logps in zip(some.pairs, scored.references or ()):
             total = logps.double().sum().item()
             found[pair.row] = total / len(logps) if per_token else total
         return found

@@ -2,7 +2,7 @@
 
 Add one: a function in the file of its family, and its yaml. It is found here by its name,
 whichever file it stands in. Pure functions; means over pairs are taken elsewhere, and no loss
-knows a model or a config. Lengths are completion tokens. A loss that needs no reference does not
+knows a model or a config. Lengths are scored tokens. A loss that needs no reference does not
 take one; one that follows earlier batches takes ``moments``. Every loss calls its strength
 ``beta``; ``beta`` times the policy's change against the reference is the reward that runs report.
 """

@@ -32,7 +32,7 @@ ROOM = 1.8  # what a graph that can be differentiated twice may take, in plain f
 
 @dataclass(frozen=True)
 class PairLogps:
-    """One log-probability per completion token, with its pair and its side."""
+    """One log-probability per scored token of an answer, with its pair and its side."""
 
     logps: Tensor  # [S] nats
     pair: Tensor  # [S] which of the B pairs
@@ -52,7 +52,7 @@ class PairLogps:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """[B, 2] completion tokens; an absent response counts as one, so means stay finite."""
+        """[B, 2] scored tokens; an absent response counts as one, so means stay finite."""
         return self._per_side(torch.ones_like(self.logps.detach())).clamp(min=1)
 
     @property
@@ -113,11 +113,15 @@ def tree_mask(segment: Tensor) -> Tensor:
 
 def sides(batch: PairBatch) -> tuple[PairBatch, PairBatch]:
     """The batch as ``[prompt | chosen]`` rows and as ``[prompt | rejected]`` rows."""
-    flipped = []
-    for ids, lengths in zip(batch.input_ids.tolist(), batch.lengths.tolist()):
+    home, flipped = batch.to("cpu"), []
+    for ids, lengths in zip(home.input_ids.tolist(), home.lengths.tolist()):
         p, c, r = lengths
         flipped.append(Pair(tuple(ids[:p]), tuple(ids[p + c : p + c + r]), ()))
-    return batch.chosen_only, collate(flipped, 0).to(batch.input_ids.device)
+    rejected = collate(flipped, 0)
+    scored = torch.zeros_like(home.segment, dtype=torch.bool)
+    scored[home.pair, home.column] = True
+    rejected = rejected.of(scored[home.segment == REJECTED])
+    return batch.chosen_only, rejected.to(batch.input_ids.device)
 
 
 class Scorer(nn.Module):
@@ -142,7 +146,7 @@ class Scorer(nn.Module):
         return self._attention in attention.PACKED
 
     def forward(self, batch: PairBatch) -> PairLogps:
-        """Log-probabilities of every completion token. Differentiable."""
+        """Log-probabilities of every scored token. Differentiable."""
         if self.packs or self.shared or not bool(batch.rejected.any()):
             logps = self._score(batch, self._predictors(batch))
             return PairLogps(logps, batch.pair, batch.rejected, len(batch))
@@ -307,7 +311,7 @@ def score(
             batch = bare.batch(indices)
             with precision():
                 logps = scorer(batch.to(scorer.model.device)).logps.cpu()
-            sizes = (batch.lengths[:, 1] + batch.lengths[:, 2]).tolist()
+            sizes = batch.scored.sum(1).tolist()
             for index, row in zip(indices, logps.split(sizes)) if mine else ():
                 scored[index] = row.clone()
             advance(sum(map(len, together)))

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from spo_lightning.data import rows as data
+from spo_lightning.data.chat import as_asked, in_turns
 from spo_lightning.data.reading import read
 from spo_lightning.errors import UserError
 from spo_lightning.judges.local import Judge
@@ -44,6 +45,7 @@ def prompts(cfg: Any, task: Any) -> list[dict]:
         for at, row in enumerate(found):
             if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
                 raise UserError(f"{found.named(at)}: no 'prompt': add one")
+        found = [in_turns(row, chat=cfg.data.chat, system=cfg.data.system) for row in found]
     kept = ("prompt", *data.KEPT)
     distinct: dict[str, dict] = {}
     for row in found:
@@ -160,8 +162,3 @@ def chosen(cfg: Any, drawn: Sequence[dict], strategy: Any) -> Iterator[dict[str,
                 "prompt_number": one["number"],
                 **source,
             }
-
-
-def as_asked(prompt: Any, text: str) -> Any:
-    """An answer as text, or as a turn where the prompt is made of turns."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from spo_lightning.cache.shards import cache_of
+from spo_lightning.data.chat import as_asked
 from spo_lightning.data.rows import Task
 from spo_lightning.models.generate import Decoding, answers
 from spo_lightning.models.policy import Policy
@@ -91,5 +92,6 @@ def judged_pairs(
         mine = texts[place * samples : (place + 1) * samples]
         best, worst = max(mine, key=judge), min(mine, key=judge)
         if judge(best) > judge(worst):
-            pairs.append({**row, "chosen": best, "rejected": worst})
+            chosen, rejected = (as_asked(row["prompt"], text) for text in (best, worst))
+            pairs.append({**row, "chosen": chosen, "rejected": rejected})
     return pairs, len(rows) - len(pairs)

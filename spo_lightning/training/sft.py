@@ -53,7 +53,8 @@ def begin(cfg: DictConfig, task: Task, policy: Policy, stages: Stages) -> None:
     steps = warm_start_steps(cfg)
     if steps and task.sft:
         settings: Any = {**OmegaConf.to_container(cfg.sft, resolve=True), "max_steps": steps}  # type: ignore
-        texts = encode_texts(task.sft, policy.tokenizer, max_length=cfg.max_length)
+        how = {"max_length": cfg.max_length, "scored": cfg.data.scored}
+        texts = encode_texts(task.sft, policy.tokenizer, **how)
         quality = _quality(cfg, task, policy, stages)
         warm_start(policy, texts, quality, settings, cache_of(cfg), stages)
     elif steps and cfg.sft.max_steps:
@@ -80,7 +81,8 @@ def key(policy: Policy, texts: Sequence[Pair], settings: dict[str, Any]) -> str:
     for name, value in sorted(policy.weights()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    parts = [settings, [(pair.prompt, pair.chosen) for pair in texts]]
+    read = [(t.prompt, t.chosen, *filter(None, [t.chosen_context])) for t in texts]
+    parts = [settings, read]
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 

@@ -130,6 +130,7 @@ def test_text_and_tokens_say_the_same():
         max_length=CELL.longest,
         on_mismatch="error",
         strict=True,
+        scored="assistant",
         where="here",
     )
     assert kept.pairs == pairs

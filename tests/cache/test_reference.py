@@ -17,13 +17,13 @@ import pytest
 import torch
 from conftest import SMALL, environment
 from fitting import PAD_ID, config
-from tiny import lora, policy, random_pairs
+from tiny import lora, policy, random_pairs, with_context
 
 from spo_lightning.cache import reference, shards
 from spo_lightning.cache.reference import files_name, row_key, weights_name, with_reference
 from spo_lightning.cache.shards import Shards
 from spo_lightning.config import knobs
-from spo_lightning.data.batch import epoch_order
+from spo_lightning.data.batch import Pair, epoch_order
 from spo_lightning.data.encode import encode_pairs
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import Interrupted, UserError
@@ -319,6 +319,21 @@ def test_one_token_or_one_border_makes_another_row():
     assert row_key(replace(pair, row=77)) == row_key(pair)
 
 
+def test_context_misses(made, shelf):
+    pairs = random_pairs(6, longest=9)
+    scored(made, sets_of(pairs), shelf)
+    whole = Pair((1, 2), (3, 4, 5, 6), (7, 8))
+    contexts = (((1, 2),), ((1, 3),), ((), (1, 2)))
+    masked = [with_context(whole, *context) for context in contexts]
+    assert len({row_key(pair) for pair in [whole, *masked]}) == 4
+    first, judge = scored(made, sets_of([*pairs, *masked]), shelf)
+    assert judge.rows == 3
+    sizes = [len(row) for row in first["train"].references[-3:]]
+    assert sizes == [5, 4, 5]  # a log-probability per scored token
+    again, judge = scored(made, sets_of([*pairs, *masked]), shelf)
+    assert judge.rows == 0 and again["train"].references[-1].equal(first["train"].references[-1])
+
+
 def test_one_token_misses(made, shelf):
     pairs = random_pairs(6)
     scored(made, sets_of(pairs), shelf)
@@ -340,7 +355,13 @@ def test_the_chat_template_misses(made, shelf):
         tokenizer.chat_template = (
             "{% for m in messages %}" + opening + "{{ m.role }}: {{ m.content }}\n{% endfor %}"
         )
-        how = {"max_length": 200, "on_mismatch": "split", "strict": True, "where": "test"}
+        how = {
+            "max_length": 200,
+            "on_mismatch": "split",
+            "strict": True,
+            "scored": "assistant",
+            "where": "test",
+        }
         return encode_pairs([row], tokenizer, **how).pairs
 
     scored(made, sets_of(encoded("<")), shelf)

@@ -1,6 +1,7 @@
 """Tokens on disk: the same as anew, missed when what decides them differs, never wrong."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import COUNTS, Encoded, encode_some
 from spo_lightning.train import train
 
-HOW = {"max_length": 64, "on_mismatch": "split", "strict": False}
+HOW = {"max_length": 64, "on_mismatch": "split", "strict": False, "scored": "assistant"}
 ROWS = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": str(n)} for n in range(1, 10)]
 ROWS.append({"prompt": "1+1=", "chosen": "2", "rejected": "2"})  # dropped: identical
 
@@ -56,7 +57,7 @@ def test_the_second_time_nothing_is_tokenised(kept, tokenizer):
     assert len(files(kept)) == 1 and not list(kept.home.rglob("*.tmp"))
 
 
-PAIRS = st.lists(st.tuples(*(st.lists(st.integers(0, 2**31 - 1)).map(tuple),) * 3))
+PAIRS = st.lists(st.tuples(*(st.lists(st.integers(0, 2**31 - 1)).map(tuple),) * 5))
 
 
 @settings(max_examples=25, deadline=None)
@@ -64,7 +65,7 @@ PAIRS = st.lists(st.tuples(*(st.lists(st.integers(0, 2**31 - 1)).map(tuple),) * 
 def test_any_pairs_come_back(tmp_path_factory, pairs, counts):
     kept = Tokens(tmp_path_factory.mktemp("tokens"), "any", 1e9)
     whole = Encoded(
-        [Pair(*ids, row=3 * n) for n, ids in enumerate(pairs)], dict(zip(COUNTS, counts))
+        [Pair(*ids[:3], 3 * n, *ids[3:]) for n, ids in enumerate(pairs)], dict(zip(COUNTS, counts))
     )
     for encode in (lambda: whole, None):
         assert kept.find(ROWS, range(len(ROWS)), HOW, encode) == whole
@@ -80,6 +81,8 @@ def test_any_pairs_come_back(tmp_path_factory, pairs, counts):
         {"places": range(1, len(ROWS) + 1)},
         {"max_length": 63},
         {"on_mismatch": "drop"},
+        {"scored": "all"},
+        {"rows": [{**ROWS[0], "plain": {"prompt": "1 + 1 ="}}, *ROWS[1:]]},
         {"strict": True, "rows": ROWS[:-1]},
     ],
 )
@@ -161,6 +164,8 @@ def test_the_least_recently_used_go_first(kept, tokenizer):
     for start in range(3):
         found(kept, tokenizer, ROWS[start : start + 3])
     size = max(path.stat().st_size for path in files(kept))
+    for path in files(kept):
+        os.utime(path, (0, 0))  # long ago: a clock's ticks are longer than this test
     found(kept, tokenizer, ROWS[:3])  # now the latest
     found(replace(kept, limit=2.5 * size), tokenizer, ROWS[3:6])
     assert len(files(kept)) == 2

@@ -67,6 +67,7 @@ DATA = [
     Case("wrong type", rows("type"), "type.jsonl, row 2: 'chosen' is a number"),
     Case("unknown role", rows("role"), "row 1: 'prompt', turn 1 has the unknown role 'wizard'"),
     Case("KTO rows of one label", rows("kto"), "kto.jsonl: no row becomes a pair; Rows that"),
+    Case("system turn of texts", rows("good", "data.system=Add."), "set data.chat=true"),
     Case("no path", ("data=pairs",), "data.path is not set"),
     Case("eval_path alone", ("data=slips", "data.eval_path=good.jsonl"), "data.eval_path"),
     Case(
@@ -114,10 +115,11 @@ TOKENS = [
     Case(
         "long prompts",
         rows("long", "max_length=20"),
-        "the prompt alone fills max_length: 3",
+        "fills max_length: 3",
         slow=True,
     ),
     Case("no chat template", rows("chat"), "no chat template"),
+    Case("texts as turns", rows("good", "data.chat=true"), "no chat template", slow=True),
     Case(
         "long texts",
         rows("good", "data.sft=long_texts.jsonl", "max_length=20"),
@@ -170,6 +172,7 @@ KNOBS = [
     Case("negative beta", ("loss.beta=-1",), "loss.beta=-1: it must be above 0"),
     Case("a word for a batch", ("batch_size=abc",), "batch_size=abc: it must be a whole number"),
     Case("no batch", ("batch_size=0",), "batch_size=0: it must be at least 1"),
+    Case("not scored", ("data.scored=user",), "data.scored=user: it must be assistant or all"),
     Case("negative seed", ("seed=-1",), "seed=-1: it must be at least 0"),
     Case(
         "absent library",

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl_tokens import peer
 from written import placed
 
 from spo_lightning.data import layouts
@@ -61,6 +61,7 @@ def stories():
 
 def encoded(rows, tokenizer, **changed):
     knobs = {"max_length": 512, "on_mismatch": "split", "strict": False, "where": "a.jsonl"}
+    knobs |= {"scored": "assistant"}
     return encode_pairs(rows, tokenizer, **(knobs | changed))
 
 
@@ -185,8 +186,10 @@ def test_sft_rows_have_no_rejected_side(bytes_):
         {"prompt": "p" * 4, "completion": "a"},
         {"prompt": [turn("h", "user")], "completion": [turn("a")]},
     ]
-    assert encode_texts(rows[:3], bytes_, max_length=4) == [Pair(ids("p"), ids("abc"), (), row=0)]
-    chat = encode_texts(rows, bytes_, max_length=64)[-1]
+    assert encode_texts(rows[:3], bytes_, max_length=4, scored="assistant") == [
+        Pair(ids("p"), ids("abc"), (), row=0)
+    ]
+    chat = encode_texts(rows, bytes_, max_length=64, scored="assistant")[-1]
     assert chat.row == 3 and chat.chosen == (*ids("a"), 1) and chat.rejected == ()
 
 
@@ -219,30 +222,9 @@ def test_the_exact_collator_case():
     assert masks == [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0]]
 
 
-def peer(rows, tokenizer, max_length):
-    """TRL's own tokenisation, filter and truncation: (prompt, chosen, rejected) per row."""
-    from datasets import Dataset
-    from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
-
-    args = SimpleNamespace(
-        dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start"
-    )
-    data = DPOTrainer._prepare_dataset(
-        SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, args, "x"
-    )
-    collator = DataCollatorForPreference(pad_token_id=0, max_length=max_length)
-    for example in data:
-        batch = collator([example])
-        sides = [
-            tuple(tokens[mask.bool()].tolist())
-            for tokens, mask in zip(batch["input_ids"], batch["completion_mask"])
-        ]
-        yield tuple(example["prompt_ids"]), *sides
-
-
 def same_as_peer(rows, tokenizer, max_length):
     pytest.importorskip("trl")
-    ours = encoded(rows, tokenizer, max_length=max_length)
+    ours = encoded(rows, tokenizer, max_length=max_length, scored="all")
     theirs = list(peer(rows, tokenizer, max_length))
     # ours alone drops pairs that truncation makes identical, and first tokens nothing predicts
     theirs = [trio for trio in theirs if trio[0] and trio[1] != trio[2]]

@@ -439,6 +439,7 @@ def test_every_key_says_its_meaning(path):
 def test_the_page_shows_counts_lengths_and_one_pair(source):
     task, tokenizer = source(*small("slips")), byte_tokenizer(before="<s>")
     knobs = {"max_length": 64, "on_mismatch": "split", "strict": False, "where": "slips"}
+    knobs |= {"scored": "assistant"}
     train, held = (encode_pairs(rows, tokenizer, **knobs) for rows in (task.train, task.held_out))
     text = page(train, held, tokenizer, task)
     assert max(map(len, text.splitlines())) <= 100

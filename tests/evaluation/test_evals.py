@@ -1,6 +1,7 @@
 """Held-out numbers: text metrics, win rate, generation, a run without steps, the saved model."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,9 @@ def test_text_numbers_follow_what_the_data_has():
     one_wrong = [rows[0]["rejected"], *right[1:]]
     assert text_numbers(task, rows, one_wrong) == {"exact_match": 0.75}
     assert text_numbers(task, [{"prompt": "x", "chosen": "y"}], ["y"]) == {}
+    turns = [{"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
+    summed = text_numbers(replace(task, summary=True), [{"chosen": turns}], ["y"])
+    assert summed["rouge1"] == 1.0  # the assistant's words alone, and no name of a role
 
 
 def test_win_rate_counts_ties_half():
@@ -84,6 +88,8 @@ def test_win_rate_counts_ties_half():
     assert win_rate(commas, ["a,", "b"], ["a", "b"]) == 0.75
     assert win_rate(commas, ["a"], ["a,"]) == 0.0
     assert shown([{"role": "user", "content": "hi"}]) == "user: hi"
+    call = {"role": "assistant", "tool_calls": [{"name": "add"}]}
+    assert shown([call]) == 'assistant: [{"name": "add"}]'
 
 
 def decoding(size, temperature=0.0, seed=0):

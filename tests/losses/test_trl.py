@@ -67,6 +67,7 @@ def encoded(rows):
         max_length=LENGTH,
         on_mismatch="split",
         strict=True,
+        scored="assistant",
         where="gsm8k",
     )
     assert found.counts["kept"] == 100 and found.counts["truncated"] == 0

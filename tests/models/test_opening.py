@@ -93,7 +93,13 @@ def test_a_pad_token_that_is_the_end_mark_leaves_the_end_scored(tmp_path, pad):
     made = load(pretrained=str(tmp_path / "model"))
     assert made.tokenizer.pad_token_id == made.tokenizer.eos_token_id
     rows = [{"prompt": "2+2=", "chosen": "4", "rejected": "five"}] * 2
-    how = {"max_length": 32, "on_mismatch": "split", "strict": True, "where": "here"}
+    how = {
+        "max_length": 32,
+        "on_mismatch": "split",
+        "strict": True,
+        "scored": "assistant",
+        "where": "here",
+    }
     pairs = encode_pairs(rows, made.tokenizer, **how).pairs
     end = made.tokenizer.eos_token_id
     assert pairs[0].chosen[-1] == pairs[0].rejected[-1] == end

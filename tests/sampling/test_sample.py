@@ -219,3 +219,13 @@ def test_a_prompt_of_many_rows_is_answered_once():
     ]
     with pytest.raises(UserError, match="data.stream=true"):
         prompts(cfg, Task(train=rows, held_out=[], chunks=lambda start: iter(())))
+
+
+def test_prompts_of_a_file_become_turns_too(tmp_path):
+    where = tmp_path / "prompts.jsonl"
+    where.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    of = {"path": str(where), "split": "train", "max_rows": 1}
+    cfg = OmegaConf.create({"prompts": of, "data": {"chat": True, "system": "Be brief."}})
+    system = {"role": "system", "content": "Be brief."}
+    found = prompts(cfg, Task(train=[], held_out=[]))
+    assert found == [{"prompt": [system, {"role": "user", "content": "a"}]}]

@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL
 from fitting import PAD_ID, config, objective, scored
 from safetensors.torch import load_file
-from tiny import policy, random_pairs
+from tiny import policy, random_contexts, random_pairs
 from watching import setting, watched
 
 from spo_lightning.config import knobs
@@ -197,6 +197,24 @@ def test_probes_are_fixed_and_wrong():
             if kind == "corrupted":
                 changed = sum(a != b for a, b in zip(probe.chosen, own.chosen, strict=True))
                 assert 1 <= changed <= max(1, round(0.3 * len(own.chosen)))
+
+
+def test_probes_leave_context_in_its_place():
+    held = random_contexts(random_pairs(40, longest=30), seed=2)
+    held = [pair for pair in held if pair.scored[0]]
+    by_row = {pair.row: pair for pair in held}
+    for kind, pairs in probe_set(held, 0.3, seed=1).items():
+        assert any(probe.chosen_context for probe in pairs)
+        for probe in pairs:
+            own = by_row[probe.row]
+            if kind == "other":
+                there = [(pair.chosen, pair.chosen_context) for pair in held]
+                assert (probe.chosen, probe.chosen_context) in there
+                continue
+            assert probe.chosen_context == own.chosen_context
+            scored = {place for run in own.scored[0] for place in run}
+            for place, (mine, theirs) in enumerate(zip(probe.chosen, own.chosen, strict=True)):
+                assert mine == theirs or place in scored
 
 
 def test_probes_score_nats_per_token():

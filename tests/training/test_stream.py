@@ -356,7 +356,13 @@ def test_live_pairs_do_not_grow_with_the_file():
                 yield Chunk(number, part, [*range(number * 20, number * 20 + 20)])
 
         def encode(chunk):
-            how = {"max_length": 64, "on_mismatch": "split", "strict": True, "where": "a"}
+            how = {
+                "max_length": 64,
+                "on_mismatch": "split",
+                "strict": True,
+                "scored": "assistant",
+                "where": "a",
+            }
             return encode_some(chunk.rows, tokenizer, chunk.places, **how)
 
         first = encode(next(chunks(0)))

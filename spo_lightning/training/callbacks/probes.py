@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,17 +89,25 @@ def probe_set(held: Sequence[Pair], share: float, seed: int) -> dict[str, list[P
     pool = [token for pair in held for token in pair.chosen]
     found: dict[str, list[Pair]] = {kind: [] for kind in KINDS}
     for pair in held:
-        *body, last = pair.chosen
+        places = [place for run in pair.scored[0] for place in run]
+        *body, last = words = tuple(pair.chosen[place] for place in places)
         shuffled = (*chance.sample(body, len(body)), last)
         made = {
-            "other": chance.choice(held).chosen,
-            "corrupted": corrupted(pair.chosen, pool, share, chance),
-            "shuffled": shuffled,
+            "other": chance.choice(held),
+            "corrupted": with_words(pair, places, corrupted(words, pool, share, chance)),
+            "shuffled": with_words(pair, places, shuffled),
         }
         for kind, answer in made.items():
-            if answer != pair.chosen:
-                found[kind].append(Pair(pair.prompt, answer, (), pair.row))
+            if answer.chosen != pair.chosen:
+                context = answer.chosen_context
+                found[kind].append(Pair(pair.prompt, answer.chosen, (), pair.row, context))
     return {kind: pairs for kind, pairs in found.items() if pairs}
+
+
+def with_words(pair: Pair, places: Sequence[int], words: Sequence[int]) -> Pair:
+    """The pair with other tokens in these places of its chosen answer."""
+    there = dict(zip(places, words))
+    return replace(pair, chosen=tuple(there.get(n, t) for n, t in enumerate(pair.chosen)))
 
 
 def corrupted(
