@@ -26,8 +26,7 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
 
     text = visible(page(found))  # what a row holds must not command the terminal
     print(text)
-    if cfg.output is not None:
-        print(f"Page: {data_page.write(asdict(found), Path(cfg.output).expanduser())}")
+    print(f"Page: {data_page.write(asdict(found), Path(cfg.output).expanduser())}")
     terminal.check()
     return text
 

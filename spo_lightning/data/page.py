@@ -15,7 +15,7 @@ QUANTILES = ("lowest", "median", "p90", "p99", "highest")
 
 def page(found: Summary) -> str:
     """The text that the inspect command prints, at most 100 letters wide."""
-    parts = [_answer(found), _counts(found), _dropped(found.dropped), _noted(found)]
+    parts = [_answer(found), _counts(found), _dropped(found.dropped), _checks(found)]
     if found.pair is None:
         parts.append("no pair is left to show")
     else:
@@ -24,10 +24,9 @@ def page(found: Summary) -> str:
 
 
 def _answer(found: Summary) -> str:
-    layout = f"layout {found.layout}" if found.layout else "made by its source"
     named = ", ".join(f"{name} ({told})" if told else name for name, told in found.columns.items())
     source = ", ".join(f"{name} {count:,}" for name, count in found.source.items() if count)
-    lines = [f"{found.name}: {layout}", f"columns: {named}", source and f"source: {source}"]
+    lines = [found.name, *found.notes, f"source: {source}" if source else "", f"columns: {named}"]
     return "\n".join(_wrapped(line, "  ") for line in lines if line)
 
 
@@ -48,8 +47,8 @@ def _dropped(reasons: Sequence[Reason]) -> str:
     return "\n".join(lines)
 
 
-def _noted(found: Summary) -> str:
-    lines = ["notes", *(_wrapped(f"  {note}", "    ") for note in found.notes)]
+def _checks(found: Summary) -> str:
+    lines = ["checks"]
     for check in found.checks:
         lines += [f"  {check.what}: {check.count:,}", *map(_example, check.examples)]
     return "\n".join(lines)

@@ -304,7 +304,8 @@ def dropped(task: Task, sides: Sequence[Side]) -> list[Reason]:
 
 
 def _fields(row: Row) -> dict[str, str]:
-    names = [*(name for name in FIELDS if name in row), *(n for n in row if n not in FIELDS)]
+    more = (name for name in row if name not in (*FIELDS, "plain"))  # which is the same again
+    names = [*(name for name in FIELDS if name in row), *more]
     return {name: shortened(readable(row[name]), LONG) for name in names}
 
 

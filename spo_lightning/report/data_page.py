@@ -51,10 +51,11 @@ def sections(found: Found) -> list[Section]:
 
 
 def answer(found: Found) -> list[Note]:
-    layout = f"Layout: {found['layout']}." if found["layout"] else "No layout: rows of a source."
+    """The layout in a line, then what else was said of the rows."""
     counted = ", ".join(f"{name} {count:,}" for name, count in found["source"].items() if count)
-    told = Note(f"{layout} Of the source: {counted}." if counted else layout)
-    return [told, *(Note(note, alarm=True) for note in found["notes"])]
+    layout = f"Layout: {found['layout']}"
+    notes = [Note(note, alarm=not note.startswith(layout)) for note in found["notes"]]
+    return [*notes, *([Note(f"Source: {counted}.")] if counted else [])]
 
 
 def columns(found: Found) -> Table:

@@ -60,10 +60,8 @@ def inspect(cfg: Any) -> "Summary":
     )
 
 
-def _refuse(output: str | None) -> None:
+def _refuse(output: str) -> None:
     """Whatever is not the name of a page, before anything is read."""
-    if output is None:
-        return
     path = Path(output).expanduser()
     if path.suffix != ".html" or path.is_dir():
         raise UserError(f"output={output}: name a page, as in output=inspect.html")

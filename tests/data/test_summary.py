@@ -155,7 +155,7 @@ def test_the_text():
     assert "max_length=9000 cuts 0 of 11 pairs (0.0%)" in text
     told = "chosen one in 2 (18.2%), the rejected one in 5 (45.5%); as long: 4 (36.4%)"
     assert told in " ".join(text.split())
-    assert text.index("kept") < text.index("no template") < text.index("tokens  ")
+    assert text.index("no template") < text.index("kept") < text.index("tokens  ")
     assert "prompt (3 tokens)\n  ab:\n\nchosen (2 tokens)\n  ⟦1</s>⟧\n" in text
     shown = page(summed([long], HELD, limit=9000))
     assert "[2,000 tokens left out]" in shown and "⟧[2,001 tokens left out]" in shown
