@@ -2,8 +2,11 @@
 
 import sys
 
+from hydra import compose, initialize_config_dir
+
+from spo_lightning.cache import tokens
+from spo_lightning.command import CONF
 from spo_lightning.data import summary
-from spo_lightning.data.encode import encode_pairs
 from spo_lightning.data.rows import Task
 from spo_lightning.models.policy import byte_tokenizer
 
@@ -14,22 +17,23 @@ def row(prompt, chosen, rejected, **more):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
 
 
-def summed(train, held, *, limit=LIMIT, on_mismatch="split", **task):
+def encoded(rows, tokenizer, limit):
+    words = ["data=pairs", "data.path=rows", f"max_length={limit}"]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return tokens.encoded(compose("inspect", words), tokenizer, rows, "rows")
+
+
+def summed(train, held, *, limit=LIMIT, **task):
     """As the inspect command does."""
     tokenizer = byte_tokenizer()
-
-    def encoded(rows, most=limit):
-        how = {"max_length": most, "on_mismatch": on_mismatch, "strict": False, "where": "rows"}
-        return encode_pairs(rows, tokenizer, **how)
-
-    sides = {"train": encoded(train), "held-out": encoded(held)}
+    sides = {"train": train, "held-out": held}
     return summary.summary(
         Task(train, held, **task),
-        sides,
+        {name: encoded(rows, tokenizer, limit) for name, rows in sides.items()},
         tokenizer,
         name="rows",
         max_length=limit,
-        uncut=lambda rows: encoded(rows, sys.maxsize),
+        uncut=lambda rows: encoded(rows, tokenizer, sys.maxsize),
     )
 
 

@@ -1,6 +1,9 @@
 """Data and a tokenizer in, what the rows become out; sampled pairs are sampled first."""
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +30,8 @@ def inspect(cfg: Any) -> "Summary":
 
         return device_of(cfg.hardware)
 
-    at: Any = data(Begun(cfg, World(place=place), silent(), {}))
+    with _unsaid():
+        at: Any = data(Begun(cfg, World(place=place), silent(), {}))
 
     from omegaconf import OmegaConf
 
@@ -58,6 +62,18 @@ def inspect(cfg: Any) -> "Summary":
         max_length=cfg.max_length,
         uncut=uncut,
     )
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """The notes on the rows are not logged: the summary has them."""
+    log = logging.getLogger(data.__module__)
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _refuse(output: str) -> None:

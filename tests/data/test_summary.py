@@ -5,25 +5,23 @@ import re
 from dataclasses import asdict
 
 import pytest
-from looks import HELD, TRAIN, row, summed
+from looks import HELD, TRAIN, encoded, row, summed
 from test_encode import byte_tokenizer
 
 from spo_lightning.data import pieces, summary
 from spo_lightning.data.batch import Pair
-from spo_lightning.data.encode import encode_pairs
+from spo_lightning.data.encode import FIXES
 from spo_lightning.data.page import page
 from spo_lightning.data.rows import Dropped
 
 
 def test_the_numbers_by_hand():
-    found = summed(TRAIN, HELD)
+    found, lost = summed(TRAIN, HELD), ("identical", "empty", "long")
     assert found.counts == {
         "rows": {"train": 9, "held-out": 3},
         "kept": {"train": 6, "held-out": 3},
         "dropped": {"train": 3, "held-out": 0},
-        "dropped: chosen and rejected are the same": {"train": 1, "held-out": 0},
-        "dropped: the prompt or a response is empty": {"train": 1, "held-out": 0},
-        "dropped: the prompt alone fills max_length": {"train": 1, "held-out": 0},
+        **{f"dropped: {FIXES[reason]}": {"train": 1, "held-out": 0} for reason in lost},
         "pairs that max_length cuts": {"train": 1, "held-out": 0},
     }
     assert [(one.what, one.count) for one in found.checks] == [
@@ -66,7 +64,7 @@ def test_each_reason_shows_three_rows():
     assert whys["ties"].counts == {"file": 7} and found.counts["dropped"]["file"] == 7
     assert [one.where for one in whys["ties"].examples] == ["f.jsonl:0", "f.jsonl:1", "f.jsonl:2"]
     assert len(whys["ties"].examples[0].fields["text"]) <= summary.LONG
-    same = whys["chosen and rejected are the same"]
+    same = whys[FIXES["identical"]]
     assert same.counts == {"train": 6, "held-out": 0}
     assert [one.where for one in same.examples] == [f"train, row {n}" for n in (7, 10, 11)]
     assert same.examples[0].fields == {"prompt": "same", "chosen": "9", "rejected": "9"}
@@ -107,11 +105,7 @@ def test_rows_to_browse_reach_from_the_first_to_the_last():
 def test_a_pair_token_by_token():
     """Letters of several tokens stand together; special tokens apart; what is scored is told."""
     tokenizer = byte_tokenizer(before="<s>")
-    (pair,) = encode_pairs(
-        [row("é ", "a😀", "</s>b")],
-        tokenizer,
-        **{"max_length": 64, "on_mismatch": "split", "strict": False, "where": "rows"},
-    ).pairs
+    (pair,) = encoded([row("é ", "a😀", "</s>b")], tokenizer, 64).pairs
     found = pieces.shown(pair, "train", tokenizer, by_token=True)
     assert [(p.text, p.special, len(p.ids)) for p in found.prompt] == [
         ("<s>", True, 1),
@@ -151,7 +145,7 @@ def test_the_text():
     found = summed([*TRAIN, long], HELD, limit=9000, notes=("no template: " + "word " * 60,))
     text = page(found)
     assert max(map(len, text.splitlines())) <= 100
-    assert re.search(r"kept +8 +3\n", text) and "  chosen and rejected are the same  " in text
+    assert re.search(r"kept +8 +3\n", text) and f"  {FIXES['identical']}  " in text
     assert "max_length=9000 cuts 0 of 11 pairs (0.0%)" in text
     told = "chosen one in 2 (18.2%), the rejected one in 5 (45.5%); as long: 4 (36.4%)"
     assert told in " ".join(text.split())
