@@ -4,7 +4,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from spo_lightning.data.pieces import SCORED, Piece
-from spo_lightning.data.summary import FIELDS, Example, Reason, Spread, Summary, shortened
+from spo_lightning.data.spread import Spread
+from spo_lightning.data.summary import FIELDS, Example, Reason, Summary, shortened
 
 WIDTH, TOLD, TEXT = 96, 1200, 40  # letters of a line, of a part of the pair, of a field
 AS_IT_STANDS = textwrap.TextWrapper(  # every letter, a space at the end of a line too
@@ -74,7 +75,7 @@ def _lengths(found: Summary) -> str:
     shares = {name: f"{count:,} ({count / pairs:.1%})" for name, count in found.longer.items()}
     lines.append(
         f"  the longer answer is the chosen one in {shares['chosen']}, the rejected one in "
-        f"{shares['rejected']}; as long: {shares['as long']}"
+        f"{shares['rejected']}; equally long: {shares['as long']}"
     )
     return "\n".join(_wrapped(line, "    ") for line in lines)
 

@@ -5,7 +5,6 @@ browser; as a mapping it is plain JSON.
 """
 
 import hashlib
-import math
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import FIXES, SHOWN, Encoded
 from spo_lightning.data.pieces import SIDES, Shown, shown
 from spo_lightning.data.rows import Row, Task, prompt_key
+from spo_lightning.data.spread import Spread, bar_width, spread
 
 FIELDS = ("prompt", *SIDES)
 BESIDE = {  # what Encoded.counts says of pairs that are kept
@@ -27,24 +27,8 @@ CHECKED = (
     "pairs that stand both ways round",
     "held-out prompts also in train (but for case and spaces)",
 )
-BINS = 50  # bars of a histogram
 BROWSED = {"train": 200, "held-out": 50}  # rows that the page holds, evenly over the data
 LONG = 400  # letters of an example's field
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Where values lie, by nearest rank. The last of ``bars`` also holds all that lie above it."""
-
-    count: int
-    lowest: float
-    median: float
-    p90: float
-    p99: float
-    highest: float
-    start: float  # of the first bar
-    width: float  # of each
-    bars: list[int]
 
 
 @dataclass(frozen=True)
@@ -169,29 +153,14 @@ def _whole(
     return [longer_ones.get(pair.row, pair) for pair in found.pairs]
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Bars reach to the 99th percentile, so that one row of great length flattens nothing."""
-    ordered = sorted(values)
-
-    def rank(share: float) -> float:
-        return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
-
-    low, high = ordered[0], rank(0.99)
-    whole = all(float(value).is_integer() for value in ordered)
-    width = (high - low + whole) / BINS
-    width = max(1, math.ceil(width)) if whole else width or 1.0
-    bars = Counter(min(int((value - low) / width), BINS - 1) for value in ordered)
-    counts = [bars[number] for number in range(max(bars) + 1)]
-    at = (low, rank(0.5), rank(0.9), rank(0.99), ordered[-1])
-    return Spread(len(ordered), *at, low, width, counts)
-
-
 def lengths(pairs: Sequence[Pair]) -> dict[str, Spread]:
-    """Tokens of each part, and of what ``max_length`` limits."""
+    """Tokens of each part, in bars that compare, and of what ``max_length`` limits."""
     parts = {part: [len(getattr(pair, part)) for pair in pairs] for part in FIELDS}
+    width = max(bar_width(sorted(some)) for some in parts.values())
+    found = {name: spread(some, width) for name, some in parts.items()}
     answers = zip(*(parts[side] for side in SIDES))
     both = [prompt + max(two) for prompt, two in zip(parts["prompt"], answers)]
-    return {name: spread(some) for name, some in (parts | {"prompt + longer": both}).items()}
+    return found | {"prompt + longer": spread(both)}
 
 
 def cut(pairs: Sequence[Pair], whole: Sequence[Pair]) -> tuple[int, int, int]:
@@ -264,12 +233,13 @@ def readable(value: Any) -> str:
     """Messages as lines, a speaker each; anything else as text."""
     if not isinstance(value, list):
         return str(value)
-    return "\n".join(
-        f"{turn['role']}: {turn.get('content') or turn.get('tool_calls')}"
-        if isinstance(turn, dict) and "role" in turn
-        else str(turn)
-        for turn in value
-    )
+    lines = []
+    for turn in value:
+        said = isinstance(turn, dict) and "role" in turn
+        parts = (turn.get("content"), turn.get("tool_calls")) if said else (turn,)
+        text = " ".join(str(part) for part in parts if part)
+        lines.append(f"{turn['role']}: {text}" if said else text)
+    return "\n".join(lines)
 
 
 def counts(sides: Sequence[Side], lost: Sequence[Reason]) -> dict[str, dict[str, int]]:

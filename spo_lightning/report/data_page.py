@@ -20,6 +20,7 @@ MENU = {
     "rejected": "rejected answer longer",
     "context": "with tokens in an answer that are not scored",
 }
+NUMBERED = "Three rows of each reason. Rows are numbered within train and within held-out."
 USES = (
     "Green: what is scored. Violet: special tokens. Every token has a line before it and its id "
     "under the pointer."
@@ -41,7 +42,7 @@ def sections(found: Found) -> list[Section]:
     """What became of the rows first, then what they are, then the rows themselves."""
     return [
         Section("What became of the rows", [*answer(found), counts(found), columns(found)]),
-        Section("Dropped", dropped(found), "Three rows of each reason."),
+        Section("Dropped", dropped(found), NUMBERED),
         Section("Checks", checks(found), "Of all rows, before any is dropped."),
         Section("Lengths", lengths(found), "Tokens, before max_length cuts them."),
         Section("Margins and subsets", [*margins(found), *subsets(found)]),
@@ -102,7 +103,7 @@ def lengths(found: Found) -> list[Any]:
     shares = {name: f"{count:,} ({count / pairs:.1%})" for name, count in found["longer"].items()}
     more = (
         f"The longer answer is the chosen one in {shares['chosen']} pairs, the rejected one in "
-        f"{shares['rejected']}; both are as long in {shares['as long']}."
+        f"{shares['rejected']}; they are equally long in {shares['as long']}."
     )
     parts = {name: some[name] for name in FIELDS}
     both = {"prompt + longer answer": some["prompt + longer"]}

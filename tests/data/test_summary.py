@@ -13,6 +13,7 @@ from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import FIXES
 from spo_lightning.data.page import page
 from spo_lightning.data.rows import Dropped
+from spo_lightning.data.spread import BINS, spread
 
 
 def test_the_numbers_by_hand():
@@ -71,14 +72,17 @@ def test_each_reason_shows_three_rows():
 
 
 def test_nothing_is_left_out_of_bars_and_one_long_row_flattens_none():
-    one = summary.spread([*range(1, 1000), 10**6])
+    one = spread([*range(1, 1000), 10**6])
     assert (one.median, one.p90, one.p99, one.highest) == (500, 900, 990, 10**6)
-    assert sum(one.bars) == 1000 and len(one.bars) <= summary.BINS
+    assert sum(one.bars) == 1000 and len(one.bars) <= BINS + 1
     assert one.start + one.width * len(one.bars) < 1100
-    alike = summary.spread([3.0] * 4)
-    assert (alike.bars, alike.start) == ([4], 3.0)
-    fine = summary.spread([0.1, 0.2, 0.30000000000000004])
-    assert sum(fine.bars) == 3 and len(fine.bars) == summary.BINS
+    alike = spread([3.0] * 4)
+    assert (alike.bars, alike.start, alike.width) == ([4], 3.0, 1)
+    fine = spread([0.1, 0.2, 0.30000000000000004])
+    assert sum(fine.bars) == 3 and fine.start <= 0.1
+    assert {
+        some.width for name, some in summed(TRAIN, HELD).lengths.items() if "+" not in name
+    } == {2}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,7 @@ def test_the_text():
     assert max(map(len, text.splitlines())) <= 100
     assert re.search(r"kept +8 +3\n", text) and f"  {FIXES['identical']}  " in text
     assert "max_length=9000 cuts 0 of 11 pairs (0.0%)" in text
-    told = "chosen one in 2 (18.2%), the rejected one in 5 (45.5%); as long: 4 (36.4%)"
+    told = "chosen one in 2 (18.2%), the rejected one in 5 (45.5%); equally long: 4 (36.4%)"
     assert told in " ".join(text.split())
     assert text.index("no template") < text.index("kept") < text.index("tokens  ")
     assert "prompt (3 tokens)\n  ab:\n\nchosen (2 tokens)\n  ⟦1</s>⟧\n" in text
