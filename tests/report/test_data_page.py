@@ -120,8 +120,10 @@ def test_the_command_writes_the_page_over_its_own(tmp_path):
 def test_in_a_browser(tmp_path, size):
     hostile = [text for text in HOSTILE.values() if text != HOSTILE["surrogate"]]
     train = [*TRAIN, *(row(text, f"{text}1", f"{text}2") for text in hostile)]
+    train += [row(f"q{n} 2+{n}=", "1", "22") for n in range(40)]
     path = data_page.write(found(train, limit=10**6), tmp_path / "page.html")
     told = browsed(path, tmp_path, f"--window-size={size}")
     assert told["errors"] == [] and told["requests"] == 0 and not told["harmed"]
     assert told["empty"] == [] and told["charts"] == 3 and not told["wide"]
     assert told["covered"] == 0 and told["printed"] == [470]
+    assert (told["all"], told["searched"]) == (25, 11)  # 2 and 20 to 29
