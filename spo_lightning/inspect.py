@@ -1,5 +1,6 @@
 """What the data becomes: ``python -m spo_lightning.inspect data=... model=...``."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,21 @@ def main() -> None:
 
 
 def work(cfg: Any, run_dir: Path, line: knobs.Given) -> str:
-    """Print counts, length histograms and one rendered pair; returns the page."""
+    """Print what became of the rows, and write it as a page; returns what is printed."""
     knobs.check(cfg, line)
     from spo_lightning.records import terminal
     from spo_lightning.run.inspection import inspect
 
-    text = inspect(cfg)
+    found = inspect(cfg)
+
+    from spo_lightning.data.page import page
+    from spo_lightning.report import data_page
+    from spo_lightning.report.page import visible
+
+    text = visible(page(found))  # what a row holds must not command the terminal
     print(text)
-    terminal.check()  # it has no other product
+    print(f"Page: {data_page.write(asdict(found), Path(cfg.output).expanduser())}")
+    terminal.check()
     return text
 
 

@@ -1,99 +1,128 @@
-"""What the data becomes, as one page of plain text: counts, lengths, one rendered pair."""
+"""What a summary says, as plain text for a terminal: answers first, then what they rest on."""
 
 import textwrap
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from spo_lightning.data.batch import Pair
-from spo_lightning.data.encode import COUNTS, Encoded
-from spo_lightning.data.rows import Task
+from spo_lightning.data.pieces import SCORED, Piece
+from spo_lightning.data.spread import Spread
+from spo_lightning.data.summary import FIELDS, Example, Reason, Summary, shortened
 
-WIDTH, BAR, BINS, SHOWN = 96, 50, 8, 1200
-
-
-def page(encoded_train: Encoded, encoded_held_out: Encoded, tokenizer: Any, task: Task) -> str:
-    """The text that the inspect command prints."""
-    sides = {"train": encoded_train, "held-out": encoded_held_out}
-    shown = next((pair for side in sides.values() for pair in side.pairs), None)
-    source = "".join(f"{name}: {count}\n" for name, count in task.counts.items())
-    parts = [
-        f"source\n{textwrap.indent(source or 'no counts', '  ')}".rstrip(),
-        _counts({name: side.counts for name, side in sides.items()}, task),
-        *_histograms([pair for side in sides.values() for pair in side.pairs]),
-        "no pair is left to show" if shown is None else _rendered(shown, tokenizer),
-    ]
-    return "\n\n".join(parts) + "\n"
+WIDTH, TOLD, TEXT = 96, 1200, 40  # letters of a line, of a part of the pair, of a field
+AS_IT_STANDS = textwrap.TextWrapper(  # every letter, a space at the end of a line too
+    WIDTH, expand_tabs=False, replace_whitespace=False, drop_whitespace=False
+)
+QUANTILES = ("lowest", "median", "p90", "p99", "highest")
 
 
-def _counts(sides: dict[str, dict[str, int]], task: Task) -> str:
-    lines = [f"{'pairs':<20}" + "".join(f"{name:>12}" for name in sides)]
-    totals = [
-        sum(n for key, n in counts.items() if key == "kept" or key.startswith("dropped/"))
-        for counts in sides.values()
-    ]
-    lines.append(f"{'  rows':<20}" + "".join(f"{total:>12,}" for total in totals))
-    for key in COUNTS:
-        cells = "".join(f"{counts.get(key, 0):>12,}" for counts in sides.values())
-        lines.append(f"  {key:<18}{cells}")
-    lines.append(f"{'SFT rows':<20}{len(task.sft):>12,}")
-    if task.lower:
-        lines.append(f"{'lower-level rows':<20}{len(task.lower):>12,}")
+def page(found: Summary) -> str:
+    """The text that the inspect command prints, at most 100 letters wide."""
+    parts = [_answer(found), _counts(found), _dropped(found.dropped), _checks(found)]
+    if found.pair is None:
+        parts.append("no pair is left to show")
+    else:
+        parts += [_lengths(found), _subsets(found), _pair(found)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _answer(found: Summary) -> str:
+    named = ", ".join(f"{name} ({told})" if told else name for name, told in found.columns.items())
+    source = ", ".join(f"{name} {count:,}" for name, count in found.source.items() if count)
+    lines = [found.name, *found.notes, f"source: {source}" if source else "", f"columns: {named}"]
+    return "\n".join(_wrapped(line, "  ") for line in lines if line)
+
+
+def _counts(found: Summary) -> str:
+    heads = list(found.counts["dropped"])
+    lines = [f"{'':<62}" + "".join(f"{head:>12}" for head in heads)]
+    for key, some in found.counts.items():
+        name = shortened(key.replace("dropped: ", "  "), 61)
+        cells = (f"{some[head]:>12,}" if head in some else " " * 12 for head in heads)
+        lines.append(f"{name:<62}{''.join(cells)}".rstrip())
     return "\n".join(lines)
 
 
-def _histograms(pairs: Sequence[Pair]) -> list[str]:
-    if not pairs:
-        return []
-    return [
-        _histogram("prompt", [len(pair.prompt) for pair in pairs]),
-        _histogram("chosen", [len(pair.chosen) for pair in pairs]),
-        _histogram("rejected", [len(pair.rejected) for pair in pairs]),
-    ]
-
-
-def _histogram(name: str, lengths: Sequence[int]) -> str:
-    low, high = min(lengths), max(lengths)
-    step = (high - low) // BINS + 1
-    bins = [0] * ((high - low) // step + 1)
-    for length in lengths:
-        bins[(length - low) // step] += 1
-    middle = sorted(lengths)[len(lengths) // 2]
-    lines = [f"tokens of {name}: {low} to {high}, median {middle}"]
-    for number, count in enumerate(bins):
-        start = low + number * step
-        bar = "#" * -(-count * BAR // max(bins))
-        lines.append(f"  {start:>6} - {start + step - 1:<6} {bar:<{BAR}} {count:>9,}")
+def _dropped(reasons: Sequence[Reason]) -> str:
+    lines = ["dropped, for example"] if reasons else []
+    for reason in reasons:
+        lines += [f"  {reason.why}", *map(_example, reason.examples)]
     return "\n".join(lines)
 
 
-def _rendered(pair: Pair, tokenizer: Any) -> str:
-    prompt = _decoded(pair.prompt, tokenizer)
-    lines = [f"one pair (row {pair.row}); what is scored stands in ⟦ ⟧, ⏎ is a line break"]
-    for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        whole = _decoded((*pair.prompt, *response), tokenizer)
-        # pieces decoded alone lose their leading space, so the response is cut from the whole
-        alone = _decoded(response, tokenizer)
-        scored = whole[len(prompt) :] if whole.startswith(prompt) else alone
-        text = f"{_shortened(prompt, keep_end=True)}⟦{_shortened(scored, keep_end=False)}⟧"
-        tokens = f"{len(pair.prompt)} + {len(response)} tokens"
-        lines += ["", f"{name} ({tokens})", textwrap.indent(_wrapped(text), "  ")]
+def _checks(found: Summary) -> str:
+    lines = ["checks"]
+    for check in found.checks:
+        lines += [f"  {check.what}: {check.count:,}", *map(_example, check.examples)]
     return "\n".join(lines)
 
 
-def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
-    return tokenizer.decode(
-        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+def _example(one: Example) -> str:
+    texts = (shortened(text, TEXT).replace("\n", "⏎") for text in one.fields.values())
+    fields = (f'{name} "{text}"' for name, text in zip(one.fields, texts))
+    return _wrapped(f"    {one.where}: {', '.join(fields)}", "      ")
+
+
+def _lengths(found: Summary) -> str:
+    lines = [_row("tokens", QUANTILES)]
+    lines += [_row(name, _cells(some)) for name, some in found.lengths.items()]
+    if found.margins is not None:
+        lines.append(_row(f"margin of {found.margins.count:,} rows", _cells(found.margins)))
+    pairs = found.lengths["prompt"].count
+    cut, lost, tokens = found.cut
+    lines.append(
+        f"  max_length={found.max_length} cuts {cut:,} of {pairs:,} pairs ({cut / pairs:.1%}) "
+        f"and {lost:,} of {tokens:,} tokens ({lost / tokens:.1%})"
     )
-
-
-def _shortened(text: str, *, keep_end: bool) -> str:
-    if len(text) <= SHOWN:
-        return text
-    return "[...]" + text[-SHOWN:] if keep_end else text[:SHOWN] + "[...]"
-
-
-def _wrapped(text: str) -> str:
-    lines = text.replace("\n", "⏎\n").split("\n")
-    return "\n".join(
-        line[n : n + WIDTH] for line in lines for n in range(0, len(line) or 1, WIDTH)
+    shares = {name: f"{count:,} ({count / pairs:.1%})" for name, count in found.longer.items()}
+    lines.append(
+        f"  the longer answer is the chosen one in {shares['chosen']}, the rejected one in "
+        f"{shares['rejected']}; equally long: {shares['as long']}"
     )
+    return "\n".join(_wrapped(line, "    ") for line in lines)
+
+
+def _cells(some: Spread) -> list[str]:
+    return [f"{getattr(some, name):,.6g}" for name in QUANTILES]
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    indent = "" if name == "tokens" else "  "
+    return f"{indent + name:<28}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def _subsets(found: Summary) -> str:
+    totals = found.counts["rows"]
+    lines = [f"{'subset':<62}" + "".join(f"{side:>12}" for side in totals)]
+    for name, counts in found.subsets.items():
+        cells = (counts.get(side, 0) / max(total, 1) for side, total in totals.items())
+        lines.append(f"  {shortened(name, 59):<60}" + "".join(f"{cell:>12.1%}" for cell in cells))
+    return "\n".join(lines) if found.subsets else ""
+
+
+def _pair(found: Summary) -> str:
+    """Tokens that are scored stand in ⟦ ⟧."""
+    pair = found.pair
+    assert pair is not None
+    where = f"{pair.side}, row {pair.row + 1}"
+    lines = [f"one pair ({where}); what is scored stands in ⟦ ⟧, ⏎ is a line break"]
+    for name, count in zip(FIELDS, pair.tokens):
+        text = "".join(_marked(getattr(pair, name)))
+        if len(text) > TOLD:
+            text = f"[...]{text[-TOLD:]}" if name == "prompt" else f"{text[:TOLD]}[...]"
+        lines += ["", f"{name} ({count} tokens)"]
+        for line in text.replace("\n", "⏎\n").split("\n"):
+            lines += [f"  {part}" for part in AS_IT_STANDS.wrap(line)]
+    return "\n".join(lines)
+
+
+def _marked(pieces: Sequence[Piece]) -> Iterator[str]:
+    before = False
+    for piece in pieces:
+        here = piece.use == SCORED
+        yield ("⟦" if here else "⟧" if before else "") * (here != before) + piece.text
+        before = here
+    yield "⟧" * before
+
+
+def _wrapped(line: str, indent: str) -> str:
+    """Broken between words."""
+    return "\n".join(textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False))

@@ -116,11 +116,7 @@ def lines(
     """Series over the same axes; an upright line at the step of the ``alarm``."""
     layout = axes(x, y)
     if alarm is not None:
-        look = {"color": COLOURS[1], "dash": "dot", "width": 1.5}
-        upright = {"type": "line", "x0": alarm, "x1": alarm, "yref": "paper", "y0": 0, "y1": 1}
-        word = {"x": alarm, "yref": "paper", "y": 1, "text": "alarm", "showarrow": False}
-        word |= {"xanchor": "left", "yanchor": "top", "font": {"size": 11}}
-        layout |= {"shapes": [upright | {"line": look}], "annotations": [word]}
+        layout |= upright(alarm, "alarm")
     return Chart(key, title, data, layout)
 
 
@@ -144,6 +140,36 @@ def histogram(key: str, title: str, x: str, values: Mapping[str, Sequence[float]
         for (label, some), colour in zip(values.items(), COLOURS)
     ]
     return Chart(key, title, data, axes(x, "pairs") | {"barmode": "overlay"})
+
+
+def bars(
+    key: str,
+    title: str,
+    x: str,
+    counted: Mapping[str, Mapping[str, Any]],
+    limit: float | None = None,
+    word: str = "",
+) -> Chart:
+    """The same of counts that were made elsewhere, in bars of one width from a start on; an
+    upright line at the ``limit``."""
+    data = []
+    for (label, one), colour in zip(counted.items(), COLOURS):
+        at = [one["start"] + (n + 0.5) * one["width"] for n in range(len(one["bars"]))]
+        drawn = {"type": "bar", "x": at, "y": one["bars"], "width": one["width"], "opacity": 0.6}
+        data.append(drawn | {"name": plain(label), "marker": {"color": colour}})
+    layout = axes(f"{x}; the last bar holds all above", "pairs") | {"barmode": "overlay"}
+    if limit is not None:
+        layout |= upright(limit, word)
+    return Chart(key, title, data, layout)
+
+
+def upright(at: float, word: str) -> dict[str, Any]:
+    """A line across all values, and its word."""
+    look = {"color": COLOURS[1], "dash": "dot", "width": 1.5}
+    line = {"type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1, "line": look}
+    said = {"x": at, "yref": "paper", "y": 1, "text": word, "showarrow": False}
+    said |= {"xanchor": "left", "yanchor": "top", "font": {"size": 11}}
+    return {"shapes": [line], "annotations": [said]}
 
 
 def still(chart: Chart, folder: Path) -> list[Path]:

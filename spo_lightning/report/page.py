@@ -26,12 +26,29 @@ TURNING = {n: f"[U+{n:04X}]" for n in (*range(0x202A, 0x202F), *range(0x2066, 0x
 
 
 @dataclass(frozen=True)
+class Text:
+    """Pieces ``(text, classes, told)`` that stand in a row; ``told`` shows under the pointer.
+
+    ``folded`` are more of them behind their number of letters: before the others, or after them.
+    """
+
+    pieces: Sequence[tuple[str, str, str]]
+    folded: Sequence[tuple[str, str, str]] = ()
+    ends: bool = False  # what is seen is the end
+
+    @property
+    def hidden(self) -> int:
+        """Letters behind the fold."""
+        return sum(len(text) for text, *_ in self.folded)
+
+
+@dataclass(frozen=True)
 class Table:
     """Sorted by a click on a heading. ``key`` names it for those who read the page by program."""
 
     key: str
     head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[Cell | Text]]
     digits: int = 4
 
 
@@ -40,6 +57,25 @@ class Samples:
     """Texts side by side, searched and filtered: rows of samples.jsonl."""
 
     rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Browsed:
+    """Rows of texts, searched and filtered by their ``marks``; ``menu``: what a mark is called."""
+
+    key: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell | Text]]
+    marks: Sequence[str]  # of each row, apart by spaces
+    menu: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A text of its own, as it is."""
+
+    title: str
+    text: Text
 
 
 @dataclass(frozen=True)
@@ -58,7 +94,7 @@ class Folded:
     text: str
 
 
-Block = Table | Samples | Note | Folded | Chart
+Block = Table | Samples | Browsed | Lines | Note | Folded | Chart
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
-from test_encode import byte_tokenizer, message
+from test_encode import message
 
-from spo_lightning.data.encode import Encoded, encode_pairs
 from spo_lightning.data.load import load
-from spo_lightning.data.page import page
 from spo_lightning.data.rows import Task, held_out
 from spo_lightning.data.tasks.arithmetic import commas, final_integer, worked
 from spo_lightning.data.tasks.gsm8k import MODELS, final_number
@@ -434,26 +432,6 @@ def test_every_key_says_its_meaning(path):
     for number, line in enumerate(lines):
         if re.match(r"\s*\w+: \S", line) and not line.startswith(("defaults", "_target_")):
             assert "#" in line or lines[number - 1].startswith("#"), line
-
-
-def test_the_page_shows_counts_lengths_and_one_pair(source):
-    task, tokenizer = source(*small("slips")), byte_tokenizer(before="<s>")
-    knobs = {"max_length": 64, "on_mismatch": "split", "strict": False, "where": "slips"}
-    knobs |= {"scored": "assistant"}
-    train, held = (encode_pairs(rows, tokenizer, **knobs) for rows in (task.train, task.held_out))
-    text = page(train, held, tokenizer, task)
-    assert max(map(len, text.splitlines())) <= 100
-    assert re.search(r"kept +30 +20\n", text) and re.search(r"SFT rows +40\n", text)
-    shown = task.train[0]
-    for name in ("chosen", "rejected"):
-        assert f"<s>{shown['prompt']}⟦{shown[name]}</s>⟧" in text
-        lengths = [len(getattr(pair, name)) for pair in train.pairs + held.pairs]
-        assert f"tokens of {name}: {min(lengths)} to {max(lengths)}, median" in text
-    assert "lower-level" not in text
-    task = source(*small("slips", "data.sft=own"))
-    assert re.search(r"lower-level rows +40\n", page(train, held, tokenizer, task))
-    empty = Encoded([], train.counts)
-    assert "no pair is left to show" in page(empty, empty, tokenizer, task)
 
 
 @pytest.mark.parametrize("name", ["slips", "mixture"])
