@@ -15,6 +15,7 @@ from pairs import CONF
 from tiny import random_pairs
 from torch.utils.data import DataLoader
 
+from spo_lightning import losses
 from spo_lightning.data.sets import Pairs
 from spo_lightning.models.scorer import Scorer, score
 from spo_lightning.records.progress import silent
@@ -56,9 +57,8 @@ def config(*overrides):
 def objective(*overrides):
     """The loss and the solver of a command line."""
     cfg = config(*overrides)
-    node = OmegaConf.to_container(cfg.loss, resolve=True)
-    node.pop("unit")
-    return instantiate(node), instantiate(cfg.solver), cfg.loss.beta
+    loss = instantiate(OmegaConf.to_container(cfg.loss, resolve=True))
+    return losses.assembled(loss), instantiate(cfg.solver), cfg.loss.beta
 
 
 @dataclass
@@ -141,6 +141,7 @@ def fitted(
         solver,
         optimizer,
         beta=beta,
+        whole_batch=False,
         batch_size=batch_size,
         clip_norm=clip_norm,
         schedule=schedule,

@@ -39,8 +39,10 @@ log = logging.getLogger(__name__)
 
 CODE = 3  # raise it when the same rows and tokenizer come to give other tokens
 READ = ("prompt", "chosen", "rejected", "plain", "tools", "chat_template_kwargs")  # of a row
+READ += ("margin", "score_chosen", "score_rejected")
 # of a file, as of a Pair
-COLUMNS = ("prompt", "chosen", "rejected", "row", "chosen_context", "rejected_context")
+IDS = ("prompt", "chosen", "rejected", "chosen_context", "rejected_context")
+COLUMNS = (*IDS, "row", "margin")
 SUFFIX = ".tokens"
 CHECK = 32  # bytes of the checksum, before an arrow stream
 NAME = 32  # hexadecimal digits of a name
@@ -87,11 +89,10 @@ class Tokens:
                 path.unlink()
             return None
         table = pa.ipc.open_stream(content).read_all()
+        found = zip(*(table[name].to_pylist() for name in COLUMNS))
         pairs = [
-            Pair(tuple(prompt), tuple(chosen), tuple(rejected), row, tuple(its), tuple(other))
-            for prompt, chosen, rejected, row, its, other in zip(
-                *(table[name].to_pylist() for name in COLUMNS)
-            )
+            Pair(tuple(p), tuple(c), tuple(r), row, tuple(its), tuple(other), margin)
+            for p, c, r, its, other, row, margin in found
         ]
         told = (json.loads(table.schema.metadata[name]) for name in (b"counts", b"examples"))
         return Encoded(pairs, *told)
@@ -100,8 +101,8 @@ class Tokens:
         """Where it cannot be written, go on without."""
         import pyarrow as pa
 
-        ids = pa.list_(pa.int32())
-        fields = [pa.field(name, pa.int64() if name == "row" else ids) for name in COLUMNS]
+        ids, kinds = pa.list_(pa.int32()), {"row": pa.int64(), "margin": pa.float64()}
+        fields = [pa.field(name, kinds.get(name, ids)) for name in COLUMNS]
         told = {name: json.dumps(getattr(found, name)) for name in ("counts", "examples")}
         schema = pa.schema(fields, told)
         columns = [[getattr(pair, name) for pair in found.pairs] for name in COLUMNS]

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from spo_lightning.config.objective import check_loss
 from spo_lightning.config.ranges import DIAGNOSTICS, RANGES
 from spo_lightning.errors import UserError
 
@@ -185,6 +186,7 @@ def check(cfg: DictConfig, line: Given) -> None:
         value = OmegaConf.select(cfg, key)
         if (value is not None or key in line.touched) and not _holds(holds, value):
             raise UserError(f"{key}={value}: it must be {words}")
+    check_loss(cfg, line.touched)
     _check_attention(cfg)
     _check_precision(cfg)
     _check_inner_steps(cfg)

@@ -4,6 +4,7 @@ Letters used for shapes everywhere: B pairs, T columns of a row, S scored tokens
 batch, in the order pair by pair, chosen before rejected: those of the answers, less their context.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -31,6 +32,7 @@ class Pair:
     row: int = -1
     chosen_context: tuple[int, ...] = ()
     rejected_context: tuple[int, ...] = ()
+    margin: float | None = None  # the data's: chosen's score less rejected's, or a strength
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
@@ -70,6 +72,7 @@ class PairBatch:
     rows: Tensor  # [B] Pair.row
     prompt: Tensor  # [B] equal numbers: equal prompts
     reference: Tensor | None = None  # [S] log-probabilities under the reference
+    margins: Tensor | None = None  # [B] Pair.margin, nan where it has none; None: no pair has one
     lower: "PairBatch | None" = None  # the lower level's own rows, without rejected responses
     home: "PairBatch | None" = None
 
@@ -168,6 +171,7 @@ class PairBatch:
             lengths=self.lengths[start:stop],
             rows=self.rows[start:stop],
             prompt=self.prompt[start:stop],
+            margins=None if self.margins is None else self.margins[start:stop],
             lower=None if self.lower is None else self.lower._slice(start, stop),
         )
 
@@ -278,7 +282,13 @@ def collate(
         rows=torch.tensor([pair.row for pair in pairs]),
         prompt=torch.tensor([prompts.setdefault(pair.prompt, len(prompts)) for pair in pairs]),
         reference=None if references is None else torch.cat(list(references)),
+        margins=_margins(pairs),
     )
+
+
+def _margins(pairs: Sequence[Pair]) -> Tensor | None:
+    given = [math.nan if pair.margin is None else pair.margin for pair in pairs]
+    return None if all(map(math.isnan, given)) else torch.tensor(given)
 
 
 def by_pairs(sizes: Sequence[int], limit: int) -> list[list[int]]:

@@ -135,10 +135,19 @@ def encode_some(
             examples[str(reason)] = [*examples.get(str(reason), []), places[index]][:SHOWN]
             continue
         (chosen, its), (rejected, other) = cut.answers
-        pairs.append(Pair(cut.prompt, chosen, rejected, places[index], its, other))
+        ids = (cut.prompt, chosen, rejected, places[index], its, other)
+        pairs.append(Pair(*ids, margin=margin_of(rows[index])))
         counts["split"] += cut.split
         counts["truncated"] += cut.truncated
     return Encoded(pairs, counts | {"kept": len(pairs)}, examples)
+
+
+def margin_of(row: Row) -> float | None:
+    """How much better the chosen answer is, as the row says; None where it does not."""
+    if "margin" in row:
+        return float(row["margin"])
+    scores = [row.get(f"score_{side}") for side in ("chosen", "rejected")]
+    return None if None in scores else float(scores[0]) - float(scores[1])  # type: ignore
 
 
 def encode_texts(

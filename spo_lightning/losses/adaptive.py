@@ -28,8 +28,11 @@ def alpha_dpo(
     gamma_beta_ratio: float,
     alpha: float,
 ) -> Tensor:
-    """SimPO whose target margin follows the pair's standardised margin. Wu et al. 2024
-    (2410.10148), in the official code's scale: alpha is alpha / beta of the paper."""
+    r"""SimPO whose target margin follows the pair's standardised margin. Wu et al. 2024
+    (2410.10148), in the official code's scale: alpha is alpha / beta of the paper.
+
+    $-\log\sigma(\beta (\bar z - \gamma/\beta - \alpha\frac{\bar h - \mu}{sd}))$, $\bar h$ detached
+    """
     margin = (policy.mean_gap - reference.mean_gap).detach()
     standardised = (margin - moments.mean) / max(moments.spread, FLOOR)
     return _logistic(beta * (policy.mean_gap - gamma_beta_ratio - alpha * standardised))

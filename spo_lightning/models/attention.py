@@ -9,12 +9,14 @@ does not know, are computed by their definition. ``FLEX`` is the same by FlexAtt
 for the row, on a GPU, in any precision, that passes over blocks nobody attends to.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -283,3 +285,23 @@ def _rectangle(row: Tensor, there: Tensor) -> Tensor:
 for _name, _forward in ((IMPLEMENTATION, forward), (FLEX, flex_forward)):
     AttentionInterface.register(_name, _forward)
     AttentionMaskInterface.register(_name, sdpa_mask)
+
+
+class MathKernel(AbstractContextManager):
+    """sdpa's math kernel, which can be differentiated twice; unlike sdpa_kernel, entered again."""
+
+    def __enter__(self) -> None:
+        self.inside = sdpa_kernel(SDPBackend.MATH)
+        self.inside.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.inside.__exit__(*error)
+
+
+def _kernels() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around a layer's forward, and around its recomputation: with the kernel the forward had."""
+    return nullcontext(), nullcontext() if fused() else MathKernel()
+
+
+# how activations are checkpointed
+RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "context_fn": _kernels}

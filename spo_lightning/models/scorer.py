@@ -8,14 +8,13 @@ model that cannot share a prompt runs its responses apart instead (``Scorer.shar
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from spo_lightning.data.batch import CHOSEN, PAD, REJECTED, Pair, PairBatch, collate
@@ -38,6 +37,8 @@ class PairLogps:
     pair: Tensor  # [S] which of the B pairs
     side: Tensor  # [S] bool: False chosen, True rejected
     pairs: int  # B
+    margins: Tensor | None = None  # [B] the data's score differences, where it has them
+    squares: Tensor | None = None  # [S] log sum of squared probabilities, where asked for
 
     def _per_side(self, values: Tensor) -> Tensor:
         # float64: the sum of a long answer must not depend on the order of its tokens
@@ -54,6 +55,13 @@ class PairLogps:
     def lengths(self) -> Tensor:
         """[B, 2] scored tokens; an absent response counts as one, so means stay finite."""
         return self._per_side(torch.ones_like(self.logps.detach())).clamp(min=1)
+
+    @property
+    def places(self) -> Tensor:
+        """[S] where a token stands in its answer, from 0."""
+        counts = self._per_side(torch.ones_like(self.logps.detach())).long().flatten()
+        starts = (counts.cumsum(0) - counts)[2 * self.pair + self.side.long()]
+        return torch.arange(len(starts), device=starts.device) - starts
 
     @property
     def chosen(self) -> Tensor:
@@ -138,6 +146,7 @@ class Scorer(nn.Module):
     ):
         super().__init__()
         self.model, self.shared, self.logits, self.compiled = model, shared, logits, False
+        self.squares = False  # whether PairLogps comes with them
         self.reading = reading or reading_of(model)
 
     @property
@@ -148,23 +157,34 @@ class Scorer(nn.Module):
     def forward(self, batch: PairBatch) -> PairLogps:
         """Log-probabilities of every scored token. Differentiable."""
         if self.packs or self.shared or not bool(batch.rejected.any()):
-            logps = self._score(batch, self._predictors(batch))
-            return PairLogps(logps, batch.pair, batch.rejected, len(batch))
+            hidden = self._predictors(batch)
+            squares = self._squares(hidden) if self.squares else None
+            return self._of(batch, self._score(batch, hidden), squares)
         return self.apart(batch)
 
     def apart(self, batch: PairBatch) -> PairLogps:
         """The same from two forwards as transformers has them, nothing shared, nothing packed."""
-        chosen, rejected = (self._score(side, self._in_rows(side)) for side in sides(batch))
-        logps = chosen.new_zeros(batch.pair.shape)
-        logps = logps.masked_scatter(~batch.rejected, chosen)
-        logps = logps.masked_scatter(batch.rejected, rejected)
-        return PairLogps(logps, batch.pair, batch.rejected, len(batch))
+        both = sides(batch)
+        hidden = [self._in_rows(side) for side in both]
+
+        def merged(chosen: Tensor, rejected: Tensor) -> Tensor:
+            whole = chosen.new_zeros(batch.pair.shape).masked_scatter(~batch.rejected, chosen)
+            return whole.masked_scatter(batch.rejected, rejected)
+
+        logps = merged(*map(self._score, both, hidden))
+        return self._of(
+            batch, logps, merged(*map(self._squares, hidden)) if self.squares else None
+        )
+
+    def _of(self, batch: PairBatch, logps: Tensor, squares: Tensor | None) -> PairLogps:
+        about = batch.pair, batch.rejected, len(batch)
+        return PairLogps(logps, *about, margins=batch.margins, squares=squares)
 
     def twice(self) -> Callable[[], AbstractContextManager] | None:
         """A context whose forwards can be differentiated twice, None where there is none."""
         known = ("eager", "sdpa", attention.IMPLEMENTATION)
         known = () if self.compiled else known  # what torch compiles has a first derivative only
-        return MathKernel if self._attention in known else None
+        return attention.MathKernel if self._attention in known else None
 
     def smaller(self, batch: PairBatch) -> list[PairBatch]:
         """The batch in parts of which a forward inside ``twice`` fits where the whole one did."""
@@ -208,6 +228,15 @@ class Scorer(nn.Module):
     def _rows(self) -> int:
         """Scored tokens whose logits are alive at once."""
         return max(1, self.logits // vocabulary_of(self.model))
+
+    @torch.no_grad()
+    def _squares(self, hidden: Tensor) -> Tensor:
+        """[S] log of the sum of the squared probabilities of the next token."""
+        parts = []
+        for chunk in hidden.split(self._rows()):
+            logits = logits_of(self._head, chunk, self.reading.cap, self.reading.scale)
+            parts.append((2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def top(self, batch: PairBatch, k: int) -> tuple[Tensor, Tensor]:
@@ -317,23 +346,3 @@ def score(
             advance(sum(map(len, together)))
     whole = {index: row for some in stages.world.gather(scored) for index, row in some.items()}
     return replace(pairs, references=[whole[index] for index in range(len(pairs))])
-
-
-class MathKernel(AbstractContextManager):
-    """sdpa's math kernel, which can be differentiated twice; unlike sdpa_kernel, entered again."""
-
-    def __enter__(self) -> None:
-        self.inside = sdpa_kernel(SDPBackend.MATH)
-        self.inside.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.inside.__exit__(*error)
-
-
-def _kernels() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Around a layer's forward, and around its recomputation: with the kernel the forward had."""
-    return nullcontext(), nullcontext() if attention.fused() else MathKernel()
-
-
-# how activations are checkpointed
-RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "context_fn": _kernels}

@@ -20,7 +20,7 @@ from spo_lightning.models.reading import (
     text_config,
     vocabulary_of,
 )
-from spo_lightning.models.scorer import FLOATS, LOGITS, RECOMPUTED, Scorer
+from spo_lightning.models.scorer import FLOATS, LOGITS, Scorer
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def scorer_of_run(
     logits = cfg.hardware.logits_mib * FLOATS
     scorer = scorer_of(policy, longest, share=cfg.model.share_prompt, logits=logits)
     if cfg.hardware.activation_checkpointing:
-        policy.lm.gradient_checkpointing_enable(RECOMPUTED)
+        policy.lm.gradient_checkpointing_enable(attention.RECOMPUTED)
     return scorer
 
 

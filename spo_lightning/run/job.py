@@ -1,6 +1,5 @@
 """What a training run is asked for, checked before its stages, and what it leaves to be read."""
 
-import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from spo_lightning.world import World
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from spo_lightning.data.rows import Task
     from spo_lightning.data.sets import Pairs
     from spo_lightning.evaluation.held_out import HeldOut
     from spo_lightning.training.fit import GoesOn
@@ -76,12 +76,34 @@ def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: Wo
     return Job(cfg, run, choices, loss, solver, goes_on, {})
 
 
+def refuse_rows(loss: Any, task: "Task") -> None:
+    """Rows without the score differences that the loss reads."""
+    from spo_lightning.data.encode import margin_of
+    from spo_lightning.losses import asks
+
+    if not asks(loss, "margins"):
+        return
+    for side in ("train", "held_out"):
+        for place, row in enumerate(getattr(task, side), 1):
+            margin = margin_of(row)
+            if margin is None or not margin > 0:
+                found = "no score" if margin is None else f"a score difference of {margin:g}"
+                raise UserError(
+                    f"{side.replace('_', '-')}, row {place}: {found}, and this loss needs one "
+                    "above 0: give margin, or score_chosen and score_rejected"
+                )
+
+
 def refuse_processes(cfg: "DictConfig", world: World) -> None:
     """What several processes cannot do, whoever began them."""
     if cfg.batch_size < world.size:
         raise UserError(
             f"batch_size={cfg.batch_size} gives no pair to some of the {world.size} processes: "
             "raise it"
+        )
+    if world.size > 1 and cfg.loss.get("whole_batch"):
+        raise UserError(
+            "this loss needs all pairs of an outer step in one process: begin one, or take another"
         )
     if world.size > 1 and cfg.data.get("stream"):
         raise UserError("data.stream=true is read by one process: begin one, or leave it out")
@@ -92,6 +114,7 @@ def objective(cfg: "DictConfig") -> tuple[Any, Any]:
     import torch
     from omegaconf import OmegaConf
 
+    from spo_lightning.losses import assembled
     from spo_lightning.training.fit import optimizer_of
 
     built({"_target_": cfg.optimizer._target_, "_partial_": True})  # is it installed?
@@ -101,14 +124,10 @@ def objective(cfg: "DictConfig") -> tuple[Any, Any]:
         said = one_line(error).rstrip(".")
         raise UserError(f"optimizer: {said}; see conf/optimizer for its keys") from error
     try:
-        node: Any = OmegaConf.to_container(cfg.loss, resolve=True)
-        node.pop("unit")
-        loss, solver = built(node), built(cfg.solver)
-        # a partial takes any keyword until it is called, and that is after the warm start
-        inspect.signature(loss.func).bind_partial(**loss.keywords)
-        return loss, solver
-    except TypeError as error:
+        loss = assembled(built(OmegaConf.to_container(cfg.loss, resolve=True)))
+    except (TypeError, ValueError) as error:
         raise UserError(f"loss: {error}; see conf/loss for its keys") from error
+    return loss, built(cfg.solver)
 
 
 def _checkpoint(cfg: "DictConfig", run: RunDir, world: World) -> "GoesOn | None":

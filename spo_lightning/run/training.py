@@ -14,7 +14,7 @@ from spo_lightning.records import loggers
 from spo_lightning.records.directory import RunDir
 from spo_lightning.records.lock import held
 from spo_lightning.records.progress import Stages, Stop
-from spo_lightning.run.job import Job, opened, refuse_processes
+from spo_lightning.run.job import Job, opened, refuse_processes, refuse_rows
 from spo_lightning.run.record import Begun, Read, Referenced, Stage, walk
 from spo_lightning.run.stages import (
     data,
@@ -136,6 +136,7 @@ def _run(
     if at.task.layout is not None and "layout" in cfg.data:
         run.keep("data.layout", at.task.layout)  # a run that goes on reads its rows the same way
     job = opened(cfg, run, choices, stages.world)
+    refuse_rows(job.loss, at.task)
     walk(after_data(job), at)
     return job.numbers
 

@@ -204,6 +204,7 @@ def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: in
         solver,
         optimizer_of(cfg),
         beta=cfg.loss.beta,
+        whole_batch=cfg.loss.get("whole_batch", False),
         batch_size=cfg.batch_size,
         clip_norm=cfg.clip_norm,
         schedule=Schedule(cfg.optimizer.schedule, steps, cfg.optimizer.warmup),

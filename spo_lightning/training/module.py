@@ -39,6 +39,7 @@ class Preference(LightningModule):
         optimizer: Callable[..., torch.optim.Optimizer],
         *,
         beta: float,
+        whole_batch: bool,
         batch_size: int,
         clip_norm: float | None,
         schedule: Callable[[int], float],
@@ -47,9 +48,10 @@ class Preference(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.scorer, self.loss, self.solver = scorer, loss, solver
+        scorer.squares = losses.asks(loss, "squares")
         self.make_optimizer, self.schedule = optimizer, schedule
         self.beta, self.batch_size, self.clip_norm = beta, batch_size, clip_norm
-        self.log_every = log_every
+        self.log_every, self.whole_batch = log_every, whole_batch
         self.outer_step = self.pairs_seen = self.num_tokens = 0
         self.solver_state: Any = None
         self.moments_state: dict[str, float] = {}
@@ -73,7 +75,7 @@ class Preference(LightningModule):
         observed = self.observes(self.outer_step + 1)
         read = sum(part.read for part in batch)
         self.num_tokens += read if self.trainer.world_size == 1 else int(self._over_ranks(read))
-        seen = Observation(self.beta, observed, losses.needs_moments(self.loss))
+        seen = Observation(self.beta, observed, losses.asks(self.loss, "moments"))
         step = self.solver.step(self._problem(batch, seen), self.solver_state)
         norm = self._follow(step.direction, step.displacement, seen.objective, batch)
         self.solver_state = step.state
@@ -111,7 +113,8 @@ class Preference(LightningModule):
             if kernel is None or not self._fits(batch):
                 return None
             (part,) = batch
-            at_once = Microbatches(part.split(-(-len(part) // BESIDE)))
+            parts = 1 if self.whole_batch else BESIDE
+            at_once = Microbatches(part.split(-(-len(part) // parts)))
             with kernel():
                 return self._linearized(theta, part)
 

@@ -72,9 +72,35 @@ def checkpoint(tmp_path_factory):
 
 def test_losses_train_apart(tmp_path):
     shared = (*SLIPS, *LLAMA, *PLAIN)
-    table = {loss: trained(tmp_path, f"loss={loss}", *shared) for loss in options("loss")}
+    table = {}
+    for loss in (loss for loss in options("loss") if loss != "odpo"):  # its rows have scores
+        table[loss] = trained(tmp_path, f"loss={loss}", *shared, *needs(loss))
+    for kind in options("loss/divergence"):
+        if kind != "reverse_kl":
+            table[kind] = trained(tmp_path, f"loss/divergence={kind}", *shared)
+    for key in ("loss.wpo=true", "loss.ld_alpha=0.5"):
+        table[key] = trained(tmp_path, "loss=dpo", *shared, key)
     table["start"] = start(tmp_path)
     assert_all_differ(table)
+
+
+def needs(loss):
+    """What a loss asks for besides itself."""
+    if loss == "mixture":
+        return ["loss.parts.dpo.weight=1", "loss.parts.sft.weight=0.1"]
+    return ["micro_batch_size=8"] if config(f"loss={loss}").loss.get("whole_batch") else []
+
+
+def test_odpo_trains_on_rows_with_scores(tmp_path):
+    scores = [{"margin": 0.5}, {"score_chosen": 3, "score_rejected": 1}]
+    rows = [
+        {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a - b), **scores[a % 2]}
+        for a, b in ((a, a % 7 + 1) for a in range(24))
+    ]
+    write(tmp_path / "scored.jsonl", rows)
+    where = ["data=pairs", f"data.path={tmp_path / 'scored.jsonl'}", *LLAMA, *PLAIN]
+    alike = [trained(tmp_path, f"loss={loss}", *where) for loss in ("odpo", "dpo")]
+    assert alike[0] != alike[1]
 
 
 def start(tmp_path):
@@ -301,8 +327,10 @@ def test_every_key_is_explained(path):
 
 def exempt(path, name):
     # an option of experiment/ sets keys that are explained where they are declared; an empty
-    # `config` of a preset says that there is nothing to build; model_type names the family
-    return path.parent.name == "experiment" or name in ("config", "model_type")
+    # `config` of a preset says that there is nothing to build; model_type names the family; the
+    # weights of a mixture's parts are explained above all of them
+    weight = path.name == "mixture.yaml" and name == "weight"
+    return weight or path.parent.name == "experiment" or name in ("config", "model_type")
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from torch.nn.attention import flex_attention
 from spo_lightning.data.batch import Pair, by_pairs, by_tokens, collate, pack
 from spo_lightning.errors import UserError
 from spo_lightning.models import attention
+from spo_lightning.models.attention import MathKernel
 from spo_lightning.models.checks import check
-from spo_lightning.models.scorer import MathKernel, Scorer
+from spo_lightning.models.scorer import Scorer
 from spo_lightning.models.sharing import as_read_by, scorer_for
 
 PAD_ID = 257

@@ -1,0 +1,36 @@
+"""What a loss asks of other keys in; out comes nothing, or one line that refuses."""
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from spo_lightning.errors import UserError
+
+
+def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
+    """``touched``: the keys that the command line names."""
+    if OmegaConf.select(cfg, "loss.whole_batch") and "max_steps" in cfg:
+        _check_whole_batch(cfg)
+    for key in touched:
+        part, _, knob = key.rpartition(".")
+        while part.count(".") > 2:
+            part = part.rpartition(".")[0]
+        weight = (
+            OmegaConf.select(cfg, f"{part}.weight") if part.startswith("loss.parts.") else None
+        )
+        if weight == 0 and knob != "weight":
+            raise UserError(f"{key} has no effect: {part}.weight is 0; give it one")
+
+
+def _check_whole_batch(cfg: DictConfig) -> None:
+    micro, size, devices = cfg.micro_batch_size, cfg.batch_size, cfg.hardware.devices
+    apart = {
+        "data.tokens_per_batch is set": cfg.data.get("tokens_per_batch") is not None,
+        f"micro_batch_size={micro} is less than batch_size={size}": micro < size,
+        f"hardware.devices={devices} share them": devices > 1,
+    }
+    for what in (what for what, is_so in apart.items() if is_so):
+        raise UserError(
+            f"this loss needs all pairs of an outer step at once, and {what}: take "
+            "micro_batch_size=batch_size on one device"
+        )

@@ -1,0 +1,187 @@
+"""Each loss once more, in plain Python from its paper's definition; and each yaml as it is built.
+
+``v`` has one pair's sums, lengths and what follows from them, ``k`` the keys. A loss of a whole
+batch is given all pairs and gives a value for each.
+"""
+
+import math
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from pairs import CONF, pairs
+
+from spo_lightning import losses
+from spo_lightning.losses import Moments
+
+YAMLS = sorted(path.stem for path in CONF.joinpath("loss").glob("*.yaml") if path.stem != "spo")
+HALF = Moments(0.5, 0.25)
+SOME = {"mixture": {"parts": {"dpo": {"weight": 0.7}, "sft": {"weight": 0.2}}}}  # to be a loss
+
+
+@cache
+def node(name):
+    """The loss node that ``loss=name`` composes."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(None, [f"+loss={name}"]).loss
+
+
+def facts(name):
+    return node(name).unit, node(name).get("whole_batch", False)
+
+
+def built(name, **keys):
+    """The loss of a yaml with these keys, as a run has it."""
+    return _built(name, tuple(keys.items()))
+
+
+def thawed(keys):
+    """Mappings that came as tuples of their items."""
+    return {k: thawed(it) if isinstance(it, tuple) else it for k, it in keys}
+
+
+@cache
+def _built(name, keys):
+    plain = OmegaConf.to_container(node(name), resolve=True)
+    changed = OmegaConf.merge(plain, SOME.get(name, {}), thawed(keys))
+    return losses.assembled(instantiate(OmegaConf.to_container(changed)))
+
+
+def value(name, policy, reference, moments=HALF, **keys):
+    return losses.evaluate(built(name, **keys), policy, reference, moments)
+
+
+def soft(z):
+    """log(1 + e^-z)."""
+    return math.log1p(math.exp(-abs(z))) + max(-z, 0.0)
+
+
+def sig(z):
+    return math.exp(-soft(z))
+
+
+def odds(mean):
+    return mean - math.log1p(-math.exp(mean))
+
+
+def smoothed(z, k):
+    return (1 - k.label_smoothing) * soft(z) + k.label_smoothing * soft(-z)
+
+
+def exo(p, e):
+    return p * (math.log(p) - math.log(1 - e)) + (1 - p) * (math.log(1 - p) - math.log(e))
+
+
+def sort_of(rows, left, right, k):
+    differences = (
+        a - b for a, b in zip(sorted(map(left, rows)), sorted(map(right, rows)), strict=True)
+    )
+    return [smoothed(k.beta * d, k) for d in differences]
+
+
+def kto(rows, k):
+    kw, kl = (max(0.0, sum(getattr(v, s) for v in rows) / len(rows)) for s in ("sw", "sl"))
+    return [(1 - sig(k.beta * (v.sw - kl)) + 1 - sig(k.beta * (kw - v.sl))) / 2 for v in rows]
+
+
+PAIR = {
+    "sft": lambda v, k: v.nll,
+    "dpo": lambda v, k: smoothed(k.beta * v.h, k),
+    "rso_sigmoid_norm": lambda v, k: math.log1p(math.exp(-k.beta * v.h)),
+    "robust": lambda v, k: (
+        ((1 - k.label_smoothing) * soft(k.beta * v.h) - k.label_smoothing * soft(-k.beta * v.h))
+        / (1 - 2 * k.label_smoothing)
+    ),
+    "sigmoid_norm": lambda v, k: soft(k.beta * v.norm),
+    "ipo": lambda v, k: (v.h - 0.5 / k.beta) ** 2,
+    "ipo_norm": lambda v, k: (v.norm - 0.5 / k.beta) ** 2,
+    "hinge": lambda v, k: max(0.0, 1 - k.beta * v.h),
+    "rso_hinge_norm": lambda v, k: max(0.0, 1 - k.beta * (v.lw - v.rw - (v.ll - v.rl))),
+    "slic": lambda v, k: max(0.0, 1 - k.beta * (v.lw - v.ll)) - k.alpha * k.beta * v.lw,
+    "simpo": lambda v, k: soft(k.beta * v.gap - k.beta * k.gamma_beta_ratio),
+    "cpo": lambda v, k: soft(k.beta * (v.lw - v.ll)) + k.alpha * v.nll,
+    "orpo": lambda v, k: v.nll + k.beta * soft(odds(v.lw / v.nw) - odds(v.ll / v.nl)),
+    "dpop": lambda v, k: soft(k.beta * v.h - k.beta * k.dpop_lambda * max(0.0, v.rw - v.lw)),
+    "rdpo": lambda v, k: soft(k.beta * v.h + k.alpha * (v.nw - v.nl)),
+    "rpo": lambda v, k: soft(k.beta * v.h) - k.eta * k.beta * v.lw,
+    "odpo": lambda v, k: soft(k.beta * v.h - k.alpha * math.log(v.margin)),
+    "exo_pair": lambda v, k: exo(sig(k.beta * v.h), k.label_smoothing),
+    "discopop": lambda v, k: (
+        (1 - sig(k.beta * v.h / k.tau)) * soft(k.beta * v.h)
+        + sig(k.beta * v.h / k.tau) * math.exp(-k.beta * v.h)
+    ),
+    "two_sided": lambda v, k: (
+        soft(k.beta * (v.lw - v.ll - (v.rw - v.rl + k.lower)))
+        + soft(k.beta * (v.rw - v.rl + k.upper - (v.lw - v.ll)))
+    ),
+    "cal_dpo": lambda v, k: (
+        soft(v.h) + k.coefficient * ((v.sw - 0.5 / k.beta) ** 2 + (v.sl + 0.5 / k.beta) ** 2)
+    ),
+    "sppo_hard": lambda v, k: (v.sw - 0.5 / k.beta) ** 2 + (v.sl + 0.5 / k.beta) ** 2,
+    "nca_pair": lambda v, k: (
+        soft(k.beta * v.sw) + soft(-k.beta * v.sw) / 2 + soft(-k.beta * v.sl) / 2
+    ),
+    "bco_pair": lambda v, k: soft(k.beta * v.sw) + soft(-k.beta * v.sl),
+    "apo_zero": lambda v, k: 1 - sig(k.beta * v.sw) + sig(k.beta * v.sl),
+    "apo_down": lambda v, k: sig(k.beta * v.sw) + 1 - sig(k.beta * v.h),
+    "smooth_hinge": lambda v, k: (
+        max(0.0, 1 - k.beta * v.gap) + k.alpha * math.log1p(math.exp(1 - v.sw / v.nw))
+    ),
+    "alpha_dpo": lambda v, k: soft(
+        k.beta * (v.gap - (k.gamma_beta_ratio + k.alpha * (v.held - 0.5) / 0.25))
+    ),
+}
+BATCH = {
+    "aot": lambda rows, k: sort_of(rows, lambda v: v.lw - v.ll, lambda v: v.rw - v.rl, k),
+    "aot_unpaired": lambda rows, k: sort_of(rows, lambda v: v.sw, lambda v: v.sl, k),
+    "kto_pair": kto,
+}
+# keys with which every term of a loss counts; where there are none its yaml's
+KEYS = {
+    "dpo": dict(beta=0.3, label_smoothing=0.2),
+    "robust": dict(beta=0.3, label_smoothing=0.2),
+    "slic": dict(beta=0.3, alpha=0.2),
+    "simpo": dict(beta=1.7, gamma_beta_ratio=0.4),
+    "cpo": dict(beta=0.3, alpha=0.7),
+    "dpop": dict(beta=0.3, dpop_lambda=3.0),
+    "rpo": dict(beta=0.3, eta=0.4),
+    "odpo": dict(beta=0.3, alpha=0.8),
+    "exo_pair": dict(beta=0.1, label_smoothing=0.1),
+    "discopop": dict(beta=0.05, tau=0.3),
+    "two_sided": dict(beta=0.3, lower=1.0, upper=4.0),
+    "cal_dpo": dict(beta=0.3, coefficient=0.7),
+    "smooth_hinge": dict(beta=0.8, alpha=0.6),
+    "alpha_dpo": dict(beta=1.7, gamma_beta_ratio=0.4, alpha=0.3),
+    "aot": dict(beta=0.3, label_smoothing=0.2),
+    "aot_unpaired": dict(beta=0.3, label_smoothing=0.2),
+}
+
+
+def rewritten(name, policy, reference, lengths, margins, held=None, **keys):
+    """[B] as plain floats; sums and lengths are [B][2]. ``held``: the policy of what has no
+    gradient."""
+    k = SimpleNamespace(**(dict(node(name)) | keys))
+    rows = []
+    given = zip(policy, reference, lengths, margins, held or policy, strict=True)
+    for (lw, ll), (rw, rl), (nw, nl), margin, (hw, hl) in given:
+        v = SimpleNamespace(lw=lw, ll=ll, rw=rw, rl=rl, nw=nw, nl=nl, nll=-lw / nw, margin=margin)
+        v.sw, v.sl, v.gap = lw - rw, ll - rl, lw / nw - ll / nl
+        v.h, v.norm = v.sw - v.sl, v.sw / nw - v.sl / nl
+        v.held = (hw - rw) / nw - (hl - rl) / nl
+        rows.append(v)
+    return BATCH[name](rows, k) if name in BATCH else [PAIR[name](v, k) for v in rows]
+
+
+def with_margins(policy, margins):
+    """The same PairLogps with score differences."""
+    return replace(policy, margins=torch.as_tensor(margins, dtype=policy.logps.dtype))
+
+
+def of_sums(sums, lengths, margins=None):
+    """PairLogps of [B, 2] sums and lengths."""
+    made = pairs(*sums.T, *lengths.T, dtype=sums.dtype)
+    return made if margins is None else with_margins(made, margins)
