@@ -19,7 +19,7 @@ PACKAGE = Path(spo_lightning.__file__).parent
 ROOMS = (
     *("errors", "world", "config", "records", "data", "models", "losses", "solvers", "cache"),
     *("evaluation", "judges", "training", "sampling", "studies", "run"),
-    *("sweep", "report", "command", "bench"),
+    *("sweep", "report", "command", "bench", "objectives"),
     *("train", "eval", "inspect", "sample", "export", "dashboard"),
 )
 # what the rooms that know least may import besides themselves
@@ -45,6 +45,7 @@ COMMANDS = (
         "command",
         "config.knobs",
         "report.__main__",
+        "objectives.__main__",
         "dashboard",
     ),
 )

@@ -10,8 +10,9 @@ from tiny import policy, random_pairs
 
 from spo_lightning.data.batch import collate
 from spo_lightning.models import attention
+from spo_lightning.models.attention import MathKernel
 from spo_lightning.models.policy import DTYPES
-from spo_lightning.models.scorer import MathKernel, Scorer
+from spo_lightning.models.scorer import Scorer
 
 # CI has no GPU: whoever has one runs these
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

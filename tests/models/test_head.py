@@ -10,8 +10,9 @@ from torch import nn
 from spo_lightning.data.batch import collate
 from spo_lightning.models import head as head_module
 from spo_lightning.models import policy as policies
+from spo_lightning.models.attention import MathKernel
 from spo_lightning.models.head import fused_logps, is_plain, logits_of, plain_logps
-from spo_lightning.models.scorer import MathKernel, Scorer
+from spo_lightning.models.scorer import Scorer
 
 PAD_ID = 257
 

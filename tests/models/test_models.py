@@ -12,10 +12,11 @@ from tiny import gradients, in_float64, lora, policy, random_pairs, slow_logps
 from spo_lightning.data.batch import CHOSEN, Pair, PairBatch, collate
 from spo_lightning.errors import UserError
 from spo_lightning.models import scorer as models
+from spo_lightning.models.attention import MathKernel
 from spo_lightning.models.checks import check
 from spo_lightning.models.head import plain_logps
 from spo_lightning.models.reading import Reading
-from spo_lightning.models.scorer import MathKernel, Scorer, sides
+from spo_lightning.models.scorer import Scorer, sides
 from spo_lightning.models.sharing import scorer_for, supports_sharing
 
 PAD_ID = 257
