@@ -235,8 +235,34 @@ KNOBS = [
     ),
     Case("run directory in a file", ("hydra.run.dir=good.jsonl/run",), "cannot write"),
 ]
+WHOLE = ("loss=aot", "data=slips")
+KNOBS += [
+    Case(
+        "a whole batch in parts",
+        (*WHOLE, "micro_batch_size=8"),
+        "needs all pairs of an outer step at once, and micro_batch_size=8 is less than "
+        "batch_size=32",
+    ),
+    Case("a whole batch by tokens", (*WHOLE, "data.tokens_per_batch=512"), "tokens_per_batch is"),
+    Case("a whole batch over devices", (*WHOLE, "hardware=ddp"), "hardware.devices="),
+    Case("weights of sorted pairs", ("loss=aot", "loss.wpo=true"), "loss.wpo"),
+    Case("a divergence without ratios", ("loss=simpo", "loss/divergence=js"), "loss/divergence"),
+    Case(
+        "a key of a part that does not count",
+        ("loss=mixture", "loss.parts.dpo.weight=1", "loss.parts.ipo.beta=0.2"),
+        "loss.parts.ipo.beta has no effect: loss.parts.ipo.weight is 0",
+    ),
+]
 # the constructors of losses, solvers and models refuse these: torch is imported first
 BUILT = [
+    Case("a mixture of nothing", ("loss=mixture", "data=slips"), "give some part a weight"),
+    Case("lengths of means", ("loss=simpo", "loss.ld_alpha=0.5"), "loss.ld_alpha"),
+    Case(
+        "no scores",
+        rows("good", "loss=odpo"),
+        "train, row 1: no score, and this loss needs one above 0: give margin",
+        slow=True,
+    ),
     Case("added key of a loss", ("+loss.betaa=1",), "betaa"),
     Case("added key of a solver", ("+solver.x=1",), "'x'", slow=True),
     Case(

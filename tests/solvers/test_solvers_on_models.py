@@ -8,7 +8,7 @@ from lightning import Callback
 from safetensors.torch import load_file
 from tiny import in_float64, lora, policy
 
-from spo_lightning.models import scorer as models
+from spo_lightning.models.attention import RECOMPUTED
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.solvers.products import Automatic, Exact, FiniteDifference
 from spo_lightning.train import train
@@ -54,7 +54,7 @@ def made_by(family, dtype="float64", adapters=False, checkpointing=False, attent
         if "lora_B" in name:  # zero at the start, which would hide half of the Hessian
             torch.nn.init.normal_(value, std=0.1, generator=torch.Generator().manual_seed(1))
     if checkpointing:
-        made.lm.gradient_checkpointing_enable(models.RECOMPUTED)
+        made.lm.gradient_checkpointing_enable(RECOMPUTED)
     made.lm.train()
     return made
 
