@@ -130,6 +130,7 @@ def fitted(
     callbacks=(),
     watch=None,
     lower=None,
+    whole_batch=False,
     accelerator="cpu",
 ):
     """Drive ``Preference`` through Lightning's Trainer as ``fit.py`` does."""
@@ -141,7 +142,7 @@ def fitted(
         solver,
         optimizer,
         beta=beta,
-        whole_batch=False,
+        whole_batch=whole_batch,
         batch_size=batch_size,
         clip_norm=clip_norm,
         schedule=schedule,

@@ -1,0 +1,65 @@
+"""Every loss with every solver: two steps, finite, and the parameters move on the second."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fitting import Watch, config, fitted, objective, scored
+from pairs import CONF
+from tiny import policy, random_pairs
+
+LOSSES = sorted(path.stem for path in CONF.joinpath("loss").glob("*.yaml"))
+SOLVERS = sorted(path.stem for path in CONF.joinpath("solver").glob("*.yaml"))
+PARTS = ["loss.parts.dpo.weight=1", "loss.parts.sft.weight=0.1"]
+SECOND = ["solver/apply=hypergradient", "solver.apply.order=second"]
+# the others are of the same kinds, and take minutes
+ONE_OF_A_KIND = ("slic", "alpha_dpo", "aot", "odpo")
+
+
+def cases():
+    for loss in LOSSES:
+        for solver in SOLVERS:
+            marks = [] if loss in ONE_OF_A_KIND else [pytest.mark.slow]
+            yield pytest.param(loss, [f"solver={solver}"], marks=marks, id=f"{loss}-{solver}")
+    yield pytest.param("aot", ["solver=unrolled", *SECOND], id="aot-second")
+
+
+def words(loss, solver):
+    # spo names its solver itself, and is refused without
+    solver = ["solver=penalty"] if loss == "spo" and solver == ["solver=none"] else solver
+    return [f"loss={loss}", *solver, *(PARTS if loss == "mixture" else [])]
+
+
+def given(made):
+    """Pairs with a reference that is not the policy, and with score differences."""
+    found = scored(made.lm, shift=lambda number, r: 0.03 if number % 2 else -0.02)
+    return replace(found, pairs=[replace(p, margin=0.5 + n) for n, p in enumerate(found.pairs)])
+
+
+@pytest.mark.parametrize(("loss", "solver"), cases())
+def test_a_loss_trains_with_a_solver(loss, solver):
+    made, line = policy("gpt2"), words(loss, solver)
+    whole = config(*line).loss.get("whole_batch", False)
+    watch = Watch(keep=True)
+    how = {"steps": 2, "micro": 8 if whole else 3, "whole_batch": whole, "watch": watch}
+    fit = fitted(made, objective(*line), given(made), **how)
+    for row in fit.numbers:
+        assert all(torch.tensor(v).isfinite() for v in row.values()), row
+    moved = [(a - b).abs().max() for a, b in zip(*(w.values() for w in watch.parameters))]
+    assert max(moved) > 0
+
+
+def test_a_whole_batch_is_never_read_in_parts():
+    """One step of second order keeps a graph where it fits, and reads other losses in parts."""
+    ahead = {}
+    for hvp, whole in (("auto", True), ("finite_difference", True), ("auto", False)):
+        made = policy("gpt2")
+        # a graph of the chosen answers alone is small beside these rows
+        long = [replace(p, rejected=p.rejected * 6) for p in random_pairs(12)]
+        found = scored(made.lm, long, shift=lambda number, r: 0.03 if number % 2 else -0.02)
+        chosen = objective("loss=aot_unpaired", "solver=unrolled", *SECOND, f"solver/hvp={hvp}")
+        fit = fitted(made, chosen, found, steps=1, whole_batch=whole)
+        ahead[hvp, whole] = fit.numbers[0]["train/solver/upper_ahead"]
+    whole = ahead["finite_difference", True]
+    assert ahead["auto", True] == pytest.approx(whole, rel=1e-9)
+    assert ahead["auto", False] != pytest.approx(whole, rel=1e-4)
