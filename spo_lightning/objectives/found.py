@@ -72,7 +72,11 @@ class Objective:
 
     def loss(self) -> partial:
         """The function with the keys that its yaml gives it."""
-        return partial(self.function, **{key.name: key.default for key in self.keys})
+        keys = {key.name: key.default for key in self.keys}
+        # what another key decides is a seed
+        return partial(
+            self.function, **{k: 0 if str(v)[:1] == "$" else v for k, v in keys.items()}
+        )
 
 
 def objectives(rooms: list[Path]) -> list[Objective]:

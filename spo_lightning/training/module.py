@@ -83,8 +83,8 @@ class Preference(LightningModule):
         self.pairs_seen += self.batch_size
         means = {name: value.item() for name, value in self._reduce(seen.totals).means().items()}
         if seen.moments:
-            spread = seen.spread(means, self.batch_size)
-            self.moments_state = losses.update(self.moments_state, means.pop("margin"), spread)
+            now = seen.margins(means, self.batch_size)
+            self.moments_state = losses.update(self.moments_state, **now)
         self.numbers = {}
         if observed:
             self.numbers = self._named(means, step.logged, norm)

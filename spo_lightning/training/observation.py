@@ -29,8 +29,10 @@ class Observation:
         """One microbatch's pass over both responses; ``apart``: the lower level's own texts,
         or ``policy``."""
         if self.moments:
-            margin = (policy.mean_gap - reference.mean_gap).detach().double()
-            self.totals.add({"margin": margin, "margin_squared": margin.square()})
+            by_token, summed = policy.mean_gap - reference.mean_gap, policy.gap - reference.gap
+            for name, margin in (("", by_token), ("summed_", summed)):
+                seen = margin.detach().double()
+                self.totals.add({f"{name}mean": seen, f"{name}square": seen.square()})
         if not self.full:
             return
         self.totals.add(pair_numbers(policy, reference, beta=self.beta))
@@ -56,7 +58,13 @@ class Observation:
             added = added + pull(objective, apart).abs().sum()
         self.totals.add({"solver/slope_ratio": (added, plain.abs().sum())})
 
-    def spread(self, means: dict[str, float], count: int) -> float:
-        """Unbiased standard deviation of the margin; nan for one pair."""
-        variance = means.pop("margin_squared") - means["margin"] ** 2
-        return math.sqrt(max(variance, 0.0) * count / (count - 1)) if count > 1 else math.nan
+    def margins(self, means: dict[str, float], count: int) -> dict[str, float]:
+        """Mean and unbiased standard deviation of both margins, taken out of ``means``; nan for
+        one pair."""
+        found = {}
+        for name in ("", "summed_"):
+            mean = found[f"{name}mean"] = means.pop(f"{name}mean")
+            variance = max(means.pop(f"{name}square") - mean**2, 0.0)
+            spread = math.sqrt(variance * count / (count - 1)) if count > 1 else math.nan
+            found[f"{name}spread"] = spread
+        return found

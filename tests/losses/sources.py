@@ -19,15 +19,18 @@ from spo_lightning import losses
 from spo_lightning.losses import Moments
 
 YAMLS = sorted(path.stem for path in CONF.joinpath("loss").glob("*.yaml") if path.stem != "spo")
-HALF = Moments(0.5, 0.25)
-SOME = {"mixture": {"parts": {"dpo": {"weight": 0.7}, "sft": {"weight": 0.2}}}}  # to be a loss
+HALF = Moments(0.5, 0.25, summed_mean=1.5, summed_spread=4.0, weight=0.9, steps=3)
+SOME = {
+    "mixture": {"parts": {"dpo": {"weight": 0.7}, "sft": {"weight": 0.2}}},
+    "beta_dpo": {"filtered": 0.0},  # the draw has a test of its own
+}  # to be a loss
 
 
 @cache
 def node(name):
     """The loss node that ``loss=name`` composes."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(None, [f"+loss={name}"]).loss
+        return compose(None, [f"+loss={name}", "+seed=0"]).loss
 
 
 def facts(name):
@@ -81,6 +84,14 @@ def sort_of(rows, left, right, k):
         a - b for a, b in zip(sorted(map(left, rows)), sorted(map(right, rows)), strict=True)
     )
     return [smoothed(k.beta * d, k) for d in differences]
+
+
+def of_strength(rows, k):
+    """beta_dpo of all pairs, after batches of mean 1.5 that count 0.9."""
+    mean = sum(v.held_sum for v in rows) / len(rows)
+    usual = (0.9 * 0.9 * 1.5 + 0.1 * mean) / (0.9 * 0.9 + 0.1)
+    strength = max(1e-3, k.beta * (1 + k.alpha * (mean - usual)))
+    return [soft(strength * v.h) for v in rows]
 
 
 def kto(rows, k):
@@ -139,6 +150,7 @@ BATCH = {
     "aot": lambda rows, k: sort_of(rows, lambda v: v.lw - v.ll, lambda v: v.rw - v.rl, k),
     "aot_unpaired": lambda rows, k: sort_of(rows, lambda v: v.sw, lambda v: v.sl, k),
     "kto_pair": kto,
+    "beta_dpo": of_strength,
 }
 # keys with which every term of a loss counts; where there are none its yaml's
 KEYS = {
@@ -171,7 +183,7 @@ def rewritten(name, policy, reference, lengths, margins, held=None, **keys):
         v = SimpleNamespace(lw=lw, ll=ll, rw=rw, rl=rl, nw=nw, nl=nl, nll=-lw / nw, margin=margin)
         v.sw, v.sl, v.gap = lw - rw, ll - rl, lw / nw - ll / nl
         v.h, v.norm = v.sw - v.sl, v.sw / nw - v.sl / nl
-        v.held = (hw - rw) / nw - (hl - rl) / nl
+        v.held, v.held_sum = (hw - rw) / nw - (hl - rl) / nl, hw - rw - (hl - rl)
         rows.append(v)
     return BATCH[name](rows, k) if name in BATCH else [PAIR[name](v, k) for v in rows]
 

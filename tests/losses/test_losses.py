@@ -138,13 +138,55 @@ def test_label_smoothing_of_a_half_is_symmetric():
 
 
 def test_moments_before_and_after_updates():
-    assert losses.moments_of({}) == (0.0, 1.0)
-    once = losses.update({}, 3.0, 0.5)
-    assert losses.moments_of(once) == pytest.approx((3.0, 0.5))  # the bias is corrected
-    twice = losses.update(once, 1.0, 1.5)
-    assert losses.moments_of(twice) == pytest.approx(((0.9 * 3 + 1) / 1.9, (0.45 + 1.5) / 1.9))
-    assert all(type(it) is float for it in twice.values())
-    assert losses.update(twice, 1.0, math.nan) == twice  # one pair has no standard deviation
+    assert losses.moments_of({})[:2] == (0.0, 1.0)
+    once = losses.update({}, **seen(3.0, 0.5))
+    assert losses.moments_of(once)[:2] == pytest.approx((3.0, 0.5))  # the bias is corrected
+    twice = losses.update(once, **seen(1.0, 1.5))
+    moments = losses.moments_of(twice)
+    assert moments[:2] == pytest.approx(((0.9 * 3 + 1) / 1.9, (0.45 + 1.5) / 1.9))
+    assert moments[2:4] == pytest.approx(((0.9 * 30 + 10) / 1.9, (4.5 + 15) / 1.9))
+    assert (moments.weight, moments.steps) == (pytest.approx(0.19), 2)
+    assert losses.update(twice, **seen(1.0, math.nan)) == twice  # one pair has no deviation
+
+
+def seen(mean, spread):
+    """Of one batch, whose summed margins are ten times those per token."""
+    summed = {"summed_mean": 10 * mean, "summed_spread": 10 * spread}
+    return {"mean": mean, "spread": spread, **summed}
+
+
+def test_a_batch_counts_before_it_is_in_the_state():
+    margins = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+    state = losses.update({}, **seen(0.4, 0.1))
+    after = {"summed_mean": 3.0, "summed_spread": margins.std().item()}
+    whole = losses.moments_of(losses.update(state, mean=0.0, spread=0.0, **after))
+    ahead = losses.moments_of(state).with_batch(margins)
+    assert ahead == pytest.approx((whole.summed_mean, whole.summed_spread))
+    assert losses.moments_of({}).with_batch(margins) == pytest.approx((3.0, margins.std().item()))
+
+
+def test_beta_dpo_by_hand():
+    """M = 0.5 with this pair in it: beta is 0.1 (1 + 0.6 (2 - 0.5)) = 0.19."""
+    before = Moments(0.0, 1.0, summed_mean=0.3 / 0.9, summed_spread=1.0, weight=1.0)
+    (found,) = value("beta_dpo", -4.0, -7.0, moments=before, beta=0.1)
+    assert found.item() == pytest.approx(0.521089614, abs=1e-9)
+
+
+def test_beta_dpo_draws_the_pairs_it_keeps():
+    """By the step and nothing else; near pairs rather; what is kept counts for all."""
+    margins = torch.tensor([0.0, 0.1, -0.1, 0.2, 5.0], dtype=torch.float64)
+    zeros, ones = torch.zeros(5, dtype=torch.float64), torch.ones(5).long()
+    both = [pairs(chosen, zeros - 1, ones, ones) for chosen in (margins - 1, zeros - 1)]
+    kept = torch.zeros(5)
+    for step in range(200):
+        moments = Moments(0.0, 1.0, 0.0, 1.0, weight=0.999, steps=step)
+        found = sources.value("beta_dpo", *both, moments, filtered=0.4)
+        again = sources.value("beta_dpo", *both, moments, filtered=0.4)
+        assert torch.equal(found, again) and int((found > 0).sum()) == 3
+        kept += (found > 0).float()
+    assert kept[4] < 0.1 * kept[:4].min()
+    assert kept[:4].max() < 200  # a draw, not the nearest
+    assert found[found > 0].max() < math.log(2) * 5 / 3 * 1.1
 
 
 def test_alpha_dpo_floors_the_spread():
