@@ -245,6 +245,7 @@ KNOBS += [
     ),
     Case("a whole batch by tokens", (*WHOLE, "data.tokens_per_batch=512"), "tokens_per_batch is"),
     Case("a whole batch over devices", (*WHOLE, "hardware=ddp"), "hardware.devices="),
+    Case("half of the labels", ("loss=robust", "loss.label_smoothing=0.5"), "and below 0.5"),
     Case("weights of sorted pairs", ("loss=aot", "loss.wpo=true"), "loss.wpo"),
     Case("a divergence without ratios", ("loss=simpo", "loss/divergence=js"), "loss/divergence"),
     Case(
