@@ -7,10 +7,10 @@ policy that the loss inside sees is another one; lengths stay.
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,8 @@ from spo_lightning.models.scorer import PairLogps
 FACTS = ("unit", "whole_batch")  # what a yaml says of its loss, for others to read
 
 LARGEST = 40.0  # exponent: e^40 and its square are numbers in float32
-
-
-class Divergence(Protocol):
-    """[...] log-ratios in, the scores that a loss sees in their place out; 0 stays 0."""
-
-    def __call__(self, ratio: Tensor) -> Tensor: ...
+# log-ratios in, the scores that a loss sees in their place out; 0 stays 0
+Divergence = Callable[[Tensor], Tensor]
 
 
 def reverse_kl(ratio: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ OBJECTIVES = {
     **{name: ("loss=dpo", *words) for name, words in (SOLVERS | RAMP).items()},
     "running_min": ("loss=spo", "solver/value=running_min", "solver.margin=0.01"),
     "alpha_dpo": ("loss=alpha_dpo",),
+    "beta_dpo": ("loss=beta_dpo", "micro_batch_size=4"),
     "own texts": ("loss=spo", "data.sft=own"),
     "adamw_8bit": ("loss=dpo", "optimizer=adamw_8bit"),
     "bf16": ("loss=dpo", *HALF),

@@ -8,6 +8,10 @@ from fitting import Watch, config, fitted, objective, scored
 from pairs import CONF
 from tiny import policy, random_pairs
 
+from spo_lightning.errors import UserError
+from spo_lightning.run.job import refuse_processes
+from spo_lightning.world import World
+
 LOSSES = sorted(path.stem for path in CONF.joinpath("loss").glob("*.yaml"))
 SOLVERS = sorted(path.stem for path in CONF.joinpath("solver").glob("*.yaml"))
 PARTS = ["loss.parts.dpo.weight=1", "loss.parts.sft.weight=0.1"]
@@ -63,3 +67,11 @@ def test_a_whole_batch_is_never_read_in_parts():
     whole = ahead["finite_difference", True]
     assert ahead["auto", True] == pytest.approx(whole, rel=1e-9)
     assert ahead["auto", False] != pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "kto_pair", "beta_dpo"])
+def test_a_whole_batch_is_never_shared(loss):
+    with pytest.raises(UserError, match="needs all pairs of an outer step in one process"):
+        refuse_processes(config(f"loss={loss}"), World(0, 2))
+    refuse_processes(config(f"loss={loss}"), World())
+    refuse_processes(config("loss=dpo"), World(0, 2))
