@@ -37,7 +37,7 @@ from spo_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CODE = 3  # raise it when the same rows and tokenizer come to give other tokens
+CODE = 4  # raise it when the same rows and tokenizer come to give other tokens
 READ = ("prompt", "chosen", "rejected", "plain", "tools", "chat_template_kwargs")  # of a row
 READ += ("margin", "score_chosen", "score_rejected")
 # of a file, as of a Pair
