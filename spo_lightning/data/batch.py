@@ -99,7 +99,13 @@ class PairBatch:
     def read(self) -> int:
         """Tokens of the texts in it: of prompt + each response, and of the lower level's own."""
         below = 0 if self.lower is None else self.lower.tokens
-        return 2 * self.tokens - int(self._home.lengths[:, 1:].sum()) + below
+        prompt, *responses = self._home.lengths.unbind(1)
+        return below + sum(int(prompt[some > 0].sum() + some.sum()) for some in responses)
+
+    @property
+    def compared(self) -> bool:
+        """Whether there are rejected responses."""
+        return bool(self._home.lengths[:, 2].any())
 
     @cached_property
     def packed(self) -> Packed:

@@ -59,6 +59,9 @@ class Answer(NamedTuple):
     context: tuple[int, ...]
 
 
+NOTHING = Answer((), ())  # in place of a response that a row has not
+
+
 class Cut(NamedTuple):
     """A tokenised row: the shared prompt, its responses, and what it took to get there."""
 
@@ -81,7 +84,8 @@ def encode_pairs(
 ) -> Encoded:
     """Pairs whose prompt + one response has at most ``max_length`` tokens.
 
-    ``scored``: of an answer of several turns, the assistant's, or all.
+    Rows without a rejected response become pairs without one. ``scored``: of an answer of several
+    turns, the assistant's, or all.
     """
     found = encode_some(
         rows,
@@ -123,7 +127,8 @@ def encode_some(
     examples: dict[str, list[int]] = {}
     names = [f"{where}, row {place + 1}" for place in places]
     rows = [readable(row, tokenizer) for row in rows]
-    cuts = _cuts(rows, ("chosen", "rejected"), tokenizer, max_length, scored, names)
+    sides = tuple(side for side in ("chosen", "rejected") if any(side in row for row in rows))
+    cuts = _cuts(rows, sides, tokenizer, max_length, scored, names)
     for index, cut in enumerate(cuts):
         reason = _reason(rows[index], cut, on_mismatch == "drop")
         if on_mismatch == "error" and cut is not None and cut.split:
@@ -134,7 +139,7 @@ def encode_some(
             counts[f"dropped/{reason}"] += 1
             examples[str(reason)] = [*examples.get(str(reason), []), places[index]][:SHOWN]
             continue
-        (chosen, its), (rejected, other) = cut.answers
+        (chosen, its), (rejected, other) = (*cut.answers, NOTHING)[:2]
         ids = (cut.prompt, chosen, rejected, places[index], its, other)
         pairs.append(Pair(*ids, margin=margin_of(rows[index])))
         counts["split"] += cut.split
@@ -171,7 +176,7 @@ def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
 
 
 def _reason(row: Row, cut: Cut | None, drop_split: bool) -> str | None:
-    if row["chosen"] == row["rejected"]:
+    if row["chosen"] == row.get("rejected"):
         return "identical"
     if cut is None or not cut.prompt:
         return "empty"
@@ -181,7 +186,7 @@ def _reason(row: Row, cut: Cut | None, drop_split: bool) -> str | None:
         return "long"
     if not all(answer.ids for answer in cut.answers):
         return "empty"
-    return "identical" if cut.answers[0] == cut.answers[1] else None
+    return "identical" if cut.answers[0] in cut.answers[1:] else None
 
 
 def _cuts(

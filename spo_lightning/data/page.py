@@ -73,10 +73,11 @@ def _lengths(found: Summary) -> str:
         f"and {lost:,} of {tokens:,} tokens ({lost / tokens:.1%})"
     )
     shares = {name: f"{count:,} ({count / pairs:.1%})" for name, count in found.longer.items()}
-    lines.append(
-        f"  the longer answer is the chosen one in {shares['chosen']}, the rejected one in "
-        f"{shares['rejected']}; equally long: {shares['as long']}"
-    )
+    if shares:
+        lines.append(
+            f"  the longer answer is the chosen one in {shares['chosen']}, the rejected one in "
+            f"{shares['rejected']}; equally long: {shares['as long']}"
+        )
     return "\n".join(_wrapped(line, "    ") for line in lines)
 
 
@@ -105,6 +106,8 @@ def _pair(found: Summary) -> str:
     where = f"{pair.side}, row {pair.row + 1}"
     lines = [f"one pair ({where}); what is scored stands in ⟦ ⟧, ⏎ is a line break"]
     for name, count in zip(FIELDS, pair.tokens):
+        if not count:  # a text has no rejected answer
+            continue
         text = "".join(_marked(getattr(pair, name)))
         if len(text) > TOLD:
             text = f"[...]{text[-TOLD:]}" if name == "prompt" else f"{text[:TOLD]}[...]"

@@ -91,7 +91,7 @@ def _made(title: str, raw: Rows, layout: str | None, asked: Asked, stream: bool)
     file = layouts.file_of(title, raw, asked)
     found = layouts.recognised(file) if layout is None else layouts.forced(file, layout)
     _check(title, found, asked, stream)
-    made = layouts.made(file, found)
+    made = layouts.made_to_train(file, found)
     if not made.rows:
         raise UserError(f"{title}: no row becomes a pair; {made.notes[-1]}")
     return made
@@ -99,11 +99,6 @@ def _made(title: str, raw: Rows, layout: str | None, asked: Asked, stream: bool)
 
 def _check(title: str, layout: Layout, asked: Asked, stream: bool) -> None:
     """What does not go with the layout."""
-    if layout.gives == TEXTS:
-        raise UserError(
-            f"{title}: the layout {layout.name} has one answer a row, which compares nothing: "
-            "name it as data.sft, and pairs as data.path"
-        )
     if layout.gives == LABELLED and stream:
         told = "whose pairs are made of all rows: leave data.stream out"
         raise UserError(f"{title}: the layout {layout.name} has labelled answers, {told}")
@@ -135,13 +130,26 @@ def _held_out(
         place = Place(named, where, split)
         raw = place.rows()
         file = layouts.file_of(place.title, raw, asked)
-        made = layouts.made(file, layouts.fitting(file, layout, layouts.COMPARED))
+        made = layouts.made_to_train(file, _as_in_path(file, layout, where))
         mine = {} if subset is None else {"subset": str(subset)}
         sides.append([{**row, **mine} for row in _labelled(made, raw, by)])
         notes += (f"{where}: {note}" for note in made.notes)
         dropped |= {f"{where}: {why}": some for why, some in made.dropped.items()}
     turns = [row for turn in zip_longest(*sides) for row in turn if row is not None]
     return Side(turns, tuple(notes), dropped)
+
+
+def _as_in_path(file: layouts.File, layout: Layout, where: str) -> Layout:
+    """The layout of held-out rows, which have as many answers as those of ``layout``."""
+    if layout.gives != TEXTS:
+        return layouts.fitting(file, layout, layouts.COMPARED)
+    found = layouts.recognised(file)  # labelled answers have all that texts need
+    if found.gives != TEXTS:
+        raise UserError(
+            f"{where}: the layout {found.name} gives {found.gives}, and {layout.name}, that of "
+            f"data.path, gives {TEXTS}: hold out rows of the same kind"
+        )
+    return found
 
 
 def _labelled(made: layouts.Made, raw: Rows, by: str | None) -> list[Row]:

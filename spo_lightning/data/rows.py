@@ -73,6 +73,12 @@ class Task:
     dropped: dict[str, Dropped] = field(default_factory=dict)  # by reason, before tokens are made
     unpaired: list[Row] = field(default_factory=list)  # {prompt, completion, label}: all of KTO's
 
+    @property
+    def compares(self) -> bool:
+        """Whether rows have two answers, or will have; texts have a chosen one alone."""
+        first = (*self.train[:1], *self.held_out[:1])
+        return self.samples > 0 or all("rejected" in row for row in first)
+
 
 def parsed(text: str, where: str, line: int) -> Any:
     """The JSON that begins in ``line``."""

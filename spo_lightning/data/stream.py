@@ -23,7 +23,7 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Validated training rows, ``size`` rows of the place at a time, from chunk ``start`` on."""
     for number, raw in enumerate(place.parts(size, start), start):
-        made = layouts.made(layouts.file_of(place.title, raw, asked), layout)
+        made = layouts.made_to_train(layouts.file_of(place.title, raw, asked), layout)
         first = number * size
         kept = [(first + at, row) for at, row in zip(made.places, made.rows) if trains(row)]
         yield Chunk(number, [row for _, row in kept], [at for at, _ in kept])

@@ -22,9 +22,10 @@ BESIDE = {  # what Encoded.counts says of pairs that are kept
     "split": "prompts whose last tokens change before an answer",
     "truncated": "pairs that max_length cuts",
 }
+TURNED = "pairs that stand both ways round"
 CHECKED = (
     "rows that repeat an earlier one",
-    "pairs that stand both ways round",
+    TURNED,
     "held-out prompts also in train (but for case and spaces)",
 )
 BROWSED = {"train": 200, "held-out": 50}  # rows that the page holds, evenly over the data
@@ -156,11 +157,14 @@ def _whole(
 def lengths(pairs: Sequence[Pair]) -> dict[str, Spread]:
     """Tokens of each part, in bars that compare, and of what ``max_length`` limits."""
     parts = {part: [len(getattr(pair, part)) for pair in pairs] for part in FIELDS}
+    whole = "prompt + longer"
+    if not any(parts["rejected"]):  # texts, of one answer
+        del parts["rejected"]
+        whole = "prompt + chosen"
     width = max(bar_width(sorted(some)) for some in parts.values())
     found = {name: spread(some, width) for name, some in parts.items()}
-    answers = zip(*(parts[side] for side in SIDES))
-    both = [prompt + max(two) for prompt, two in zip(parts["prompt"], answers)]
-    return found | {"prompt + longer": spread(both)}
+    lengths = zip(*parts.values())
+    return found | {whole: spread([prompt + max(answers) for prompt, *answers in lengths])}
 
 
 def cut(pairs: Sequence[Pair], whole: Sequence[Pair]) -> tuple[int, int, int]:
@@ -170,7 +174,9 @@ def cut(pairs: Sequence[Pair], whole: Sequence[Pair]) -> tuple[int, int, int]:
 
 
 def longer(pairs: Sequence[Pair]) -> dict[str, int]:
-    """How many pairs have which answer as the longer one, in tokens."""
+    """How many pairs have which answer as the longer one, in tokens; nothing of texts."""
+    if not any(pair.rejected for pair in pairs):
+        return {}
     found = Counter(
         (len(pair.chosen) > len(pair.rejected)) - (len(pair.chosen) < len(pair.rejected))
         for pair in pairs
@@ -201,8 +207,8 @@ def checks(sides: Sequence[Side]) -> list[Check]:
     repeats, turned, shared = found.values()
     for side in sides:
         for number, row in enumerate(side.rows):
-            where, texts = side.where(number), [prompt_key(row[name]) for name in FIELDS]
-            own, other = _digest(*texts), _digest(texts[0], texts[2], texts[1])
+            where, texts = side.where(number), [prompt_key(row[n]) for n in FIELDS if n in row]
+            own, other = _digest(*texts), _digest(texts[0], *texts[:0:-1])
             if own in first:
                 repeats.append((f"{where}, as {first[own]}", row))
             elif own != other and other in first:
@@ -216,6 +222,7 @@ def checks(sides: Sequence[Side]) -> list[Check]:
     return [
         Check(what, len(rows), [Example(where, _fields(row)) for where, row in rows[:SHOWN]])
         for what, rows in found.items()
+        if what != TURNED or any("rejected" in row for side in sides for row in side.rows)
     ]
 
 

@@ -54,7 +54,7 @@ def pair_totals(
         batch = pairs.batch(turn.item).to(scorer.model.device)
         policy = scorer(batch)
         reference = None if batch.reference is None else reference_logps(batch)
-        numbers = pair_numbers(policy, reference, beta=beta)
+        numbers = pair_numbers(policy, reference, beta=beta, compared=batch.compared)
         if loss is not None:
             numbers["loss"] = losses.evaluate(loss, policy, reference, moments)
         chosen, tops = batch.chosen_only, {}

@@ -11,6 +11,11 @@ from torch import Tensor
 from spo_lightning.models.scorer import PairLogps
 from spo_lightning.world import World
 
+REJECTED = (  # numbers that need a rejected answer
+    *("logps/rejected", "preference/accuracy", "preference/accuracy_norm"),
+    *("rewards/rejected", "rewards/accuracies", "rewards/margins"),
+)
+
 Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), 0-d float64
 
 
@@ -52,8 +57,18 @@ class Totals:
         return {name: total / count for name, (total, count) in self.sums.items()}
 
 
-def pair_numbers(policy: PairLogps, reference: PairLogps | None, *, beta: float) -> dict:
-    """Per-pair values (or sums and counts) under the names of the design's section 7."""
+def pair_numbers(
+    policy: PairLogps, reference: PairLogps | None, *, beta: float, compared: bool = True
+) -> dict:
+    """Per-pair values (or sums and counts) under the names of the design's section 7.
+
+    ``compared``: whether there are rejected answers; without them, what needs one is left out.
+    """
+    numbers = _numbers(policy, reference, beta)
+    return {name: it for name, it in numbers.items() if compared or name not in REJECTED}
+
+
+def _numbers(policy: PairLogps, reference: PairLogps | None, beta: float) -> dict:
     chosen, rejected = policy.chosen.detach(), policy.rejected.detach()
     numbers = {
         "logps/chosen": chosen,

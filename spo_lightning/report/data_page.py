@@ -104,13 +104,16 @@ def lengths(found: Found) -> list[Any]:
     more = (
         f"The longer answer is the chosen one in {shares['chosen']} pairs, the rejected one in "
         f"{shares['rejected']}; they are equally long in {shares['as long']}."
+        if shares
+        else None  # texts have one answer
     )
-    parts = {name: some[name] for name in FIELDS}
-    both = {"prompt + longer answer": some["prompt + longer"]}
-    line = limit if limit < 2 * some["prompt + longer"]["p99"] else None  # else far to the right
+    *_, whole = some
+    parts = {name: some[name] for name in FIELDS if name in some}
+    both = {f"{whole} answer": some[whole]}
+    line = limit if limit < 2 * some[whole]["p99"] else None  # else far to the right
     return [
         Note(told, alarm=cut > 0),
-        Note(more),
+        *([Note(more)] if more else []),
         spreads("lengths", "tokens of", some),
         bars("lengths", "Tokens of each part", "tokens", parts),
         bars("limit", "Tokens that max_length limits", "tokens", both, line, "max_length"),
@@ -144,10 +147,16 @@ def one_pair(found: Found) -> list[Any]:
     pair = found["pair"]
     if pair is None:
         return []
-    names = [f"{side}, {n} tokens" for side, n in zip(FIELDS, pair["tokens"])]
-    texts = [Text([token(piece) for piece in pair[side]]) for side in FIELDS]
+    sides = sides_of(found)
+    names = [f"{side}, {n} tokens" for side, n in zip(sides, pair["tokens"])]
+    texts = [Text([token(piece) for piece in pair[side]]) for side in sides]
     where = Note(f"{pair['side']}, row {pair['row'] + 1}.")
     return [where, *(Lines(name, text) for name, text in zip(names, texts))]
+
+
+def sides_of(found: Found) -> tuple[str, ...]:
+    """The parts of its pairs; texts have no rejected answer."""
+    return tuple(side for side in FIELDS if side in found["lengths"])
 
 
 def token(piece: Found) -> tuple[str, str, str]:
@@ -160,14 +169,15 @@ def classes(piece: Found) -> str:
 
 
 def browsed(found: Found) -> list[Browsed]:
-    rows, marks = [], []
+    rows, marks, sides = [], [], sides_of(found)
     for pair in found["rows"]:
-        texts = [text(pair[side], ends=side == "prompt") for side in FIELDS]
-        rows.append([f"{pair['side']} {pair['row'] + 1}", *texts, *pair["tokens"]])
+        texts = [text(pair[side], ends=side == "prompt") for side in sides]
+        tokens = pair["tokens"][: len(sides)]
+        rows.append([f"{pair['side']} {pair['row'] + 1}", *texts, *tokens])
         marks.append(" ".join(marked(pair, found["max_length"])))
     known = set(" ".join(marks).split())
     menu = {mark: told for mark, told in MENU.items() if mark in known}
-    head = ["row", *FIELDS, *(f"{side}, tokens" for side in FIELDS)]
+    head = ["row", *sides, *(f"{side}, tokens" for side in sides)]
     return [Browsed("rows", head, rows, marks, menu)] if rows else []
 
 
@@ -176,7 +186,7 @@ def marked(pair: Found, limit: int) -> Iterable[str]:
     yield pair["side"]
     if prompt + max(chosen, rejected) >= limit:
         yield "cut"
-    if chosen != rejected:
+    if rejected and chosen != rejected:
         yield "chosen" if chosen > rejected else "rejected"
     if any(piece["use"] == "context" for side in FIELDS for piece in pair[side]):
         yield "context"

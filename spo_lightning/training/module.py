@@ -182,7 +182,7 @@ class Preference(LightningModule):
             apart = policy if part.lower is None else scored(theta, texts)
             lower = -apart.mean_chosen
             if seen:
-                seen.look(policy, reference, apart, upper, lower)
+                seen.look(policy, reference, apart, upper, lower, compared=part.compared)
             return upper, lower
 
         def below(theta: Tensors) -> Tensor:

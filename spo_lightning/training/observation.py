@@ -25,9 +25,11 @@ class Observation:
         apart: PairLogps,
         upper: Tensor,
         lower: Tensor,
+        *,
+        compared: bool,
     ) -> None:
-        """One microbatch's pass over both responses; ``apart``: the lower level's own texts,
-        or ``policy``."""
+        """One microbatch's pass over both responses, or where none is ``compared`` over one;
+        ``apart``: the lower level's own texts, or ``policy``."""
         if self.moments:
             by_token, summed = policy.mean_gap - reference.mean_gap, policy.gap - reference.gap
             for name, margin in (("", by_token), ("summed_", summed)):
@@ -35,7 +37,7 @@ class Observation:
                 self.totals.add({f"{name}mean": seen, f"{name}square": seen.square()})
         if not self.full:
             return
-        self.totals.add(pair_numbers(policy, reference, beta=self.beta))
+        self.totals.add(pair_numbers(policy, reference, beta=self.beta, compared=compared))
         self.totals.add({"loss/upper": upper, "loss/lower": lower})
         self._last = policy, apart, upper
 

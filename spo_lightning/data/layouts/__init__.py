@@ -7,7 +7,7 @@ it: the functions stand in ``given``, ``compared`` and ``single``, the normal fo
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spo_lightning.data.layouts import known
@@ -141,6 +141,18 @@ def made(file: File, layout: Layout) -> Made:
     dropped = {reason: _dropped(file, at) for reason, at in left.items()}
     notes = (_line(file, layout, found, rows), *_told(said, dropped))
     return Made(layout, rows, places, labelled, dropped, notes)
+
+
+def made_to_train(file: File, layout: Layout) -> Made:
+    """The same, of texts with their answer as the chosen one, against which none stands."""
+    found = made(file, layout)
+    rows = [_chosen(row) for row in found.rows] if layout.gives == TEXTS else found.rows
+    return replace(found, rows=rows)
+
+
+def _chosen(text: Row) -> Row:
+    row = {"chosen" if name == "completion" else name: value for name, value in text.items()}
+    return row | ({"plain": _chosen(row["plain"])} if "plain" in row else {})
 
 
 def normalised(raw: Rows, path: str, gives: Sequence[str]) -> Made:

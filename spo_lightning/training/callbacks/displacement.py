@@ -21,7 +21,8 @@ class DisplacementAlarm(Callback):
     - more than ``share`` of the pairs have log pi(y_w) below the reference's;
     - log pi(y_w) is below the reference's by more than ``tolerance`` nats per token on average,
       because a share alone counts falls that are too small to matter;
-    - the reward margin is above that of the ``window`` rows before (0 before the first).
+    - the reward margin is above that of the ``window`` rows before (0 before the first). Rows of
+      one answer have no margin, and no alarm.
 
     The first time it says so, and with ``stop`` it ends the training after that step.
     """
@@ -57,7 +58,7 @@ class DisplacementAlarm(Callback):
         self, trainer: Trainer, module: Preference, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         numbers = module.numbers
-        if "train/displacement/rate" not in numbers or module.outer_step % self.every:
+        if "train/rewards/margins" not in numbers or module.outer_step % self.every:
             return
         sounds = self.sounds(
             numbers["train/displacement/rate"],
