@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+# keys of what compares two answers of a row
+COMPARING = (
+    *(f"diagnostics.{name}.every_n_steps" for name in ("evolution", "geometry", "ches")),
+    *("data.drop_high_ches", "loss.wpo"),
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """A run whose settings have been checked."""
@@ -74,6 +81,26 @@ def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: Wo
     goes_on = _checkpoint(cfg, run, world)
     log.info("Run directory: %s", run.path)
     return Job(cfg, run, choices, loss, solver, goes_on, {})
+
+
+def refuse_to_compare(cfg: "DictConfig", task: "Task") -> None:
+    """What reads a rejected answer, where rows have none."""
+    from omegaconf import OmegaConf
+
+    if task.compares:
+        return
+    if cfg.loss.get("compares", True):
+        raise UserError(
+            f"{cfg.data.path}: the layout {task.layout} has one answer a row, which compares "
+            "nothing: name it as data.sft, and pairs as data.path; or train with loss=sft"
+        )
+    for key in COMPARING:
+        value = OmegaConf.select(cfg, key)
+        if value:
+            raise UserError(
+                f"{key}={value} compares two answers, and {cfg.data.path} has one a row: leave "
+                "it out"
+            )
 
 
 def refuse_rows(loss: Any, task: "Task") -> None:

@@ -6,27 +6,12 @@ imports from once it begins, so that bad rows end a run before anything heavy is
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
-
-from spo_lightning.errors import UserError
 from spo_lightning.run import record as known
 from spo_lightning.run.job import Job
 from spo_lightning.run.record import grown
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from spo_lightning.data.rows import Task
-
 log = logging.getLogger(__name__)
-
-# keys of what compares two answers of a row
-COMPARING = (
-    *(f"diagnostics.{name}.every_n_steps" for name in ("evolution", "geometry", "ches")),
-    *("data.drop_high_ches", "loss.wpo"),
-)
 
 
 def data(at: known.Begun) -> known.Read:
@@ -40,25 +25,7 @@ def data(at: known.Begun) -> known.Read:
     for note in task.notes:
         log.info("%s", note)
     check(task.held_out, at.cfg.eval.get("by"))
-    if not task.compares and "loss" in at.cfg:
-        _refuse_to_compare(at.cfg, task)
     return grown(known.Read, at, task=task)
-
-
-def _refuse_to_compare(cfg: "DictConfig", task: "Task") -> None:
-    """What reads a rejected answer, where rows have none."""
-    if cfg.loss.get("compares", True):
-        raise UserError(
-            f"{cfg.data.path}: the layout {task.layout} has one answer a row, which compares "
-            "nothing: name it as data.sft, and pairs as data.path; or train with loss=sft"
-        )
-    for key in COMPARING:
-        value = OmegaConf.select(cfg, key)
-        if value:
-            raise UserError(
-                f"{key}={value} compares two answers, and {cfg.data.path} has one a row: leave "
-                "it out"
-            )
 
 
 def policy(at: known.Read) -> known.Opened:
