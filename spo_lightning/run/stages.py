@@ -86,9 +86,9 @@ def reference(at: known.Tokenised) -> known.Referenced:
     if task.lower:
         sets["lower level"] = lower_texts(cfg, task, policy.tokenizer)
     referee, feed = Referee(cfg, policy, scorer, at.precision, at.stages), None
-    streams = task.chunks is not None
-    sets = referee.over(sets, {} if streams else drawn(cfg, sets), cfg.max_steps * cfg.batch_size)
-    if streams:
+    orders, count = drawn(cfg, sets) if task.chunks is None else ({}, 0)
+    sets = referee.over(sets, orders, count)
+    if task.chunks is not None:
         feed = streamed(cfg, task, policy.tokenizer, sets["train"], at.counts, referee.stays())
     scorer.compiled = cfg.hardware.compile  # the probe and the reference have run without
     train, held, lower = sets["train"], sets["held-out"], sets.get("lower level")

@@ -44,12 +44,17 @@ def streamed(
     return Feed(first, counts, task.chunks, encode, judge, seed=cfg.seed)
 
 
-def drawn(cfg: DictConfig, sets: Mapping[str, Pairs]) -> dict[str, list[int]]:
-    """The order in which training draws the rows of its sets, where it may not come to all."""
-    seeds = {"train": cfg.seed, "lower level": cfg.seed + 1} if cfg.max_steps >= 0 else {}
-    return {
+def drawn(cfg: DictConfig, sets: Mapping[str, Pairs]) -> tuple[dict[str, list[int]], int]:
+    """The order in which training draws the rows of its sets, and how many at most; no order
+    where it may come to all, as the bench does, whose steps have no end of their own."""
+    steps = cfg.get("max_steps", -1)
+    if steps < 0:
+        return {}, 0
+    seeds = {"train": cfg.seed, "lower level": cfg.seed + 1}
+    orders = {
         name: epoch_order(len(sets[name]), seed, 0) for name, seed in seeds.items() if name in sets
     }
+    return orders, steps * cfg.batch_size
 
 
 class Place(NamedTuple):
