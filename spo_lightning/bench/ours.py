@@ -4,7 +4,6 @@ All that the bench takes from ``run/`` goes through this file.
 """
 
 import gc
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ from spo_lightning.errors import Interrupted
 from spo_lightning.models import device
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.models.sources import check_sources
-from spo_lightning.records.progress import Stages, quiet, silent
+from spo_lightning.records.progress import Stages, hushed, quiet, silent
 from spo_lightning.run.job import objective
 from spo_lightning.run.training import prepared
 from spo_lightning.training.fit import OuterSteps, lightning_precision, module_of
@@ -164,15 +163,3 @@ def threads_of(hardware: DictConfig) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """What preparing says of its data is said once too often here, for every cell again."""
-    ours = logging.getLogger("spo_lightning")
-    before = ours.level
-    ours.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        ours.setLevel(before)

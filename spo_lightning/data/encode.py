@@ -151,8 +151,8 @@ def margin_of(row: Row) -> float | None:
     """How much better the chosen answer is, as the row says; None where it does not."""
     if "margin" in row:
         return float(row["margin"])
-    scores = [row.get(f"score_{side}") for side in ("chosen", "rejected")]
-    return None if None in scores else float(scores[0]) - float(scores[1])  # type: ignore
+    chosen, rejected = (row.get(f"score_{side}") for side in ("chosen", "rejected"))
+    return None if chosen is None or rejected is None else float(chosen) - float(rejected)
 
 
 def encode_texts(

@@ -141,6 +141,18 @@ def silent() -> Stages:
     return Stages(lambda *_: None, Stop(), "")
 
 
+@contextmanager
+def hushed(name: str = "spo_lightning") -> Iterator[None]:
+    """What a room logs is left out where it is said elsewhere, or would be said for every cell."""
+    theirs = logging.getLogger(name)
+    before = theirs.level
+    theirs.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        theirs.setLevel(before)
+
+
 def quiet() -> None:
     """Libraries' notes and bars hide ours; their warnings of errors stay."""
     from transformers.utils import logging as transformers_logging

@@ -1,15 +1,12 @@
 """Data and a tokenizer in, what the rows become out; sampled pairs are sampled first."""
 
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning.errors import UserError
-from spo_lightning.records.progress import quiet, silent
+from spo_lightning.records.progress import hushed, quiet, silent
 from spo_lightning.run.record import Begun
 from spo_lightning.run.stages import data, pairs, policy, warm_start
 from spo_lightning.world import World
@@ -30,7 +27,7 @@ def inspect(cfg: Any) -> "Summary":
 
         return device_of(cfg.hardware)
 
-    with _unsaid():
+    with hushed(data.__module__):  # the summary has the notes on the rows
         at: Any = data(Begun(cfg, World(place=place), silent(), {}))
 
     from omegaconf import OmegaConf
@@ -65,18 +62,6 @@ def inspect(cfg: Any) -> "Summary":
         max_length=cfg.max_length,
         uncut=uncut,
     )
-
-
-@contextmanager
-def _unsaid() -> Iterator[None]:
-    """The notes on the rows are not logged: the summary has them."""
-    log = logging.getLogger(data.__module__)
-    before = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
 
 
 def _refuse(output: str) -> None:
