@@ -13,6 +13,7 @@ from spo_lightning.data import layouts
 from spo_lightning.data.layouts.columns import kinds_of
 from spo_lightning.data.reading import read
 from spo_lightning.data.rows import Rows
+from spo_lightning.errors import UserError
 
 FILES = Path(__file__).parents[3] / "shared/data/layouts"
 PANDALM = FILES.parent / "pandalm/testset-v1.json"
@@ -1027,3 +1028,9 @@ def test_a_layout_of_the_user_s(tmp_path, monkeypatch):
     assert turns_only(made(raw).rows) == [chat("q", "c", "r")]
     (tmp_path / "mine.yaml").write_text("gives: words\n")
     assert message(made, raw).startswith(f"{tmp_path}/mine.yaml: no layout: it needs _target_")
+
+
+def test_labelled_answers_are_no_texts():
+    raw = Rows([("kto.jsonl", 1, {"prompt": "a", "completion": "b", "label": False})])
+    with pytest.raises(UserError, match="kto.jsonl: the layout kto says which answers are good"):
+        layouts.normalised(raw, "kto.jsonl", (layouts.TEXTS,))

@@ -158,6 +158,12 @@ def _chosen(text: Row) -> Row:
 def normalised(raw: Rows, path: str, gives: Sequence[str]) -> Made:
     """The rows of a place of which no key says how it is read."""
     file = file_of(path, raw, Asked())
+    if LABELLED not in gives:  # else answers marked as bad would be read as good ones
+        for layout in known.layouts().values():
+            own = layout.settled(file.groups, file.asked.columns)
+            if layout.gives == LABELLED and _fit(own, file).odd is None:
+                told = "says which answers are good, and all would be taken for good"
+                raise UserError(f"{path}: the layout {layout.name} {told}: keep those alone")
     return made(file, recognised(file, gives))
 
 
