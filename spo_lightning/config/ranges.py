@@ -7,7 +7,9 @@ from omegaconf import ListConfig
 
 FORMS = "a directory, .gguf file, pkg://NAME or hub id"
 CHECKPOINTS = ("model.pretrained", "model.reference", "model.base", "base", "reference")
-DIAGNOSTICS = ("displacement", "evolution", "geometry", "ches", "overoptimisation", "probes")
+DIAGNOSTICS = (
+    *("displacement", "evolution", "geometry", "ches", "overoptimisation", "probes", "quality"),
+)
 # key -> (what holds, in words)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: v >= 0, "at least 0"),

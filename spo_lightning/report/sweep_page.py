@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from spo_lightning.report import paper
+from spo_lightning.report import overoptimisation, paper
 from spo_lightning.report.charts import unit
 from spo_lightning.report.page import Note, Section, Table
 from spo_lightning.report.reading import Run
@@ -55,6 +55,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("Over the grid", heats(sweep), "An empty field has no run."),
         Section("Quality against displacement", front(sweep), FRONT),
         Section("Curves", curves(sweep), CURVES),
+        Section("Over-optimisation", overoptimisation.blocks(sweep), overoptimisation.ABOUT),
         Section(
             "Pair by pair, with the best setting",
             lost(best) if best else [],

@@ -109,9 +109,15 @@ def init(job: Job, at: known.Referenced) -> known.Measured:
 
 def training(job: Job, at: known.Measured) -> known.Trained:
     """Preference training under Lightning, from where the run goes on."""
+    from spo_lightning.records.progress import Within
     from spo_lightning.training.fit import Material, fit
 
-    given = Material(at.scorer, at.train, at.held, at.lower, at.feed, at.precision)
+    def quality() -> dict[str, float]:
+        unpaired = replace(at.held, pairs=[], references=None)
+        alone = grown(known.Measured, at, held=unpaired, stages=Within(at.stages))
+        return _held_out(alone, at.rivals).numbers
+
+    given = Material(at.scorer, at.train, at.held, at.lower, at.feed, at.precision, quality)
     steps = job.steps(at.train)
     if steps:
         steps = fit(at.cfg, given, job.loss, job.solver, steps, job.goes_on, job.run, at.stages)

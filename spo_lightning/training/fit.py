@@ -42,6 +42,7 @@ class Material:
     lower: Pairs | None  # the lower level's own texts; None: the chosen responses
     feed: Feed | None  # the training pairs, where ``train`` has the first chunk only
     precision: Callable[[], AbstractContextManager]  # of forwards outside Lightning's
+    quality: Callable[[], dict[str, float]]  # what the policy's held-out answers come to
 
 
 class GoesOn(NamedTuple):
@@ -237,7 +238,7 @@ def _callbacks(
     stages: Stages,
     steps: int,
 ) -> list[Any]:
-    looks = (cfg.eval.batch_size, given.precision, stages.world)
+    looks = (cfg.eval.batch_size, given.precision, stages.world, given.quality)
     setting = Setting(run.path, given.train, given.held, *looks)
     evaluation = Evaluation(setting, epoch=epoch, every=cfg.eval.every_n_steps)
     diagnostics = [

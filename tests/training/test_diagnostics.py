@@ -26,6 +26,7 @@ from spo_lightning.training.callbacks.evolution import Evolution
 from spo_lightning.training.callbacks.geometry import Geometry, numbers
 from spo_lightning.training.callbacks.overoptimisation import OverOptimisation
 from spo_lightning.training.callbacks.probes import Probes, probe_set
+from spo_lightning.training.callbacks.quality import Quality
 
 ALL = (
     "diagnostics.evolution.every_n_steps=2",
@@ -33,6 +34,7 @@ ALL = (
     "diagnostics.ches.every_n_steps=4",
     "diagnostics.probes.every_n_steps=2",
     "diagnostics.overoptimisation.every_n_steps=2",
+    "diagnostics.quality.every_n_steps=4",
 )
 
 
@@ -152,6 +154,7 @@ def test_the_alarm_reads_the_row_and_warns_once(caplog):
 # -- likelihood over-optimisation
 
 TOLERANCES = {"every_n_steps": 1, "entropy_tolerance": 0.1, "mass_tolerance": 0.1, "patience": 2}
+TOLERANCES |= {"stop": True}
 
 
 def reasons(entropy, mass, **changes):
@@ -296,7 +299,8 @@ def test_diagnostics_leave_the_run_as_it_is(runs):
 def test_off_means_off(runs):
     off, default, every = (set(cells(runs / name)[0]) for name in ("off", "default", "all"))
     assert default - off == {"train/displacement/alarm"}
-    assert len(every - default) == len(Evolution(setting(), every_n_steps=1).names) + 8 + 6
+    others = len(Evolution(setting(), every_n_steps=1).names) + len(Quality.names)
+    assert len(every - default) == others + 8 + 6 + 1
     files = [{path.name for path in (runs / name).iterdir()} for name in ("off", "default")]
     assert files[0] == files[1]
     assert {"evolution.csv", "ches.csv"} == {p.name for p in (runs / "all").iterdir()} - files[0]
@@ -311,6 +315,13 @@ def test_rows_come_when_due(runs):
     assert [*due.values()] == [[1, 2, 4, 6, 8], [1, 3, 6], [1, 2, 4, 6, 8]]
     steps = [int(row["step"]) for row in cells(runs / "all", "evolution.csv")]
     assert steps == [step for step in (1, 2, 4, 6, 8) for _ in range(4)]
+
+
+def test_quality_is_that_of_the_end(runs):
+    rows, final = cells(runs / "all"), json.loads((runs / "all/metrics.json").read_text())["final"]
+    name = "eval/exact_match"
+    assert [int(row["step"]) for row in rows if row[name]] == [4, 8]
+    assert float(rows[-1][name]) == final["exact_match"]
 
 
 def test_a_resumed_run_has_the_same_diagnostics(runs, tmp_path, cache):
@@ -336,6 +347,19 @@ def test_a_resumed_run_has_the_same_diagnostics(runs, tmp_path, cache):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_an_alarm_without_a_stop(tmp_path, cache, caplog):
+    words = [f"diagnostics.overoptimisation.{word}" for word in STOPS["overoptimisation"]]
+    with caplog.at_level(logging.INFO, "spo_lightning"):
+        done = run(tmp_path, cache, *words, OVEROPT, "optimizer.lr=0.03", "max_steps=60")
+    assert done["steps"] == 60
+    (said,) = [r.getMessage() for r in caplog.records if "Over-optimised" in r.getMessage()]
+    alarms = {int(r["step"]): r[ALARM] for r in cells(tmp_path) if r[ALARM]}
+    first = next(step for step, alarm in alarms.items() if float(alarm))
+    assert f"since outer step {first}: top-10" in said
+    assert [float(alarms[step]) for step in alarms] == [float(step >= first) for step in alarms]
+
+
+ALARM, OVEROPT = "eval/overoptimisation/alarm", "diagnostics.overoptimisation.stop=false"
 STOPS = {
     "overoptimisation": (
         "every_n_steps=2",

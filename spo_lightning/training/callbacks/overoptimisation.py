@@ -1,4 +1,4 @@
-"""Stops where the outputs' top-k entropy and mass say that preference training went too far."""
+"""Says where the outputs' top-k entropy and mass say that preference training went too far."""
 
 import logging
 from typing import Any
@@ -12,19 +12,22 @@ from spo_lightning.training.module import Preference
 log = logging.getLogger(__name__)
 
 ENTROPY, MASS = "eval/entropy/top10", "eval/mass/top10"
+NAME = "eval/overoptimisation/alarm"
 
 
 class OverOptimisation(Callback):
     """Early stop on the two indicators of Shi et al. 2410.11677, section 5, at k = 10.
 
     Looks at every ``every_n_steps``-th outer step that was evaluated. H is the top-k entropy
-    (bits), M the top-k mass of the held-out chosen answers. Training stops after the outer step
+    (bits), M the top-k mass of the held-out chosen answers. The alarm is 1 from the outer step on
     at which
 
     - H, having risen by more than ``entropy_tolerance`` above its first value, has stood by more
       than that below its peak at ``patience`` looks in a row (their sign for DPO and IPO); or
     - M has fallen and H has risen at each of the last ``patience`` looks, M by more than
       ``mass_tolerance`` in all (their sign for hinge losses).
+
+    With ``stop`` that step is the last.
     """
 
     def __init__(
@@ -35,12 +38,13 @@ class OverOptimisation(Callback):
         entropy_tolerance: float,
         mass_tolerance: float,
         patience: int,
+        stop: bool,
     ):
         if not len(setting.held):
             raise UserError("diagnostics.overoptimisation is on, and no pair is held out")
-        self.every, self.patience = every_n_steps, patience
+        self.every, self.patience, self.stop = every_n_steps, patience, stop
         self.entropy_tolerance, self.mass_tolerance = entropy_tolerance, mass_tolerance
-        self.names: list[str] = []
+        self.names = [NAME]
         self.looks: list[list[float]] = []  # entropy, mass
         self.reason: str | None = None
 
@@ -51,7 +55,7 @@ class OverOptimisation(Callback):
         self.looks, self.reason = state["looks"], state["reason"]
 
     def on_train_start(self, trainer: Trainer, module: Preference) -> None:
-        if self.reason is not None:  # a resumed run stays stopped
+        if self.stop and self.reason is not None:  # a resumed run stays stopped
             trainer.should_stop = True
 
     def on_train_batch_end(
@@ -59,11 +63,13 @@ class OverOptimisation(Callback):
     ) -> None:
         if ENTROPY not in module.numbers or module.outer_step % self.every:
             return
-        self.reason = self.turned(module.numbers[ENTROPY], module.numbers[MASS])
-        if self.reason is not None:
-            trainer.should_stop = True
-            if trainer.is_global_zero:
-                log.info("Stopped after outer step %d: %s", module.outer_step, self.reason)
+        if self.reason is None:
+            self.reason = self.turned(module.numbers[ENTROPY], module.numbers[MASS])
+            if self.reason is not None and trainer.is_global_zero:
+                said = "Stopped after" if self.stop else "Over-optimised since"
+                log.info("%s outer step %d: %s", said, module.outer_step, self.reason)
+        module.numbers[NAME] = float(self.reason is not None)
+        trainer.should_stop |= self.stop and self.reason is not None
 
     def turned(self, entropy: float, mass: float) -> str | None:
         """Why this look is one too many, or None."""

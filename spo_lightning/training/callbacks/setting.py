@@ -24,6 +24,7 @@ class Setting:
     batch_size: int  # pairs per forward without gradients
     precision: Callable[[], AbstractContextManager]  # of forwards outside Lightning's
     world: World = ALONE
+    quality: Callable[[], dict[str, float]] = dict  # what the policy's held-out answers come to
 
 
 def due(step: int, every: int) -> bool:

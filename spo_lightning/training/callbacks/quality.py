@@ -1,0 +1,30 @@
+"""What held-out answers come to as training goes on: exact match, ROUGE, win rate."""
+
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+
+from spo_lightning.training.callbacks.setting import Setting
+from spo_lightning.training.module import Preference
+
+
+class Quality(Callback):
+    """``eval/exact_match``, ``eval/win_rate`` and the like, as far as the data allows: the numbers
+    of a run's end, at each ``every_n_steps``-th outer step."""
+
+    names = [f"eval/{name}" for name in ("exact_match", "rouge1", "rouge2", "rougeL", "win_rate")]
+
+    def __init__(self, setting: Setting, *, every_n_steps: int):
+        self.setting, self.every = setting, every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Preference, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if module.outer_step % self.every:
+            return
+        devices = [module.device] if module.device.type == "cuda" else []
+        # answers are drawn from a stream of their own; training's goes on as if nobody had looked
+        with torch.random.fork_rng(devices):
+            found = self.setting.quality()
+        module.numbers |= {f"eval/{name}": value for name, value in found.items()}
