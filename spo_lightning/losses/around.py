@@ -70,9 +70,11 @@ def desensitised(
 
 
 def _shortened(logps: PairLogps, alpha: float) -> PairLogps:
-    """Every token's log-probability, times ``alpha`` from the shorter answer's length on."""
+    """All that a token has, times ``alpha`` from the shorter answer's length on."""
     past = logps.places >= logps.lengths.min(1).values[logps.pair]
-    return replace(logps, logps=torch.where(past, alpha * logps.logps, logps.logps))
+    read = {"logps": logps.logps, "divergences": logps.divergences}
+    some = {n: torch.where(past, alpha * it, it) for n, it in read.items() if it is not None}
+    return replace(logps, **some)
 
 
 def weighted(

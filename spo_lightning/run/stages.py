@@ -8,7 +8,7 @@ import logging
 from dataclasses import replace
 
 from spo_lightning.run import record as known
-from spo_lightning.run.job import Job
+from spo_lightning.run.job import Job, loss_of
 from spo_lightning.run.record import grown
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ def reference(at: known.Tokenised) -> known.Referenced:
     from spo_lightning.cache.reference import Referee
     from spo_lightning.cache.tokens import lower_texts
     from spo_lightning.evaluation.ches import without_high_ches
+    from spo_lightning.losses import asks
     from spo_lightning.training.feed import drawn, streamed
 
     cfg, task, policy, scorer, sets = at.cfg, at.task, at.policy, at.scorer, dict(at.sets)
@@ -90,6 +91,8 @@ def reference(at: known.Tokenised) -> known.Referenced:
     sets = referee.over(sets, orders, count)
     if task.chunks is not None:
         feed = streamed(cfg, task, policy.tokenizer, sets["train"], at.counts, referee.stays())
+    if asks(loss_of(cfg), "divergences"):
+        scorer.beside = referee.beside()
     scorer.compiled = cfg.hardware.compile  # the probe and the reference have run without
     train, held, lower = sets["train"], sets["held-out"], sets.get("lower level")
     return grown(known.Referenced, at, train=train, held=held, lower=lower, feed=feed)

@@ -1,0 +1,83 @@
+r"""Losses that see more of an answer than its sum: its tokens' distributions, or some of them.
+
+In formulas $D_w$, $D_l$ are the sums over an answer's tokens of the KL divergence of the policy
+from the reference, over the whole vocabulary; $P_w$, $P_l$ the log-ratios of some of its tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from spo_lightning.losses.terms import _logistic, _margin, _ratios
+from spo_lightning.models.scorer import PairLogps
+
+
+def tdpo1(policy: PairLogps, reference: PairLogps, divergences: Tensor, *, beta: float) -> Tensor:
+    r"""DPO less what the rejected answer's tokens have diverged more. Zeng et al. 2024
+    (2404.11999), eq. 15.
+
+    $-\log\sigma(\beta (h + D_w - D_l))$
+    """
+    chosen, rejected = divergences.unbind(1)
+    return _logistic(beta * (_margin(policy, reference) + chosen - rejected))
+
+
+def tdpo2(
+    policy: PairLogps, reference: PairLogps, divergences: Tensor, *, beta: float, alpha: float
+) -> Tensor:
+    r"""TDPO that pulls the rejected answer's tokens back alone. Zeng et al. 2024 (2404.11999),
+    eq. 17.
+
+    $-\log\sigma(\beta (h + \alpha (D_w - D_l)))$, $D_w$ detached
+    """
+    chosen, rejected = divergences.unbind(1)
+    return _logistic(beta * (_margin(policy, reference) + alpha * (chosen.detach() - rejected)))
+
+
+def sgdpo(
+    policy: PairLogps,
+    reference: PairLogps,
+    step: int,
+    *,
+    beta: float,
+    r1: float,
+    r2: float,
+    seed: int,
+) -> Tensor:
+    r"""DPO of each answer against a part of the other, its pilot, which is not pushed. Zhu et al.
+    2025 (2505.12435).
+
+    A pilot's tokens are drawn without replacement, by the seed, the outer step and the row.
+
+    $-\frac12\log\sigma(\beta (s_w - P_l)) - \frac12\log\sigma(\beta (P_w - s_l))$, $P_w$, $P_l$ detached
+    """  # noqa: E501 (a formula)
+    shorter = policy.lengths.min(1).values.double()
+    counts = torch.stack([shorter * r1, shorter * r2], 1).floor().clamp(min=1)
+    drawn = _ranks(policy, seed, step) < counts[policy.pair, policy.side.long()]
+    moved = (policy.logps - reference.logps).detach()
+    of_chosen, of_rejected = policy.summed(moved * drawn).unbind(1)
+    chosen, rejected = _ratios(policy, reference)
+    pushed = _logistic(beta * (chosen - of_rejected)) + _logistic(beta * (of_chosen - rejected))
+    return 0.5 * pushed
+
+
+def _ranks(policy: PairLogps, seed: int, step: int) -> Tensor:
+    """[S] where a token comes in a random order of its answer's.
+
+    A hash of all that it follows from, and no generator: however pairs are dealt, it is the same.
+    """
+    assert policy.rows is not None
+    keys = torch.zeros_like(policy.pair)
+    for part in (seed, step, policy.rows[policy.pair], policy.side.long(), policy.places):
+        keys = _mixed(keys + part)
+    order = keys.argsort()
+    slots = 2 * policy.pair + policy.side.long()
+    order = order[slots[order].argsort(stable=True)]  # answer by answer, as the tokens stand
+    return torch.empty_like(order).scatter(0, order, policy.places)
+
+
+def _mixed(keys: Tensor) -> Tensor:
+    """SplitMix64 (Steele et al. 2014) on integers whose sign is a bit like the others."""
+    keys = keys - 0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        keys = (keys ^ ((keys >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return keys ^ ((keys >> 31) & (2**33 - 1))
