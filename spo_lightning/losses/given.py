@@ -25,7 +25,7 @@ class Beside:
         """[B] the loss, given only what its signature asks for."""
         offered = {"reference": self.reference, "moments": self.moments, "beside": self}
         offered |= {"margins": policy.margins, "squares": policy.squares, "step": self.step}
-        offered |= {"divergences": policy.diverged}
+        offered |= {"divergences": policy.diverged, "sentences": policy.sentences}
         asked = inspect.signature(loss).parameters
         return partial(loss, **{name: it for name, it in offered.items() if name in asked})(policy)
 

@@ -19,6 +19,8 @@ class PairLogps:
     squares: Tensor | None = None  # [S] log sum of squared probabilities, where asked for
     divergences: Tensor | None = None  # [S] KL(reference || policy), where one is read beside
     rows: Tensor | None = None  # [B] Pair.row
+    sentences: Tensor | None = None  # [S] as of PairBatch
+    similarities: Tensor | None = None
 
     def summed(self, values: Tensor) -> Tensor:
         """[B, 2] what the tokens of each answer come to."""

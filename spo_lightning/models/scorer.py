@@ -121,6 +121,8 @@ class Scorer(nn.Module):
             squares=whole(self._squares, hidden) if self.squares else None,
             divergences=whole(self._divergences, hidden, theirs) if theirs else None,
             rows=batch.rows,
+            sentences=batch.sentences,
+            similarities=batch.similarities,
         )
 
     def twice(self) -> Callable[[], AbstractContextManager] | None:

@@ -78,6 +78,10 @@ def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: Wo
     set_threads(cfg.hardware)
     quiet()
     loss, solver = objective(cfg)
+    if "similarity" in cfg.loss:
+        from spo_lightning.models.sentences import Sentences
+
+        Sentences.of(cfg.loss, world.device)
     goes_on = _checkpoint(cfg, run, world)
     log.info("Run directory: %s", run.path)
     return Job(cfg, run, choices, loss, solver, goes_on, {})

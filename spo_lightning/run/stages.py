@@ -60,6 +60,7 @@ def tokens(at: known.Paired) -> known.Tokenised:
     from spo_lightning.data.sets import Pairs
     from spo_lightning.evaluation.groups import groups_of_pairs
     from spo_lightning.models.policy import adapt
+    from spo_lightning.models.sentences import Sentences
     from spo_lightning.models.sharing import scorer_of_run
 
     sides = of_both_sides(at.cfg, at.task, at.policy.tokenizer)
@@ -68,6 +69,9 @@ def tokens(at: known.Paired) -> known.Tokenised:
     scorer = scorer_of_run(at.cfg, policy, rows, streamed=at.task.chunks is not None)
     pad = policy.tokenizer.pad_token_id
     sets = {name: Pairs(side.pairs, None, pad) for name, side in sides.items()}
+    if "similarity" in at.cfg.loss:
+        split = Sentences.of(at.cfg.loss, at.world.device)
+        sets = {name: split(some, policy.tokenizer) for name, some in sets.items()}
     of = groups_of_pairs(sets["held-out"].pairs, at.task.held_out, at.cfg.eval.get("by"))
     sets["held-out"] = replace(sets["held-out"], groups=of)
     counts = sides["train"].counts

@@ -22,6 +22,7 @@ YAMLS = sorted(path.stem for path in CONF.joinpath("loss").glob("*.yaml") if pat
 HALF = Moments(0.5, 0.25, summed_mean=1.5, summed_spread=4.0, weight=0.9, steps=3)
 SOME = {
     "mixture": {"parts": {"dpo": {"weight": 0.7}, "sft": {"weight": 0.2}}},
+    "aspo": {"alpha": 0.6},
     "beta_dpo": {"filtered": 0.0},  # the draw has a test of its own
 }  # to be a loss
 
@@ -104,6 +105,14 @@ def pilot(v, share):
     return max(math.floor(min(v.nw, v.nl) * share), 1)
 
 
+def two_sentences(v, weight):
+    """s_w where the first token is a sentence, and the others weigh more."""
+    if v.nw == 1:
+        return v.sw
+    first = v.sw / v.nw
+    return 2 / (2 + weight) * (first + (1 + weight) * (v.sw - first))
+
+
 PAIR = {
     "sft": lambda v, k: v.nll,
     "dpo": lambda v, k: smoothed(k.beta * v.h, k),
@@ -149,6 +158,7 @@ PAIR = {
     ),
     "tdpo1": lambda v, k: soft(k.beta * (v.h + v.dw - v.dl)),
     "tdpo2": lambda v, k: soft(k.beta * (v.h + k.alpha * (v.dw - v.dl))),
+    "aspo": lambda v, k: soft(k.beta * (two_sentences(v, 0.6) - v.sl)),
     "sgdpo": lambda v, k: (
         soft(k.beta * (v.sw - v.held_sl * pilot(v, k.r2) / v.nl)) / 2
         + soft(k.beta * (v.held_sw * pilot(v, k.r1) / v.nw - v.sl)) / 2
@@ -207,10 +217,13 @@ DIVERGENCES = (0.03, 0.05)  # of every token of a chosen and of a rejected answe
 
 
 def with_margins(policy, margins, divergences=DIVERGENCES):
-    """The same PairLogps with score differences, and with divergences."""
+    """The same PairLogps with score differences, with divergences, and with two sentences, of
+    which the first is a token."""
     of_token = torch.tensor(divergences, dtype=policy.logps.dtype)[policy.side.long()]
     scores = torch.as_tensor(margins, dtype=policy.logps.dtype)
-    return replace(policy, margins=scores, divergences=of_token)
+    second = (policy.places > 0) & ~policy.side
+    which = {"sentences": second.long(), "similarities": second.to(policy.logps)}
+    return replace(policy, margins=scores, divergences=of_token, **which)
 
 
 def of_sums(sums, lengths, margins=None):

@@ -155,12 +155,97 @@ def test_sgdpo_draws_by_the_row_however_pairs_are_dealt():
     assert not torch.isclose(other, whole).all()
 
 
-@pytest.mark.parametrize("name", ["sgdpo", "tdpo2"])
+@pytest.mark.parametrize("name", ["sgdpo", "tdpo2", "aspo"])
 def test_accumulation_changes_nothing(name):
     shifted = scored(policy("gpt2").lm, shift=lambda number, r: 0.03 if number % 2 else -0.02)
+    some = [replace(p, sentences=(len(p.chosen) // 2, len(p.chosen))) for p in shifted.pairs]
+    shifted = replace(shifted, pairs=some)
     whole, parts = (
         fitted(policy("gpt2"), objective(f"loss={name}"), shifted, steps=3, micro=micro).numbers
         for micro in (8, 3)
     )
     for one, other in zip(whole, parts, strict=True):
         assert other == pytest.approx(one, rel=1e-9, abs=1e-10)
+
+
+def sentences_of(alike=False):
+    """The pairs of ``given``, whose chosen answers have 2, 1 and 3 sentences."""
+    mine, its = given()
+    which = torch.tensor([0, 0, 1, *[0] * 5, 0, *[0] * 4, 0, 0, 1, 2, 2, 2, 0, 0])
+    near = torch.tensor([0.1, 0.5, 0.3, 0.9, 0.2, 0.6]).double()  # of all sentences in a row
+    starts = torch.tensor([0, 2, 8, 13, 15, 16])
+    at = torch.bucketize(torch.arange(len(PAIR)), starts, right=True) - 1
+    if alike:
+        which, near = which * 0, near * 0
+    return replace(mine, sentences=which, similarities=near[at]), its
+
+
+def weighed(logps, mine, its, *, beta, alpha, of_rewards):
+    """ASPO pair by pair, sentence by sentence."""
+    for n in range(len(LENGTHS)):
+        side = [[i for i, p in enumerate(PAIR) if p == n and SIDE[i] == s] for s in (False, True)]
+        groups = {}
+        for i in side[0]:
+            groups.setdefault(mine.sentences[i].item(), []).append(i)
+        ratios = [(logps[g] - its.logps[g]).sum() for g in groups.values()]
+        near = within([mine.similarities[g[0]].item() for g in groups.values()])
+        likely = within([-math.exp(-mine.logps[g].mean().item()) for g in groups.values()])
+        weights = [1 + alpha * s + (1 - alpha) * p for s, p in zip(near, likely, strict=True)]
+        total = sum(w * r for w, r in zip(weights, ratios, strict=True))
+        factor = len(groups) / sum(weights)
+        if of_rewards:
+            factor = sum(ratios).detach() / total.detach()
+        margin = factor * total - (logps[side[1]] - its.logps[side[1]]).sum()
+        yield -torch.sigmoid(beta * margin).log()
+
+
+def within(values):
+    low, high = min(values), max(values)
+    return [0.0 if high == low else (v - low) / (high - low) for v in values]
+
+
+@pytest.mark.parametrize("of_rewards", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_aspo_against_its_definition(alpha, of_rewards):
+    mine, its = sentences_of()
+    keys = {"beta": 0.3, "alpha": alpha, "of_rewards": of_rewards}
+    logps = mine.logps.clone().requires_grad_()
+    found = losses.evaluate(built("aspo", **keys), replace(mine, logps=logps), its, None)
+    expected = torch.stack([*weighed(logps, mine, its, **keys)])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    slopes = [torch.autograd.grad((it * weights).sum(), logps)[0] for it in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-12)
+    dpo = losses.evaluate(built("dpo", beta=0.3), mine, its, None)
+    assert torch.allclose(found, dpo) == of_rewards and found[1] == dpo[1]
+
+
+def test_aspo_by_similarity_by_central_differences():
+    mine, its = sentences_of()
+    loss = built("aspo", alpha=1.0)
+    assert torch.autograd.gradcheck(
+        lambda at: losses.evaluate(loss, replace(mine, logps=at), its, None),
+        mine.logps.clone().requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("of_rewards", [False, True])
+def test_aspo_of_one_sentence_is_dpo_to_the_bit(of_rewards):
+    mine, its = sentences_of(alike=True)
+    found = []
+    for name, keys in (("aspo", {"alpha": 0.4, "of_rewards": of_rewards}), ("dpo", {})):
+        logps = mine.logps.clone().requires_grad_()
+        value = losses.evaluate(built(name, **keys), replace(mine, logps=logps), its, None)
+        found.append((value, torch.autograd.grad(value.sum(), logps)[0]))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("of_rewards", [False, True])
+def test_aspo_at_the_start(of_rewards):
+    mine, _ = sentences_of()
+    logps = mine.logps.clone().requires_grad_()
+    loss = built("aspo", alpha=0.4, of_rewards=of_rewards)
+    found = losses.evaluate(loss, replace(mine, logps=logps), mine, None)
+    assert found.tolist() == pytest.approx([math.log(2)] * 3)
+    (slope,) = torch.autograd.grad(found.sum(), logps)
+    assert slope.isfinite().all() and (slope[~mine.side] < 0).all()
