@@ -8,7 +8,7 @@ import logging
 from dataclasses import replace
 
 from spo_lightning.run import record as known
-from spo_lightning.run.job import Job
+from spo_lightning.run.job import Job, loss_of
 from spo_lightning.run.record import grown
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def tokens(at: known.Paired) -> known.Tokenised:
     from spo_lightning.data.sets import Pairs
     from spo_lightning.evaluation.groups import groups_of_pairs
     from spo_lightning.models.policy import adapt
+    from spo_lightning.models.sentences import Sentences
     from spo_lightning.models.sharing import scorer_of_run
 
     sides = of_both_sides(at.cfg, at.task, at.policy.tokenizer)
@@ -68,6 +69,9 @@ def tokens(at: known.Paired) -> known.Tokenised:
     scorer = scorer_of_run(at.cfg, policy, rows, streamed=at.task.chunks is not None)
     pad = policy.tokenizer.pad_token_id
     sets = {name: Pairs(side.pairs, None, pad) for name, side in sides.items()}
+    if "similarity" in at.cfg.loss:
+        split = Sentences.of(at.cfg.loss, at.world.device)
+        sets = {name: split(some, policy.tokenizer) for name, some in sets.items()}
     of = groups_of_pairs(sets["held-out"].pairs, at.task.held_out, at.cfg.eval.get("by"))
     sets["held-out"] = replace(sets["held-out"], groups=of)
     counts = sides["train"].counts
@@ -79,6 +83,7 @@ def reference(at: known.Tokenised) -> known.Referenced:
     from spo_lightning.cache.reference import Referee
     from spo_lightning.cache.tokens import lower_texts
     from spo_lightning.evaluation.ches import without_high_ches
+    from spo_lightning.losses import asks
     from spo_lightning.training.feed import drawn, streamed
 
     cfg, task, policy, scorer, sets = at.cfg, at.task, at.policy, at.scorer, dict(at.sets)
@@ -90,6 +95,8 @@ def reference(at: known.Tokenised) -> known.Referenced:
     sets = referee.over(sets, orders, count)
     if task.chunks is not None:
         feed = streamed(cfg, task, policy.tokenizer, sets["train"], at.counts, referee.stays())
+    if asks(loss_of(cfg), "divergences"):
+        scorer.beside = referee.beside()
     scorer.compiled = cfg.hardware.compile  # the probe and the reference have run without
     train, held, lower = sets["train"], sets["held-out"], sets.get("lower level")
     return grown(known.Referenced, at, train=train, held=held, lower=lower, feed=feed)

@@ -245,6 +245,17 @@ KNOBS += [
     ),
     Case("a whole batch by tokens", (*WHOLE, "data.tokens_per_batch=512"), "tokens_per_batch is"),
     Case("a whole batch over devices", (*WHOLE, "hardware=ddp"), "hardware.devices="),
+    Case(
+        "a weight without similarities",
+        ("loss=aspo", "loss.alpha=0.5"),
+        "loss.alpha=0.5 weighs similarities, and there are none",
+    ),
+    Case(
+        "similarities without a weight",
+        ("loss=aspo", "loss.similarity=mine.near"),
+        "loss.similarity has no effect: loss.alpha is 0",
+    ),
+    Case("a pilot of no tokens", ("loss=sgdpo", "loss.r1=0"), "loss.r1"),
     Case("half of the labels", ("loss=robust", "loss.label_smoothing=0.5"), "and below 0.5"),
     Case("weights of sorted pairs", ("loss=aot", "loss.wpo=true"), "loss.wpo"),
     Case("a divergence without ratios", ("loss=simpo", "loss/divergence=js"), "loss/divergence"),
