@@ -93,15 +93,16 @@ def _made(title: str, raw: Rows, layout: str | None, asked: Asked, stream: bool)
     _check(title, found, asked, stream)
     made = layouts.made_to_train(file, found)
     if not made.rows:
-        raise UserError(f"{title}: no row becomes a pair; {made.notes[-1]}")
+        texts = "; data.layout=sft reads them as texts" if found.gathered else ""
+        raise UserError(f"{title}: no row becomes a pair; {made.notes[-1]}{texts}")
     return made
 
 
 def _check(title: str, layout: Layout, asked: Asked, stream: bool) -> None:
     """What does not go with the layout."""
-    if layout.gives == LABELLED and stream:
+    if (layout.gives == LABELLED or layout.gathered) and stream:
         told = "whose pairs are made of all rows: leave data.stream out"
-        raise UserError(f"{title}: the layout {layout.name} has labelled answers, {told}")
+        raise UserError(f"{title}: the layout {layout.name} has one answer a row, {told}")
     if asked.separator is not None and not layout.asks("separator"):
         told = f"the layout {layout.name} has prompts of its own"
         raise UserError(f"{title}: data.separator={asked.separator!r}, but {told}: unset it")
@@ -144,6 +145,8 @@ def _as_in_path(file: layouts.File, layout: Layout, where: str) -> Layout:
     if layout.gives != TEXTS:
         return layouts.fitting(file, layout, layouts.COMPARED)
     found = layouts.recognised(file)  # labelled answers have all that texts need
+    if found.gathered:  # and so have scored ones, of which a layout that is forced makes texts
+        found = layouts.fitting(file, layout, (TEXTS,))
     if found.gives != TEXTS:
         raise UserError(
             f"{where}: the layout {found.name} gives {found.gives}, and {layout.name}, that of "

@@ -16,6 +16,14 @@ from spo_lightning.data.rows import Row
 from spo_lightning.errors import UserError
 
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+# words of a label, and whether it calls an answer good
+GOOD = ("true", "1", "1.0", "good", "desirable", "chosen", "yes", "up", "thumbs_up", "positive")
+BAD = (
+    *("false", "0", "0.0", "-1", "bad", "undesirable", "rejected", "no", "down", "thumbs_down"),
+    "negative",
+)
+SPEAKER = ("from", "sender", "speaker")  # keys of a turn that say whose it is
+SPOKEN = ("value", "message", "text", "content")  # and what is said
 NUMERAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 # what a wanted kind takes besides values of its own name
 WIDER = {
@@ -78,7 +86,7 @@ def _kind_of_text(value: str) -> str:
         return "transcript"
     if len(value) < 32 and NUMERAL.fullmatch(value):
         return "numeral"
-    return "truth" if value.strip().lower() in ("true", "false") else "text"
+    return "truth" if value.strip().lower() in (*GOOD, *BAD) else "text"
 
 
 def _kind_of_list(parts: list[Any]) -> str:
@@ -96,7 +104,7 @@ def _kind_of_list(parts: list[Any]) -> str:
 
 
 def _is_turn(value: Mapping[str, Any]) -> bool:
-    return "from" in value and "value" in value
+    return any(key in value for key in SPEAKER) and any(key in value for key in SPOKEN)
 
 
 def takes(wanted: str, kind: str) -> bool:
