@@ -247,8 +247,8 @@ def remarks(rows: Sequence[Row], tokenizer: Any) -> list[str]:
     for chat in [chat for chat in chats if _thought(chat)][:1]:
         if _thought(chat) not in Template.of(chat, tokenizer, "a row")(_answered(chat)):
             found.append(
-                "The chat template leaves out the thoughts of answers (<think> ...): what is scored "
-                "is what follows them"
+                "The chat template leaves out the thoughts of answers (<think> ...): what is "
+                "scored is what follows them"
             )
     return found
 

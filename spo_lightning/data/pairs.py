@@ -1,6 +1,7 @@
 """Your own preference pairs, in any published layout: files, a saved dataset or a hub id."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 from spo_lightning.data import layouts, rows
 from spo_lightning.data.layouts import Asked
 from spo_lightning.data.layouts.known import LABELLED, TEXTS, Layout
-from spo_lightning.data.reading import Place, read
+from spo_lightning.data.reading import Place, check_idle, read
 from spo_lightning.data.rows import Chunk, Dropped, Row, Rows, Task
 from spo_lightning.data.stream import chunks
 from spo_lightning.errors import UserError
@@ -42,6 +43,9 @@ def pairs(
     if path is None:
         raise UserError("data.path is not set: name a file, a saved dataset or a hub id of pairs")
     place = Place(path, "data.path", split, name, revision)
+    check_idle(
+        [*_listed(path), *_listed(eval_path), *_listed(sft)], split, name=name, revision=revision
+    )
     raw = _first_chunk(place, chunk_rows, max_rows) if stream else place.rows()
     named = {role: column for role, column in columns.items() if column is not None}
     asked = Asked(named, "data.columns", _meant(separator), pairing, seed)
@@ -52,7 +56,7 @@ def pairs(
         trains: Callable[[Row], bool] = partial(_by_hash, share)
         other = Side([row for row in own.rows if not trains(row)], (), {})
     else:
-        other = _held_out(eval_path, split, made.layout, asked, by)
+        other = _held_out(eval_path, place, made.layout, asked, by)
         trains = partial(_by_prompt, {rows.prompt_key(row["prompt"]) for row in other.rows})
     train = [row for row in own.rows if trains(row)]
     texts = Side([], (), {}) if sft is None else _texts(sft, split)
@@ -79,6 +83,13 @@ class Side(NamedTuple):
     rows: list[Row]
     notes: tuple[str, ...]
     dropped: dict[str, Dropped]
+
+
+def _listed(path: str | list[str] | dict[str, str | list[str]] | None) -> list[str]:
+    """All places that a key names."""
+    if isinstance(path, dict):
+        return [one for named in path.values() for one in _listed(named)]
+    return [path] if isinstance(path, str) else list(path or ())
 
 
 def _meant(separator: str | None) -> str | None:
@@ -113,7 +124,7 @@ def _check(title: str, layout: Layout, asked: Asked, stream: bool) -> None:
 
 def _held_out(
     eval_path: str | list[str] | dict[str, str | list[str]],
-    split: str,
+    own: Place,
     layout: Layout,
     asked: Asked,
     by: str | None,
@@ -128,7 +139,7 @@ def _held_out(
     dropped: dict[str, Dropped] = {}
     for subset, named in several.items():
         where = "data.eval_path" if subset is None else f"data.eval_path.{subset}"
-        place = Place(named, where, split)
+        place = replace(own, path=named, where=where)
         raw = place.rows()
         file = layouts.file_of(place.title, raw, asked)
         made = layouts.made_to_train(file, _as_in_path(file, layout, where))

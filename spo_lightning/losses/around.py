@@ -19,7 +19,12 @@ from torch.nn import functional as F
 from spo_lightning.losses.given import Beside, Loss
 from spo_lightning.models.scorer import PairLogps
 
-FACTS = ("unit", "whole_batch", "compares")  # what a yaml says of its loss, for others to read
+FACTS = (
+    "unit",
+    "whole_batch",
+    "compares",
+    "smooths",
+)  # what a yaml says of its loss, for others to read
 
 LARGEST = 40.0  # exponent: e^40 and its square are numbers in float32
 # log-ratios in, the scores that a loss sees in their place out; 0 stays 0
@@ -112,6 +117,8 @@ def assembled(loss: partial) -> Loss:
     divergence = keys.pop("divergence", partial(reverse_kl))
     if "parts" in keys:
         keys |= _mixed(keys.pop("parts"))
+    if loss.keywords.get("smooths") and not keys["label_smoothing"]:
+        raise ValueError("label_smoothing=0 has no logarithm, which this loss takes: 1e-3 or more")
     inspect.signature(loss.func).bind_partial(**keys)
     made = partial(loss.func, **keys)
     if divergence.func is not reverse_kl:

@@ -7,6 +7,7 @@ imports from once it begins, so that bad rows end a run before anything heavy is
 import logging
 from dataclasses import replace
 
+from spo_lightning.errors import UserError
 from spo_lightning.run import record as known
 from spo_lightning.run.job import Job
 from spo_lightning.run.record import grown
@@ -35,6 +36,11 @@ def policy(at: known.Read) -> known.Opened:
 
     precision = precision_of(at.cfg.hardware, at.world.device)
     opened = of_config(at.cfg, at.world.device)
+    how = at.cfg.optimizer.get("bf16", "stochastic")
+    # only now is it known that the checkpoint has adapters
+    if opened.adapted and not at.cfg.model.lora.fresh and how != "stochastic":
+        told = "the checkpoint's adapters train, which are in float32"
+        raise UserError(f"optimizer.bf16={how} has no effect: {told}; leave it out")
     return grown(known.Opened, at, policy=opened, precision=precision)
 
 

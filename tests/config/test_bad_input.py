@@ -68,6 +68,8 @@ DATA = [
     Case("unknown role", rows("role"), "row 1: 'prompt', turn 1 has the unknown role 'wizard'"),
     Case("KTO rows of one label", rows("kto"), "kto.jsonl: no row becomes a pair; Rows that"),
     Case("system turn of texts", rows("good", "data.system=Add."), "set data.chat=true"),
+    Case("turns of turns", rows("chat", "data.chat=true"), "data.chat=true has no effect"),
+    Case("split of a file", rows("good", "data.split=test"), "data.split=test has no effect"),
     Case("no path", ("data=pairs",), "data.path is not set"),
     Case("eval_path alone", ("data=slips", "data.eval_path=good.jsonl"), "data.eval_path"),
     Case(
@@ -212,6 +214,7 @@ KNOBS = [
         ("solver=unrolled", "model.dtype=bfloat16"),
         "solver.lower_lr=0.1 is of steps that the solver takes on the weights itself",
     ),
+    Case("the logarithm of 0", ("loss=exo_pair", "loss.label_smoothing=0"), "has no logarithm"),
     Case("unknown strategy", ("hardware.strategy=foo",), "auto or ddp"),
     Case("more devices than pairs", ("hardware=ddp", "batch_size=1"), "gives no pair"),
     Case("no equals sign", ("loss.beta",), "loss.beta"),

@@ -334,9 +334,21 @@ def test_directories_without_rows(tmp_path):
 
 @pytest.mark.parametrize("key", ["name", "revision"])
 def test_keys_of_a_hub_id_are_refused_with_a_file(tmp_path, key):
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl(MANY))
-    told = message(taken, str(tmp_path / "a.jsonl"), **{key: "x"})
-    assert told.startswith(f"data.{key}=x has no effect: {tmp_path}/a.jsonl is no hub id")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(as_jsonl(MANY))
+    told = message(task_of, str(path), **{key: "x"})
+    assert told.startswith(f"data.{key}=x has no effect: {path} is no hub id")
+    # held-out rows of a hub id read them
+    told = message(task_of, str(path), eval_path="own/set", **{key: "x"})
+    assert told.startswith("own/set: no such file, and not loaded from the hub")
+
+
+def test_a_split_is_refused_with_files_alone(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_bytes(as_jsonl(MANY))
+    told = message(task_of, str(path), split="test")
+    assert told.startswith(f"data.split=test has no effect: {path} is read whole")
+    assert len(task_of(str(tmp_path), split="test").train) > 10
 
 
 def test_the_hub_without_a_network_is_one_line():
