@@ -36,7 +36,7 @@ def policy(at: known.Read) -> known.Opened:
 
     precision = precision_of(at.cfg.hardware, at.world.device)
     opened = of_config(at.cfg, at.world.device)
-    how = at.cfg.optimizer.get("bf16", "stochastic")
+    how = at.cfg.get("optimizer", {}).get("bf16", "stochastic")
     # only now is it known that the checkpoint has adapters
     if opened.adapted and not at.cfg.model.lora.fresh and how != "stochastic":
         told = "the checkpoint's adapters train, which are in float32"

@@ -191,6 +191,18 @@ def test_files_that_say_more_than_is_read(raw, fragment):
     assert fragment in message(made, [raw])
 
 
+def test_messages_as_python_prints_them():
+    turns = {"chosen": str([user("p"), said("c's")]), "rejected": str([user("p"), said("r")])}
+    assert made([{"prompt": "p", **turns}]).rows == [chat("p", "c's", "r")]
+    one = {"prompt": "p", "chosen": '{"role": "assistant", "content": "c"}'}
+    assert made([{**one, "rejected": str(said("r"))}]).rows == [chat("p", "c", "r")]
+    numpy = "[{'content': 'p', 'role': 'user'}\n {'content': 'c', 'role': 'assistant'}]"
+    told = message(made, [{"prompt": "p", "chosen": numpy, "rejected": numpy}])
+    assert told.startswith("a.jsonl, row 1: 'chosen' is messages as numpy prints them")
+    code = pair(chosen="{'a': 1}", rejected="{x}")
+    assert made([code]).rows == [code]
+
+
 def test_a_verdict_of_equals():
     found = made([{"question": "q", "response_A": "c", "response_B": "r", "label": "A=B"}])
     assert found.rows == [] and set(found.dropped) == {"tie"}

@@ -5,6 +5,7 @@ objects (``answers.*.rank``, a list with one value per answer). ``chosen_by_user
 to the roles that ``data.columns`` gives them.
 """
 
+import ast
 import json
 import math
 import re
@@ -60,6 +61,7 @@ WORDS = {
     "object": "an object",
     "binary": "binary",
 }
+PRINTED = re.compile(r"\[?\{'(role|content|from|value)': ")  # as Python prints a message
 SAMPLE = 24  # characters of a value that a refusal shows
 SHOWN = 12  # columns that a refusal lists
 
@@ -165,13 +167,20 @@ def chosen_by_user(raw: Sequence[Row], columns: Mapping[str, str], file: str) ->
 
 
 def unpacked(row: Row) -> Row:
-    """The row with messages that stand in it as JSON, as in the cell of a csv, read."""
+    """The row with messages that stand in it as JSON, or as Python prints them, read: as in the
+    cell of a csv."""
     packed = {}
     for name, value in row.items():
-        if isinstance(value, str) and value.startswith("[{"):
-            with suppress(ValueError):
-                found = json.loads(value)
-                packed |= {name: found} if kind_of(found) in ("messages", "turns") else {}
+        if not isinstance(value, str) or not value.startswith(("[{", "{")):
+            continue
+        printed, found = PRINTED.match(value), None
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = ast.literal_eval(value) if printed else json.loads(value)
+        if kind_of(found) in ("messages", "turns", "message", "turn"):
+            packed[name] = found
+        elif printed and found is None and value.startswith("["):
+            told = f"{name!r} is messages as numpy prints them, which cannot be read back"
+            raise UserError(f"{told}: write the file as .jsonl or .parquet")
     return row | packed if packed else row
 
 
