@@ -156,6 +156,7 @@ def objective(cfg: "DictConfig") -> tuple[Any, Any]:
 
 
 def loss_of(cfg: "DictConfig") -> Any:
+    """The loss alone, with what stands around it."""
     from omegaconf import OmegaConf
 
     from spo_lightning.losses import assembled

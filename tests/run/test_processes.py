@@ -70,11 +70,22 @@ def assert_one_run(two: Path, one: Path):
         }
 
 
-@pytest.mark.parametrize("solver", ["none", "penalty", "unrolled"])
-def test_two_processes_equal_one(tmp_path, solver):
-    for name, words in (("one", ()), ("two", TWO)):
-        words = (*TINY, f"solver={solver}", *words, f"hydra.run.dir={name}")
-        done = command(tmp_path, *words, timeout=300)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("solver=none",),
+        ("solver=penalty",),
+        ("solver=unrolled",),
+        ("loss=tdpo1",),
+        ("loss=tdpo2", "model.lora.rank=2"),
+        ("loss=sgdpo",),
+    ],
+    ids=" ".join,
+)
+def test_two_processes_equal_one(tmp_path, words):
+    for name, more in (("one", ()), ("two", TWO)):
+        line = (*TINY, *words, *more, f"hydra.run.dir={name}")
+        done = command(tmp_path, *line, timeout=300)
         assert (done.code, done.err) == (0, "")
     assert_one_run(tmp_path / "two", tmp_path / "one")
 
