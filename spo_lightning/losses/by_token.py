@@ -17,7 +17,7 @@ LEAST = 0.01  # nats of a weighed reward, below which its ratio is none
 
 def tdpo1(policy: PairLogps, reference: PairLogps, divergences: Tensor, *, beta: float) -> Tensor:
     r"""DPO less what the rejected answer's tokens have diverged more. Zeng et al. 2024
-    (2404.11999), eq. 15.
+    (2404.11999).
 
     $-\log\sigma(\beta (h + D_w - D_l))$
     """
@@ -28,8 +28,7 @@ def tdpo1(policy: PairLogps, reference: PairLogps, divergences: Tensor, *, beta:
 def tdpo2(
     policy: PairLogps, reference: PairLogps, divergences: Tensor, *, beta: float, alpha: float
 ) -> Tensor:
-    r"""TDPO that pulls the rejected answer's tokens back alone. Zeng et al. 2024 (2404.11999),
-    eq. 17.
+    r"""TDPO that pulls the rejected answer's tokens back alone. Zeng et al. 2024 (2404.11999).
 
     $-\log\sigma(\beta (h + \alpha (D_w - D_l)))$, $D_w$ detached
     """
@@ -73,7 +72,7 @@ def aspo(
     alpha: float,
     of_rewards: bool,
 ) -> Tensor:
-    r"""DPO whose chosen answer is weighed sentence by sentence. Wang et al. 2025 (2505.19100), on
+    r"""DPO whose chosen answer is weighed sentence by sentence (2505.19100), on
     texts: $w_i = \alpha S'_i + (1 - \alpha) P'_i$ with similarities $S$ to the prompt and the
     policy's perplexities $P$, detached, each from 0 (the furthest, the most surprising) to 1
     within the answer.
