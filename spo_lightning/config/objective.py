@@ -1,16 +1,38 @@
 """What a loss asks of other keys in; out comes nothing, or one line that refuses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from spo_lightning.errors import UserError
+
+# what a reward model has nothing for: key, values refused, why
+REWARDS: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "solver._target_",
+        lambda v: not str(v).endswith("NoLower"),
+        "a reward model has no likelihood to keep: take solver=none",
+    ),
+    ("model.reference", lambda v: v is not None, "rewards have no reference: leave it out"),
+    ("data.drop_high_ches", bool, "it ranks pairs by likelihoods' states: leave it out"),
+    ("data.stream", bool, "its pairs are read before training: leave it out"),
+    *(
+        (f"diagnostics.{name}.every_n_steps", bool, "it watches likelihoods: leave it out")
+        for name in ("evolution", "geometry", "ches", "overoptimisation", "probes")
+    ),
+]
 
 
 def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
     """``touched``: the keys that the command line names."""
     if OmegaConf.select(cfg, "loss.whole_batch") and "max_steps" in cfg:
         _check_whole_batch(cfg)
+    if OmegaConf.select(cfg, "loss.rewards") and "max_steps" in cfg:
+        for key, refused, why in REWARDS:
+            value = OmegaConf.select(cfg, key)
+            if refused(value):
+                raise UserError(f"{key}={value} does not go with a reward model: {why}")
     for key in touched:
         part, _, knob = key.rpartition(".")
         while part.count(".") > 2:

@@ -39,6 +39,7 @@ class PairLogps:
     pairs: int  # B
     margins: Tensor | None = None  # [B] the data's score differences, where it has them
     squares: Tensor | None = None  # [S] log sum of squared probabilities, where asked for
+    rewards: bool = False  # they are rewards, one an answer, and no log-probabilities
 
     def _per_side(self, values: Tensor) -> Tensor:
         # float64: the sum of a long answer must not depend on the order of its tokens
@@ -177,8 +178,8 @@ class Scorer(nn.Module):
         )
 
     def _of(self, batch: PairBatch, logps: Tensor, squares: Tensor | None) -> PairLogps:
-        about = batch.pair, batch.rejected, len(batch)
-        return PairLogps(logps, *about, margins=batch.margins, squares=squares)
+        about = batch.pair, batch.rejected, len(batch), batch.margins, squares
+        return PairLogps(logps, *about, rewards=self.reading.reward)
 
     def twice(self) -> Callable[[], AbstractContextManager] | None:
         """A context whose forwards can be differentiated twice, None where there is none."""
@@ -212,7 +213,9 @@ class Scorer(nn.Module):
         return max(1, int(len(batch) * ROOM * batch.tokens / (each * int(lengths.sum()))))
 
     def _score(self, batch: PairBatch, hidden: Tensor) -> Tensor:
-        head, targets, by = self._head, batch.targets, self.reading
+        head, targets, by = self.reading.head(self.model), batch.targets, self.reading
+        if by.reward:
+            return by.read(self.model, hidden)[:, 0]
         if attention.fused() and is_plain(head):
             return fused_logps(head, hidden, targets, by.cap, self.logits, by.scale)
 
@@ -234,7 +237,7 @@ class Scorer(nn.Module):
         """[S] log of the sum of the squared probabilities of the next token."""
         parts = []
         for chunk in hidden.split(self._rows()):
-            logits = logits_of(self._head, chunk, self.reading.cap, self.reading.scale)
+            logits = self.reading.read(self.model, chunk)
             parts.append((2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1))
         return torch.cat(parts)
 
@@ -246,7 +249,7 @@ class Scorer(nn.Module):
         """
         parts = []
         for chunk in self._predictors(batch).split(self._rows()):
-            p = logits_of(self._head, chunk, self.reading.cap, self.reading.scale).softmax(-1)
+            p = self.reading.read(self.model, chunk).softmax(-1)
             p = p.topk(min(k, p.shape[-1]), dim=-1).values
             parts.append(torch.stack([-torch.xlogy(p, p).sum(-1) / math.log(2), p.sum(-1)]))
         entropy, mass = torch.cat(parts, dim=1)
@@ -267,10 +270,6 @@ class Scorer(nn.Module):
     @property
     def _attention(self) -> str:
         return text_config(self.model)._attn_implementation
-
-    @property
-    def _head(self) -> Any:
-        return nn.Identity() if self.reading.logits else self.model.get_output_embeddings()
 
     def _run(self, hidden: bool, **words: Any) -> Tensor:
         """[B, T, width] hidden states; logits where they come whole, unless ``hidden`` asks."""
