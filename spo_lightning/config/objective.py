@@ -9,11 +9,6 @@ from spo_lightning.errors import UserError
 
 # what a reward model has nothing for: key, values refused, why
 REWARDS: list[tuple[str, Callable[[Any], bool], str]] = [
-    (
-        "solver._target_",
-        lambda v: not str(v).endswith("NoLower"),
-        "a reward model has no likelihood to keep: take solver=none",
-    ),
     ("model.reference", lambda v: v is not None, "rewards have no reference: leave it out"),
     ("data.drop_high_ches", bool, "it ranks pairs by likelihoods' states: leave it out"),
     ("data.stream", bool, "its pairs are read before training: leave it out"),
@@ -29,10 +24,7 @@ def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
     if OmegaConf.select(cfg, "loss.whole_batch") and "max_steps" in cfg:
         _check_whole_batch(cfg)
     if OmegaConf.select(cfg, "loss.rewards") and "max_steps" in cfg:
-        for key, refused, why in REWARDS:
-            value = OmegaConf.select(cfg, key)
-            if refused(value):
-                raise UserError(f"{key}={value} does not go with a reward model: {why}")
+        _check_rewards(cfg)
     for key in touched:
         part, _, knob = key.rpartition(".")
         while part.count(".") > 2:
@@ -56,3 +48,15 @@ def _check_whole_batch(cfg: DictConfig) -> None:
             f"this loss needs all pairs of an outer step at once, and {what}: take "
             "micro_batch_size=batch_size on one device"
         )
+
+
+def _check_rewards(cfg: DictConfig) -> None:
+    if not str(cfg.solver.get("_target_")).endswith("NoLower"):
+        raise UserError(
+            "a reward model is trained with solver=none: the others keep the likelihood of "
+            "answers, and it has none"
+        )
+    for key, refused, why in REWARDS:
+        value = OmegaConf.select(cfg, key)
+        if refused(value):
+            raise UserError(f"{key}={value} does not go with a reward model: {why}")

@@ -19,7 +19,12 @@ from torch.nn import functional as F
 from spo_lightning.losses.given import Beside, Loss
 from spo_lightning.models.scorer import PairLogps
 
-FACTS = ("unit", "whole_batch", "compares", "rewards")  # what a yaml says of its loss, for others to read
+FACTS = (
+    "unit",
+    "whole_batch",
+    "compares",
+    "rewards",
+)  # what a yaml says of its loss, for others to read
 
 LARGEST = 40.0  # exponent: e^40 and its square are numbers in float32
 # log-ratios in, the scores that a loss sees in their place out; 0 stays 0

@@ -1,4 +1,4 @@
-"""A causal language model in, a reward model out; token pairs in, the rewards of their answers out.
+"""A causal language model in, a reward model out; token pairs in, their answers' rewards out.
 
 A reward model has the field's form, transformers' class for sequence classification with one
 label: the body of a language model and a head, ``score``, that gives one number at the last token
@@ -73,10 +73,10 @@ def at_the_end(pair: Pair, pad_id: int | None) -> Pair:
         return (*answer[:kept], 0)
 
     chosen, rejected = (ended(answer) if answer else () for answer in (pair.chosen, pair.rejected))
-    contexts = ((0, len(answer) - 1) if len(answer) > 1 else () for answer in (chosen, rejected))
-    its, other = contexts
-    how = {"chosen_context": its, "rejected_context": other}
-    return replace(pair, chosen=chosen, rejected=rejected, **how)
+    its, other = ((0, len(answer) - 1) if len(answer) > 1 else () for answer in (chosen, rejected))
+    return replace(
+        pair, chosen=chosen, rejected=rejected, chosen_context=its, rejected_context=other
+    )
 
 
 def to_reward(pairs: Pairs, lm: Any) -> Pairs:
@@ -112,11 +112,13 @@ def rewards(lm: Any, pairs: Sequence[Pair]) -> Tensor:
 def check_rewards(lm: Any) -> None:
     """Refuse a reward model whose rewards would not be those of its own forward."""
     seeded, pairs, own = torch.Generator().manual_seed(2), [], []
-    low = min(vocabulary_of(lm) // 8, 1000)
+    low, high = min(vocabulary_of(lm) // 8, 1000), vocabulary_of(lm)
     for lengths in LENGTHS:
-        sizes = ((low, vocabulary_of(lm), (length,)) for length in lengths)
-        texts = (tuple(torch.randint(*size, generator=seeded).tolist()) for size in sizes)
-        pairs.append(Pair(*texts))
+        prompt, chosen, rejected = (
+            tuple(torch.randint(low, high, (length,), generator=seeded).tolist())
+            for length in lengths
+        )
+        pairs.append(Pair(prompt, chosen, rejected))
     for pair in pairs:
         for answer in (pair.chosen, pair.rejected):
             ids = torch.tensor([pair.prompt + answer], device=lm.device)

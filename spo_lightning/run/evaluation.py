@@ -84,8 +84,8 @@ def _refuse_likelihoods(at: Read) -> None:
         raise UserError(f"reference has no effect: {name} is a reward model; leave it out")
     if at.task.samples:
         raise UserError(
-            f"{name} is a reward model, and this data samples its pairs from a policy: name pairs, "
-            "data=pairs data.path=FILE"
+            f"{name} is a reward model, and this data samples its pairs from a policy: name "
+            "pairs, data=pairs data.path=FILE"
         )
 
 
@@ -143,9 +143,9 @@ def measured(at: Tokenised) -> Measured:
     from spo_lightning.evaluation.held_out import held_out
     from spo_lightning.models.generate import Decoding
 
-    how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed)}
+    beta: Any = 1.0 if at.policy.rewards else at.cfg.loss.beta  # rewards as the head gives them
+    how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": beta}
     how |= {
-        "beta": 1.0 if at.policy.rewards else at.cfg.loss.beta,  # rewards as they are
         "by": at.cfg.eval.by,
         "rivals": at.rivals,
         "precision": at.precision,

@@ -89,7 +89,7 @@ def tokens(at: known.Paired) -> known.Tokenised:
 
 
 def reference(at: known.Tokenised) -> known.Referenced:
-    """Every pair under the policy's start, or under ``model.reference``; a reward model has none."""
+    """Every pair under the policy's start, or ``model.reference``; a reward model has none."""
     from spo_lightning.cache.reference import Referee
     from spo_lightning.cache.tokens import lower_texts
     from spo_lightning.evaluation.ches import without_high_ches

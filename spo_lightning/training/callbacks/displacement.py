@@ -59,7 +59,7 @@ class DisplacementAlarm(Callback):
         self, trainer: Trainer, module: Preference, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         numbers = module.numbers
-        if not READ <= numbers.keys() or module.outer_step % self.every:
+        if not numbers.keys() >= READ or module.outer_step % self.every:
             return
         sounds = self.sounds(
             numbers["train/displacement/rate"],
