@@ -132,12 +132,13 @@ def fitted(
     lower=None,
     whole_batch=False,
     accelerator="cpu",
+    scorer=None,
 ):
     """Drive ``Preference`` through Lightning's Trainer as ``fit.py`` does."""
     loss, solver, beta = chosen
     given = scored(made.lm) if given is None else given
     module = Preference(
-        Scorer(made.lm, True),
+        scorer or Scorer(made.lm, True),
         loss,
         solver,
         optimizer,
