@@ -4,15 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # numbers of each group of held-out rows that a terminal shows; metrics.json has all
-BRIEF = (
-    "exact_match",
-    "win_rate",
-    "rewards/accuracies",
-    "rewards/accuracies_low",
-    "rewards/accuracies_high",
-    "nll/chosen",
-    "displacement/rate",
-)
+BRIEF = ("exact_match", "win_rate", "rewards/accuracies", "nll/chosen", "displacement/rate")
 
 
 def flat(numbers: Mapping[str, Any]) -> dict[str, float]:
