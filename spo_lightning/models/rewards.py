@@ -18,7 +18,6 @@ from spo_lightning.errors import UserError
 from spo_lightning.models.reading import (
     Reading,
     as_transformers,
-    line_of,
     precise,
     text_config,
     vocabulary_of,
@@ -37,19 +36,21 @@ def with_head(lm: Any, pad_id: int, seed: int) -> Any:
     """The language model's body, which is not copied, under a new head."""
     from transformers import AutoModelForSequenceClassification
 
-    name, config = type(lm).__name__, lm.config
+    config = lm.config
     config.num_labels = 1
     text_config(lm).pad_token_id = pad_id  # its class looks there for the end of a text
     try:
         with torch.device("meta"):
             made = AutoModelForSequenceClassification.from_config(config)
-        body = made.base_model_prefix
-        fits = type(getattr(made, body)) is type(getattr(lm, body))
-        head = made.score
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{name} cannot be a reward model: {line_of(error)}") from error
-    if not fits or type(head) is not nn.Linear:
-        raise UserError(f"{name} cannot be a reward model: transformers has no head for its body")
+        body, head = made.base_model_prefix, made.score
+        fits = type(getattr(made, body)) is type(getattr(lm, body)) and type(head) is nn.Linear
+    except (ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{type(lm).__name__} cannot be a reward model: transformers has no class that puts "
+            "one score on its body"
+        )
     setattr(made, body, getattr(lm, body))
     torch.manual_seed(seed)
     made.score = nn.Linear(head.in_features, 1, head.bias is not None, lm.device, lm.dtype)

@@ -12,6 +12,8 @@ from spo_lightning.data.batch import Pair, collate
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import UserError
 from spo_lightning.evaluation.totals import pair_numbers, wilson
+from spo_lightning.models.architectures.judge import built
+from spo_lightning.models.architectures.small import config_of
 from spo_lightning.models.policy import adapt, load, opened, to_rewards
 from spo_lightning.models.rewards import (
     at_the_end,
@@ -19,6 +21,7 @@ from spo_lightning.models.rewards import (
     reading_of_rewards,
     rewards,
     to_reward,
+    with_head,
 )
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.models.sharing import scorer_for
@@ -176,6 +179,13 @@ def test_what_is_no_reward_model_of_ours():
     made.lm.score = torch.nn.Linear(32, 2, bias=False)
     with pytest.raises(UserError, match="is no reward model of this package: it needs one label"):
         reading_of_rewards(made.lm)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "xlnet"])
+def test_a_body_without_a_class_for_it(kind):
+    lm = built(config_of(kind))
+    with pytest.raises(UserError, match="cannot be a reward model: transformers has no class"):
+        with_head(lm, 1, seed=0)
 
 
 def test_a_forward_that_does_more_is_refused():
