@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from spo_lightning.config.ranges import DIAGNOSTICS
 from spo_lightning.errors import UserError
 
 # what a reward model has nothing for: key, values refused, why
@@ -13,8 +14,13 @@ REWARDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("data.drop_high_ches", bool, "it ranks pairs by likelihoods' states: leave it out"),
     ("data.stream", bool, "its pairs are read before training: leave it out"),
     *(
-        (f"diagnostics.{name}.every_n_steps", bool, "it watches likelihoods: leave it out")
-        for name in ("evolution", "geometry", "ches", "overoptimisation", "probes")
+        (
+            f"diagnostics.{name}.every_n_steps",
+            bool,
+            "it reads likelihoods or answers: leave it out",
+        )
+        for name in DIAGNOSTICS
+        if name != "displacement"  # which sees by itself that there is none
     ),
 ]
 

@@ -158,6 +158,7 @@ KEYS = [
     ("model.reference=run/model", "model.reference=run/model does not go with a reward model"),
     ("data.stream=true", "data.stream=True does not go with a reward model: its pairs are"),
     ("data.drop_high_ches=0.1", "data.drop_high_ches=0.1 does not go with a reward model"),
+    ("diagnostics.quality.every_n_steps=50", "diagnostics.quality.every_n_steps=50 does not go"),
     ("diagnostics.probes.every_n_steps=5", "diagnostics.probes.every_n_steps=5 does not go with"),
     ("loss.label_smoothing=0.5", "loss.label_smoothing=0.5: it must be"),
 ]
