@@ -1,6 +1,7 @@
 """An objective from its yaml and a tiny policy in, a finished Lightning fit and its log out."""
 
 import contextlib
+import copy
 import logging
 import warnings
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from spo_lightning import losses
 from spo_lightning.data.sets import Pairs
-from spo_lightning.models.scorer import Scorer, score
+from spo_lightning.models.scorer import Beside, Scorer, score
 from spo_lightning.records.progress import silent
 from spo_lightning.training.fit import OuterSteps
 from spo_lightning.training.module import Preference
@@ -133,12 +134,16 @@ def fitted(
     whole_batch=False,
     accelerator="cpu",
     scorer=None,
+    beside=None,
 ):
     """Drive ``Preference`` through Lightning's Trainer as ``fit.py`` does."""
     loss, solver, beta = chosen
     given = scored(made.lm) if given is None else given
+    scorer = scorer or Scorer(made.lm, True)
+    if losses.asks(loss, "divergences"):
+        scorer.beside = beside or Beside(copy.deepcopy(scorer), contextlib.nullcontext)
     module = Preference(
-        scorer or Scorer(made.lm, True),
+        scorer,
         loss,
         solver,
         optimizer,

@@ -17,7 +17,8 @@ def pairs(chosen, rejected, chosen_length, rejected_length, dtype=torch.float64)
     tokens = torch.stack(counts, 1).flatten()  # [2B], pair by pair, chosen before rejected
     slot = torch.repeat_interleave(torch.arange(len(tokens)), tokens)
     means = (torch.stack(sums, 1).flatten() / tokens)[slot]
-    return PairLogps(means, slot // 2, slot % 2 == 1, len(sums[0]))
+    rows = torch.arange(len(sums[0]))
+    return PairLogps(means, slot // 2, slot % 2 == 1, len(sums[0]), rows=rows)
 
 
 def random_lengths(count: int, seed: int) -> Tensor:

@@ -31,7 +31,7 @@ from spo_lightning.models.policy import (
     opened,
     tokenizer_of,
 )
-from spo_lightning.models.scorer import Scorer, score
+from spo_lightning.models.scorer import Beside, Scorer, score
 from spo_lightning.models.sharing import as_read_by
 from spo_lightning.models.sources import found
 from spo_lightning.records.progress import Stages, Within
@@ -176,9 +176,22 @@ class Referee:
         """
         later = copy.copy(self)
         if self.other is None and not self.policy.adapted:
-            later.scorer = copy.deepcopy(self.scorer).requires_grad_(False)
+            later.scorer = self._copy()
         later.stages = Within(self.stages)
         return later
+
+    def beside(self) -> Beside:
+        """The same to be read in every step, for losses that compare whole distributions."""
+        if self.other is not None:
+            return Beside(self.judge(), nullcontext)
+        head = self.policy.lm.get_output_embeddings()
+        # a head is read once more in the backward pass, where adapters cannot be switched off
+        if self.policy.adapted and not any(p.requires_grad for p in head.parameters()):
+            return Beside(self.scorer, self.policy.start)
+        return Beside(self._copy(), nullcontext)
+
+    def _copy(self) -> Scorer:
+        return copy.deepcopy(self.scorer).requires_grad_(False)
 
 
 def with_reference(

@@ -31,6 +31,8 @@ def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
         _check_whole_batch(cfg)
     if OmegaConf.select(cfg, "loss.rewards") and "max_steps" in cfg:
         _check_rewards(cfg)
+    if OmegaConf.select(cfg, "loss.language") is not None:
+        _check_similarity(cfg)
     for key in touched:
         part, _, knob = key.rpartition(".")
         while part.count(".") > 2:
@@ -40,6 +42,23 @@ def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
         )
         if weight == 0 and knob != "weight":
             raise UserError(f"{key} has no effect: {part}.weight is 0; give it one")
+
+
+def _check_similarity(cfg: DictConfig) -> None:
+    alpha, similarity = cfg.loss.alpha, cfg.loss.similarity
+    if not 0 <= alpha <= 1:
+        raise UserError(f"loss.alpha={alpha}: it must be at least 0 and at most 1")
+    if alpha > 0 and similarity is None:
+        raise UserError(
+            f"loss.alpha={alpha} weighs similarities, and there are none: name a function or an "
+            "embedding model as loss.similarity, or leave it at 0"
+        )
+    if alpha == 0 and similarity is not None:
+        raise UserError("loss.similarity has no effect: loss.alpha is 0; raise it")
+    if cfg.get("data", {}).get("stream"):
+        raise UserError(
+            "data.stream=true: this loss looks for sentences before training begins: leave it out"
+        )
 
 
 def _check_whole_batch(cfg: DictConfig) -> None:

@@ -23,6 +23,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss.label_smoothing": (lambda v: 0 <= v < 0.5, "at least 0 and below 0.5"),
     "loss.tau": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "loss.ld_alpha": (lambda v: 0 <= v <= 1, "at least 0 and at most 1"),
+    **{f"loss.{key}": (lambda v: 0 < v <= 1, "above 0 and at most 1") for key in ("r1", "r2")},
+    "loss.similarity": (
+        lambda v: v is None or isinstance(v, str),
+        "module.function, the directory of an embedding model, or null",
+    ),
     "loss.filtered": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "sft.max_steps": (lambda v: v is None or v >= 0, "at least 0, or null"),
     "sft.batch_size": (lambda v: v >= 1, "at least 1"),

@@ -5,6 +5,7 @@ batch, in the order pair by pair, chosen before rejected: those of the answers, 
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -14,41 +15,9 @@ import torch
 from torch import Tensor
 
 from spo_lightning.data.packing import Block, Packed, Stretches, Tree
+from spo_lightning.data.pair import Pair
 
 PAD, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One tokenised pair. ``row`` is its place in the source, for messages.
-
-    An answer may hold context, tokens that are read and not scored: a user's turn between two of
-    the assistant's. ``chosen_context``: where one begins, ends, the next begins, ends, and so on.
-    """
-
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    row: int = -1
-    chosen_context: tuple[int, ...] = ()
-    rejected_context: tuple[int, ...] = ()
-    margin: float | None = None  # the data's: chosen's score less rejected's, or a strength
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-    @property
-    def scored(self) -> tuple[list[range], list[range]]:
-        """The places of the scored tokens in the chosen and in the rejected answer, in runs."""
-        return (
-            _between(len(self.chosen), self.chosen_context),
-            _between(len(self.rejected), self.rejected_context),
-        )
-
-
-def _between(length: int, context: tuple[int, ...]) -> list[range]:
-    edges = (0, *context, length)
-    return [range(a, b) for a, b in zip(edges[::2], edges[1::2]) if a < b]
 
 
 @dataclass(frozen=True)
@@ -73,6 +42,8 @@ class PairBatch:
     prompt: Tensor  # [B] equal numbers: equal prompts
     reference: Tensor | None = None  # [S] log-probabilities under the reference
     margins: Tensor | None = None  # [B] Pair.margin, nan where it has none; None: no pair has one
+    sentences: Tensor | None = None  # [S] which one of its answer's; a rejected answer is one
+    similarities: Tensor | None = None  # [S] of that sentence; 0 of a rejected answer's
     lower: "PairBatch | None" = None  # the lower level's own rows, without rejected responses
     home: "PairBatch | None" = None
 
@@ -149,14 +120,10 @@ class PairBatch:
 
     def of(self, kept: Tensor) -> "PairBatch":
         """The same rows, of whose scored tokens these alone are scored."""
-        return replace(
-            self,
-            pair=self.pair[kept],
-            rejected=self.rejected[kept],
-            column=self.column[kept],
-            predictor=self.predictor[kept],
-            reference=None if self.reference is None else self.reference[kept],
-        )
+        columns = ("pair", "rejected", "column", "predictor")
+        columns += ("reference", "sentences", "similarities")
+        found: dict[str, Any] = {name: getattr(self, name) for name in columns}
+        return replace(self, **{n: None if it is None else it[kept] for n, it in found.items()})
 
     def split(self, rows: int) -> "list[PairBatch]":
         """Consecutive parts of at most ``rows`` rows."""
@@ -289,12 +256,27 @@ def collate(
         prompt=torch.tensor([prompts.setdefault(pair.prompt, len(prompts)) for pair in pairs]),
         reference=None if references is None else torch.cat(list(references)),
         margins=_margins(pairs),
+        **_sentences(pairs),
     )
 
 
 def _margins(pairs: Sequence[Pair]) -> Tensor | None:
     given = [math.nan if pair.margin is None else pair.margin for pair in pairs]
     return None if all(map(math.isnan, given)) else torch.tensor(given)
+
+
+def _sentences(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """PairBatch.sentences and similarities, where pairs know them."""
+    if not any(pair.sentences for pair in pairs):
+        return {}
+    which, near = [], []
+    for pair in pairs:
+        chosen, rejected = (sum(map(len, runs)) for runs in pair.scored)
+        own = [bisect_right(pair.sentences, n) for run in pair.scored[0] for n in run]
+        which += own + [0] * rejected
+        near += [pair.similarities[n] for n in own] if pair.similarities else [0.0] * chosen
+        near += [0.0] * rejected
+    return {"sentences": torch.tensor(which), "similarities": torch.tensor(near)}
 
 
 def by_pairs(sizes: Sequence[int], limit: int) -> list[list[int]]:

@@ -89,7 +89,8 @@ def rendered(
     template.check(prompt, texts[0])
     for turns in answers:
         texts.append(template(prompt + turns))
-        template.check(turns, texts[-1])
+        # the prompt's once more: some write the system turn only until an answer follows
+        template.check(prompt + turns, texts[-1])
         one = len(turns) == 1 and writes(turns[0], where)
         if scored == "all" or one:
             words.append(None)
@@ -240,15 +241,32 @@ def remarks(rows: Sequence[Row], tokenizer: Any) -> list[str]:
             f"{len(texts):,} rows of text stay text, though the tokenizer has a chat template: "
             f"{share:.0%} of them carry its marks; data.chat=true makes turns of them"
         )
-    for chat in [row for row in rows if isinstance(row["prompt"], list) and row["prompt"]][:1]:
+    chats = [row for row in rows if isinstance(row["prompt"], list) and row["prompt"]]
+    for chat in chats[:1]:
         found += _of_template(chat, tokenizer)
+    for chat in [chat for chat in chats if _thought(chat)][:1]:
+        if _thought(chat) not in Template.of(chat, tokenizer, "a row")(_answered(chat)):
+            found.append(
+                "The chat template leaves out the thoughts of answers (<think> ...): what is "
+                "scored is what follows them"
+            )
     return found
+
+
+def _answered(row: Row) -> list[Row]:
+    return row["prompt"] + (row.get("chosen") or row.get("completion") or [])
+
+
+def _thought(row: Row) -> str:
+    """What the answer of a row thinks before it speaks."""
+    last = _answered(row)[-1].get("content") or ""
+    return last.rpartition("</think>")[0].partition("<think>")[2].strip()
 
 
 def _of_template(row: Row, tokenizer: Any) -> list[str]:
     """What the template does to a row of messages, as far as it is not what one expects."""
     template, found = Template.of(row, tokenizer, "the first row"), []
-    turns = row["prompt"] + (row.get("chosen") or row.get("completion") or [])
+    turns = _answered(row)
     turns = turns[
         : 1 + max((n for n, t in enumerate(turns) if t["role"] == "assistant"), default=0)
     ]

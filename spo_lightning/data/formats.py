@@ -22,6 +22,8 @@ from spo_lightning.errors import UserError
 AT_ONCE = 1024  # rows that arrow hands over together
 HEAD = 200  # lines by which a csv's delimiter is found
 LONGEST = 2**24  # letters of a csv's cell; python's own limit is 2**17, and transcripts are longer
+AROUND = ("data", "rows", "train", "examples", "instances", "samples", "records", "items")
+MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 CELLS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 Block = tuple[int, Callable[[], Iterable[Row]]]  # how many rows, and what gives them
@@ -44,8 +46,8 @@ def is_read(name: str) -> bool:
 def blocks(name: str, *, whole: bool) -> Iterator[Block]:
     """The rows of a path or url. Not ``whole``: in constant memory, or refused."""
     suffix = suffixes(name)[0]
-    if suffix == ".json" and not whole:
-        return _json(name, whole=False)
+    if suffix in JSON and not whole:
+        return JSON[suffix](name, whole=False)
     return READERS[suffix](name)
 
 
@@ -58,6 +60,10 @@ def lines(name: str) -> Iterator[str]:
                 # the first may begin with a byte order mark
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
+                packed = [end for head, end in MAGIC.items() if raw.startswith(head)]
+                if number == 1 and packed:
+                    told = f"{name}: packed, by its first bytes"
+                    raise UserError(f"{told}: name it {name}{packed[0]}") from None
                 raise UserError(f"{name}:{number}: not utf-8: convert the file") from None
             empty = empty and not line.strip()
             yield line
@@ -87,8 +93,21 @@ def _zstd(raw: BinaryIO) -> Any:
     return io.BufferedReader(stream)
 
 
-def _jsonl(name: str) -> Iterator[Block]:
-    return _objects(enumerate(lines(name), 1), name)
+def _jsonl(name: str, whole: bool = True) -> Iterator[Block]:
+    """A row a line; what begins as a list is read as one."""
+    numbered = enumerate(lines(name), 1)
+    number, first = _full(numbered)
+    if not first.lstrip().startswith("["):
+        yield from _objects(chain([(number, first)], numbered), name)
+    elif whole:
+        yield from _whole(first + "".join(line for _, line in numbered), name, number)
+    else:
+        raise _one_list(name)
+
+
+def _full(numbered: Iterator[tuple[int, str]]) -> tuple[int, str]:
+    """The next line that is not blank."""
+    return next((found for found in numbered if found[1].strip()), (1, ""))
 
 
 def _objects(numbered: Iterable[tuple[int, str]], name: str) -> Iterator[Block]:
@@ -103,21 +122,41 @@ def _row(line: str, name: str, number: int) -> list[Row]:
 
 
 def _json(name: str, whole: bool = True) -> Iterator[Block]:
-    """One list of rows, or a row a line."""
+    """A row a line, or one list of rows, which may stand in an object."""
     numbered = enumerate(lines(name), 1)
-    number, first = next((found for found in numbered if found[1].strip()), (1, ""))
-    if not first.lstrip().startswith("["):
-        yield from _objects(chain([(number, first)], numbered), name)
+    (number, first), (later, second) = _full(numbered), _full(numbered)
+    if second and first.rstrip().endswith("}"):
+        yield from _objects(chain([(number, first), (later, second)], numbered), name)
     elif whole:
-        text = first + "".join(line for _, line in numbered)
-        rows = enumerate(parsed(text, name, number), 1)
-        found = [_object(row, f"{name}, row {at}") for at, row in rows]
-        yield len(found), lambda: found
+        blank = "\n" * (later - number - 1)
+        rest = "".join(line for _, line in numbered)
+        yield from _whole(first + blank + second + rest, name, number)
     else:
-        raise UserError(
-            f"{name}: one list, which is read whole: write one row a line as .jsonl, or leave "
-            "data.stream out"
-        )
+        raise _one_list(name)
+
+
+def _one_list(name: str) -> UserError:
+    return UserError(
+        f"{name}: one list, which is read whole: write one row a line as .jsonl, or leave "
+        "data.stream out"
+    )
+
+
+def _whole(text: str, name: str, number: int) -> Iterator[Block]:
+    found = parsed(text, name, number)
+    if isinstance(found, dict):
+        lists = [key for key, value in found.items() if _are_objects(value)]
+        around = [key for key in lists if key in AROUND]
+        if around and len(lists) > 1:
+            told = f"{name}: lists of rows under {' and '.join(lists)}"
+            raise UserError(f"{told}: write each as a file of its own")
+        found = found[around[0]] if around else [found]
+    rows = [_object(row, f"{name}, row {at}") for at, row in enumerate(found, 1)]
+    yield len(rows), lambda: rows
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(v, dict) for v in value)
 
 
 def _object(row: Any, where: str) -> Row:
@@ -139,9 +178,7 @@ def _sheet(name: str, delimiter: str) -> Iterator[Block]:
     reader = csv.DictReader(lines(name), delimiter=delimiter, strict=True)
     try:
         columns = list(reader.fieldnames or ())
-        for column in columns:
-            if columns.count(column) > 1:
-                raise UserError(f"{name}:1: two columns {column!r}: rename one of them")
+        _check_columns(columns, f"{name}:1")
         for row in reader:
             if None in row or None in row.values():
                 told = f"not {len(columns)} cells: quote the {CELLS[delimiter]}"
@@ -150,6 +187,12 @@ def _sheet(name: str, delimiter: str) -> Iterator[Block]:
     except csv.Error as error:
         line = reader.reader.line_num
         raise UserError(f"{name}:{line}: broken csv ({error}): repair it") from None
+
+
+def _check_columns(columns: Sequence[str], where: str) -> None:
+    for column in columns:
+        if columns.count(column) > 1:
+            raise UserError(f"{where}: two columns {column!r}: rename one of them")
 
 
 def delimiter_of(name: str) -> str:
@@ -181,6 +224,7 @@ def _parquet(name: str) -> Iterator[Block]:
     from pyarrow.parquet import ParquetFile
 
     with _opened(name) as file, ParquetFile(_seekable(file)) as table:
+        _check_columns(table.schema_arrow.names, name)
         for group in range(table.num_row_groups):
             batches = table.iter_batches(AT_ONCE, row_groups=[group])
             rows = (row for batch in batches for row in batch.to_pylist())
@@ -195,10 +239,13 @@ def _arrow(name: str) -> Iterator[Block]:
         file = _seekable(raw)
         if file.read(6) != b"ARROW1":
             file.seek(0)
-            for batch in pyarrow.ipc.open_stream(file):
+            stream = pyarrow.ipc.open_stream(file)
+            _check_columns(stream.schema.names, name)
+            for batch in stream:
                 yield batch.num_rows, batch.to_pylist
             return
         table = pyarrow.ipc.open_file(file)
+        _check_columns(table.schema.names, name)
         for number in range(table.num_record_batches):
             batch = table.get_batch(number)
             yield batch.num_rows, batch.to_pylist
@@ -209,11 +256,22 @@ def _seekable(file: BinaryIO) -> BinaryIO:
     return file if file.seekable() else io.BytesIO(file.read())
 
 
+# read whole where they are one list
+JSON: dict[str, Callable[..., Iterator[Block]]] = {
+    **{".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json},
+}
 READERS: dict[str, Callable[[str], Iterator[Block]]] = {
-    **{".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv},
+    **JSON,
+    **{".csv": _csv, ".tsv": _tsv},
     **{".parquet": _parquet, ".arrow": _arrow},
 }
-TEXTS = (".jsonl", ".json", ".csv", ".tsv")  # what is packed from outside; arrow packs inside
+TEXTS = (
+    ".jsonl",
+    ".ndjson",
+    ".json",
+    ".csv",
+    ".tsv",
+)  # what is packed from outside; arrow packs inside
 UNPACKED: dict[str, Callable[[Any], Any]] = {
     **{".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd},
 }

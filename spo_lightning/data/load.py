@@ -1,7 +1,7 @@
 """The composed ``data`` node in, a ``Task`` out."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -106,8 +106,15 @@ def _in_turns(task: Task, node: dict[str, Any]) -> Task:
     if not chat and system is None:
         return task
     names = ("train", "held_out", "sft", "lower")
+    told = any(isinstance(row["prompt"], str) or "plain" in row for row in _rows(task, names))
+    if chat and system is None and not told:
+        raise UserError("data.chat=true has no effect: all rows are messages; leave it out")
     sides = {name: turned(getattr(task, name)) for name in names}
     return replace(task, **sides, chunks=task.chunks and later)
+
+
+def _rows(task: Task, names: Sequence[str]) -> Iterator[Row]:
+    return (row for name in names for row in getattr(task, name))
 
 
 def _plain(node: Any) -> Any:

@@ -1,6 +1,7 @@
 """Your own preference pairs, in any published layout: files, a saved dataset or a hub id."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 from spo_lightning.data import layouts, rows
 from spo_lightning.data.layouts import Asked
 from spo_lightning.data.layouts.known import LABELLED, TEXTS, Layout
-from spo_lightning.data.reading import Place, read
+from spo_lightning.data.reading import Place, check_idle, read
 from spo_lightning.data.rows import Chunk, Dropped, Row, Rows, Task
 from spo_lightning.data.stream import chunks
 from spo_lightning.errors import UserError
@@ -42,6 +43,9 @@ def pairs(
     if path is None:
         raise UserError("data.path is not set: name a file, a saved dataset or a hub id of pairs")
     place = Place(path, "data.path", split, name, revision)
+    check_idle(
+        [*_listed(path), *_listed(eval_path), *_listed(sft)], split, name=name, revision=revision
+    )
     raw = _first_chunk(place, chunk_rows, max_rows) if stream else place.rows()
     named = {role: column for role, column in columns.items() if column is not None}
     asked = Asked(named, "data.columns", _meant(separator), pairing, seed)
@@ -52,7 +56,7 @@ def pairs(
         trains: Callable[[Row], bool] = partial(_by_hash, share)
         other = Side([row for row in own.rows if not trains(row)], (), {})
     else:
-        other = _held_out(eval_path, split, made.layout, asked, by)
+        other = _held_out(eval_path, place, made.layout, asked, by)
         trains = partial(_by_prompt, {rows.prompt_key(row["prompt"]) for row in other.rows})
     train = [row for row in own.rows if trains(row)]
     texts = Side([], (), {}) if sft is None else _texts(sft, split)
@@ -81,6 +85,13 @@ class Side(NamedTuple):
     dropped: dict[str, Dropped]
 
 
+def _listed(path: str | list[str] | dict[str, str | list[str]] | None) -> list[str]:
+    """All places that a key names."""
+    if isinstance(path, dict):
+        return [one for named in path.values() for one in _listed(named)]
+    return [path] if isinstance(path, str) else list(path or ())
+
+
 def _meant(separator: str | None) -> str | None:
     r"""A separator as the shell passes it: ``\n`` is a line break and ``\t`` a tab."""
     return separator and separator.replace("\\n", "\n").replace("\\t", "\t")
@@ -93,15 +104,16 @@ def _made(title: str, raw: Rows, layout: str | None, asked: Asked, stream: bool)
     _check(title, found, asked, stream)
     made = layouts.made_to_train(file, found)
     if not made.rows:
-        raise UserError(f"{title}: no row becomes a pair; {made.notes[-1]}")
+        texts = "; data.layout=sft reads them as texts" if found.gathered else ""
+        raise UserError(f"{title}: no row becomes a pair; {made.notes[-1]}{texts}")
     return made
 
 
 def _check(title: str, layout: Layout, asked: Asked, stream: bool) -> None:
     """What does not go with the layout."""
-    if layout.gives == LABELLED and stream:
+    if (layout.gives == LABELLED or layout.gathered) and stream:
         told = "whose pairs are made of all rows: leave data.stream out"
-        raise UserError(f"{title}: the layout {layout.name} has labelled answers, {told}")
+        raise UserError(f"{title}: the layout {layout.name} has one answer a row, {told}")
     if asked.separator is not None and not layout.asks("separator"):
         told = f"the layout {layout.name} has prompts of its own"
         raise UserError(f"{title}: data.separator={asked.separator!r}, but {told}: unset it")
@@ -112,7 +124,7 @@ def _check(title: str, layout: Layout, asked: Asked, stream: bool) -> None:
 
 def _held_out(
     eval_path: str | list[str] | dict[str, str | list[str]],
-    split: str,
+    own: Place,
     layout: Layout,
     asked: Asked,
     by: str | None,
@@ -127,7 +139,7 @@ def _held_out(
     dropped: dict[str, Dropped] = {}
     for subset, named in several.items():
         where = "data.eval_path" if subset is None else f"data.eval_path.{subset}"
-        place = Place(named, where, split)
+        place = replace(own, path=named, where=where)
         raw = place.rows()
         file = layouts.file_of(place.title, raw, asked)
         made = layouts.made_to_train(file, _as_in_path(file, layout, where))
@@ -144,6 +156,8 @@ def _as_in_path(file: layouts.File, layout: Layout, where: str) -> Layout:
     if layout.gives != TEXTS:
         return layouts.fitting(file, layout, layouts.COMPARED)
     found = layouts.recognised(file)  # labelled answers have all that texts need
+    if found.gathered:  # and so have scored ones, of which a layout that is forced makes texts
+        found = layouts.fitting(file, layout, (TEXTS,))
     if found.gives != TEXTS:
         raise UserError(
             f"{where}: the layout {found.name} gives {found.gives}, and {layout.name}, that of "

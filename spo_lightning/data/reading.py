@@ -9,7 +9,7 @@ import glob
 import logging
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -86,10 +86,6 @@ class Place:
             raise
         if found is None:
             return [(path, _tables(self._hub(path)))]
-        for key in ("name", "revision") if self.where == "data.path" else ():
-            if getattr(self, key) is not None:
-                told = f"data.{key}={getattr(self, key)} has no effect: {path} is no hub id"
-                raise UserError(f"{told}; leave it out")
         return [(name, formats.blocks(name, whole=whole)) for name in found]
 
     def _hub(self, path: str) -> Any:
@@ -107,6 +103,23 @@ class Place:
 def read(path: str | list[str], *, split: str, where: str) -> Rows:
     """All rows of what ``where`` names."""
     return Place(path, where, split).rows()
+
+
+def check_idle(paths: Sequence[Any], split: str, **of_hub: str | None) -> None:
+    """Refuse a split of files that are named one by one, and keys of a hub id where there is none.
+
+    ``of_hub``: what the keys ``data.name`` and ``data.revision`` say.
+    """
+    named = [path for path in paths if isinstance(path, str)]
+    whole = [path for path in named if not is_read(path) and not glob.has_magic(path)]
+    hub = [p for p in whole if "://" not in p and not Path(p).expanduser().exists()]
+    if split != "train" and not whole:
+        told = f"data.split={split} has no effect: {', '.join(named)} is read whole"
+        raise UserError(f"{told}; leave it out, or name a directory or hub id")
+    for key, value in of_hub.items():
+        if value is not None and not hub:
+            told = f"data.{key}={value} has no effect: {', '.join(named)} is no hub id"
+            raise UserError(f"{told}; leave it out")
 
 
 def text(path: str, where: str) -> str:

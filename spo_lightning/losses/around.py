@@ -19,12 +19,8 @@ from torch.nn import functional as F
 from spo_lightning.losses.given import Beside, Loss
 from spo_lightning.models.scorer import PairLogps
 
-FACTS = (
-    "unit",
-    "whole_batch",
-    "compares",
-    "rewards",
-)  # what a yaml says of its loss, for others to read
+# what a yaml says of its loss, for others to read
+FACTS = ("unit", "whole_batch", "compares", "rewards", "smooths", "similarity", "language")
 
 LARGEST = 40.0  # exponent: e^40 and its square are numbers in float32
 # log-ratios in, the scores that a loss sees in their place out; 0 stays 0
@@ -75,9 +71,11 @@ def desensitised(
 
 
 def _shortened(logps: PairLogps, alpha: float) -> PairLogps:
-    """Every token's log-probability, times ``alpha`` from the shorter answer's length on."""
+    """All that a token has, times ``alpha`` from the shorter answer's length on."""
     past = logps.places >= logps.lengths.min(1).values[logps.pair]
-    return replace(logps, logps=torch.where(past, alpha * logps.logps, logps.logps))
+    read = {"logps": logps.logps, "divergences": logps.divergences}
+    some = {n: torch.where(past, alpha * it, it) for n, it in read.items() if it is not None}
+    return replace(logps, **some)
 
 
 def weighted(
@@ -117,6 +115,8 @@ def assembled(loss: partial) -> Loss:
     divergence = keys.pop("divergence", partial(reverse_kl))
     if "parts" in keys:
         keys |= _mixed(keys.pop("parts"))
+    if loss.keywords.get("smooths") and not keys["label_smoothing"]:
+        raise ValueError("label_smoothing=0 has no logarithm, which this loss takes: 1e-3 or more")
     inspect.signature(loss.func).bind_partial(**keys)
     made = partial(loss.func, **keys)
     if divergence.func is not reverse_kl:

@@ -19,20 +19,26 @@ class Beside:
 
     reference: PairLogps | None
     moments: Moments | None
+    step: int = 0  # outer steps before this one; 0 for held-out pairs
 
     def of(self, loss: Loss, policy: PairLogps) -> Tensor:
         """[B] the loss, given only what its signature asks for."""
         offered = {"reference": self.reference, "moments": self.moments, "beside": self}
-        offered |= {"margins": policy.margins, "squares": policy.squares}
+        offered |= {"margins": policy.margins, "squares": policy.squares, "step": self.step}
+        offered |= {"divergences": policy.diverged, "sentences": policy.sentences}
         asked = inspect.signature(loss).parameters
         return partial(loss, **{name: it for name, it in offered.items() if name in asked})(policy)
 
 
 def evaluate(
-    loss: Loss, policy: PairLogps, reference: PairLogps | None, moments: Moments | None
+    loss: Loss,
+    policy: PairLogps,
+    reference: PairLogps | None,
+    moments: Moments | None,
+    step: int = 0,
 ) -> Tensor:
     """[B] the loss, given only what its signature asks for."""
-    return Beside(reference, moments).of(loss, policy)
+    return Beside(reference, moments, step).of(loss, policy)
 
 
 def asks(loss: Loss, name: str) -> bool:

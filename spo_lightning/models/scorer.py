@@ -9,9 +9,9 @@ model that cannot share a prompt runs its responses apart instead (``Scorer.shar
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,84 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from spo_lightning.data.batch import CHOSEN, PAD, REJECTED, Pair, PairBatch, collate
 from spo_lightning.data.sets import Pairs
 from spo_lightning.models import attention
-from spo_lightning.models.head import fused_logps, is_plain, logits_of, plain_logps
+from spo_lightning.models.head import fused_logps, is_plain, plain_logps
+from spo_lightning.models.logps import PairLogps
 from spo_lightning.models.reading import Reading, reading_of, text_config, vocabulary_of
 from spo_lightning.records.progress import Stages
 
 FLOATS = 2**18  # in a MiB
 LOGITS = 2**28  # logits that are alive at once; where there are more, they are computed again
 ROOM = 1.8  # what a graph that can be differentiated twice may take, in plain forwards
-
-
-@dataclass(frozen=True)
-class PairLogps:
-    """One log-probability per scored token of an answer, with its pair and its side."""
-
-    logps: Tensor  # [S] nats
-    pair: Tensor  # [S] which of the B pairs
-    side: Tensor  # [S] bool: False chosen, True rejected
-    pairs: int  # B
-    margins: Tensor | None = None  # [B] the data's score differences, where it has them
-    squares: Tensor | None = None  # [S] log sum of squared probabilities, where asked for
-    rewards: bool = False  # they are rewards, one an answer, and no log-probabilities
-
-    def _per_side(self, values: Tensor) -> Tensor:
-        # float64: the sum of a long answer must not depend on the order of its tokens
-        wide = torch.zeros(2 * self.pairs, dtype=torch.float64, device=values.device)
-        slot = 2 * self.pair + self.side.long()
-        return wide.index_add(0, slot, values.double()).to(values.dtype).view(-1, 2)
-
-    @cached_property
-    def sums(self) -> Tensor:
-        """[B, 2] log pi(y_w | x) and log pi(y_l | x)."""
-        return self._per_side(self.logps)
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """[B, 2] scored tokens; an absent response counts as one, so means stay finite."""
-        return self._per_side(torch.ones_like(self.logps.detach())).clamp(min=1)
-
-    @property
-    def places(self) -> Tensor:
-        """[S] where a token stands in its answer, from 0."""
-        counts = self._per_side(torch.ones_like(self.logps.detach())).long().flatten()
-        starts = (counts.cumsum(0) - counts)[2 * self.pair + self.side.long()]
-        return torch.arange(len(starts), device=starts.device) - starts
-
-    @property
-    def chosen(self) -> Tensor:
-        return self.sums[:, 0]
-
-    @property
-    def rejected(self) -> Tensor:
-        return self.sums[:, 1]
-
-    @property
-    def chosen_length(self) -> Tensor:
-        return self.lengths[:, 0]
-
-    @property
-    def rejected_length(self) -> Tensor:
-        return self.lengths[:, 1]
-
-    @property
-    def gap(self) -> Tensor:
-        """[B] log pi(y_w | x) - log pi(y_l | x)."""
-        return self.chosen - self.rejected
-
-    @property
-    def mean_chosen(self) -> Tensor:
-        """[B] nats per token."""
-        return self.chosen / self.chosen_length
-
-    @property
-    def mean_rejected(self) -> Tensor:
-        return self.rejected / self.rejected_length
-
-    @property
-    def mean_gap(self) -> Tensor:
-        """[B] the gap of the two per-token means."""
-        return self.mean_chosen - self.mean_rejected
 
 
 def reference_logps(batch: PairBatch) -> PairLogps:
@@ -148,6 +78,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model, self.shared, self.logits, self.compiled = model, shared, logits, False
         self.squares = False  # whether PairLogps comes with them
+        self.beside: Beside | None = None  # the reference, where PairLogps comes with divergences
         self.reading = reading or reading_of(model)
 
     @property
@@ -158,28 +89,42 @@ class Scorer(nn.Module):
     def forward(self, batch: PairBatch) -> PairLogps:
         """Log-probabilities of every scored token. Differentiable."""
         if self.packs or self.shared or not bool(batch.rejected.any()):
-            hidden = self._predictors(batch)
-            squares = self._squares(hidden) if self.squares else None
-            return self._of(batch, self._score(batch, hidden), squares)
+            return self._read(batch, [batch], Scorer._predictors)
         return self.apart(batch)
 
     def apart(self, batch: PairBatch) -> PairLogps:
         """The same from two forwards as transformers has them, nothing shared, nothing packed."""
-        both = sides(batch)
-        hidden = [self._in_rows(side) for side in both]
+        return self._read(batch, sides(batch), Scorer._in_rows)
 
-        def merged(chosen: Tensor, rejected: Tensor) -> Tensor:
-            whole = chosen.new_zeros(batch.pair.shape).masked_scatter(~batch.rejected, chosen)
-            return whole.masked_scatter(batch.rejected, rejected)
+    def _read(
+        self,
+        batch: PairBatch,
+        parts: Sequence[PairBatch],
+        states: Callable[["Scorer", PairBatch], Tensor],
+    ) -> PairLogps:
+        beside = self.beside if batch.compared else None
+        # first: adapters that hold other values meanwhile would break a graph that is there
+        theirs = [beside.states(states, part) for part in parts] if beside else []
+        hidden = [states(self, part) for part in parts]
 
-        logps = merged(*map(self._score, both, hidden))
-        return self._of(
-            batch, logps, merged(*map(self._squares, hidden)) if self.squares else None
+        def whole(read: Callable[..., Tensor], *columns: Sequence[Any]) -> Tensor:
+            found = [read(*column) for column in zip(*columns)]
+            if len(found) == 1:
+                return found[0]
+            chosen = found[0].new_zeros(batch.pair.shape).masked_scatter(~batch.rejected, found[0])
+            return chosen.masked_scatter(batch.rejected, found[1])
+
+        return PairLogps(
+            whole(self._score, parts, hidden),
+            *(batch.pair, batch.rejected, len(batch)),
+            margins=batch.margins,
+            squares=whole(self._squares, hidden) if self.squares else None,
+            divergences=whole(self._divergences, hidden, theirs) if theirs else None,
+            rows=batch.rows,
+            sentences=batch.sentences,
+            similarities=batch.similarities,
+            rewards=self.reading.reward,
         )
-
-    def _of(self, batch: PairBatch, logps: Tensor, squares: Tensor | None) -> PairLogps:
-        about = batch.pair, batch.rejected, len(batch), batch.margins, squares
-        return PairLogps(logps, *about, rewards=self.reading.reward)
 
     def twice(self) -> Callable[[], AbstractContextManager] | None:
         """A context whose forwards can be differentiated twice, None where there is none."""
@@ -220,13 +165,25 @@ class Scorer(nn.Module):
             return fused_logps(head, hidden, targets, by.cap, self.logits, by.scale)
 
         def score(hidden: Tensor, targets: Tensor) -> Tensor:
-            return plain_logps(logits_of(head, hidden, by.cap, by.scale), targets)
+            return plain_logps(self._logits(hidden), targets)
 
-        rows = self._rows()
-        if len(targets) <= rows:
-            return score(hidden, targets)
-        parts = zip(hidden.split(rows), targets.split(rows))
-        return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in parts])
+        return _in_parts(score, self._rows(), hidden, targets)
+
+    def _divergences(self, hidden: Tensor, theirs: Tensor) -> Tensor:
+        """[S] KL(reference || policy) of the next token over the whole vocabulary."""
+        assert self.beside is not None
+        judge = self.beside.scorer
+
+        def diverged(hidden: Tensor, theirs: Tensor) -> Tensor:
+            with torch.no_grad():
+                given = judge._logits(theirs).log_softmax(-1)
+            return (given.exp() * (given - self._logits(hidden).log_softmax(-1))).sum(-1)
+
+        # four numbers of a logit's size are there at once
+        return _in_parts(diverged, max(1, self._rows() // 4), hidden, theirs)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.reading.read(self.model, hidden)
 
     def _rows(self) -> int:
         """Scored tokens whose logits are alive at once."""
@@ -235,11 +192,8 @@ class Scorer(nn.Module):
     @torch.no_grad()
     def _squares(self, hidden: Tensor) -> Tensor:
         """[S] log of the sum of the squared probabilities of the next token."""
-        parts = []
-        for chunk in hidden.split(self._rows()):
-            logits = self.reading.read(self.model, chunk)
-            parts.append((2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1))
-        return torch.cat(parts)
+        chunks = map(self._logits, hidden.split(self._rows()))
+        return torch.cat([(2 * it).logsumexp(-1) - 2 * it.logsumexp(-1) for it in chunks])
 
     @torch.no_grad()
     def top(self, batch: PairBatch, k: int) -> tuple[Tensor, Tensor]:
@@ -249,7 +203,7 @@ class Scorer(nn.Module):
         """
         parts = []
         for chunk in self._predictors(batch).split(self._rows()):
-            p = self.reading.read(self.model, chunk).softmax(-1)
+            p = self._logits(chunk).softmax(-1)
             p = p.topk(min(k, p.shape[-1]), dim=-1).values
             parts.append(torch.stack([-torch.xlogy(p, p).sum(-1) / math.log(2), p.sum(-1)]))
         entropy, mass = torch.cat(parts, dim=1)
@@ -316,6 +270,26 @@ class Scorer(nn.Module):
         rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         states = self._run(hidden, attention_mask=mask, **rows)
         return states[batch.pair, batch.predictor]
+
+
+class Beside(NamedTuple):
+    """A scorer that is the reference in a context, and is read while the policy trains."""
+
+    scorer: Scorer
+    start: Callable[[], AbstractContextManager]
+
+    @torch.no_grad()
+    def states(self, read: Callable[[Scorer, PairBatch], Tensor], batch: PairBatch) -> Tensor:
+        with self.start():
+            return read(self.scorer, batch)
+
+
+def _in_parts(read: Callable[..., Tensor], rows: int, *columns: Tensor) -> Tensor:
+    """What ``read`` makes of the columns, of so many rows at once; the rest is computed again."""
+    if len(columns[0]) <= rows:
+        return read(*columns)
+    parts = zip(*(column.split(rows) for column in columns))
+    return torch.cat([checkpoint(read, *part, use_reentrant=False) for part in parts])
 
 
 @torch.no_grad()

@@ -36,7 +36,8 @@ $\beta\max(0, -s_w)$ for losses on sums (unit sequence), $\max(0, -\bar s_w)$ fo
 In the pictures a step's push on $\ell_w$ (blue) and on $\ell_l$ (red, dashed) stands over the
 margin, from -40 to 40 nats: above the grey line an answer becomes more likely. Policy and
 reference differ by half the margin on either side, answers have 20 tokens of 2 nats under the
-reference, settings are the defaults, and every picture has a scale of its own.
+reference, settings are the defaults, and every picture has a scale of its own. TDPO's divergences
+are 0 in them and stay so; ASPO's answers are one sentence.
 """
 WHOLE = (
     "Needs all pairs of an outer step in one forward of one process; a held-out value is that of "
@@ -59,6 +60,8 @@ def _row(one: Objective) -> str:
         "its parts'" if "beside" in one.asks else "yes" if "reference" in one.asks else "no"
     )
     besides = {"moments": "earlier batches", "margins": "scores of the data"}
+    besides |= {"divergences": "the reference's distributions", "step": "a draw"}
+    besides |= {"sentences": "sentences of the answers"}
     read = [told for name, told in besides.items() if name in one.asks]
     read += ["the whole batch"] if one.node.get("whole_batch") else []
     cells = [f"[{one.name}](#{one.name})", ", ".join(map(_link, one.papers)), reference]

@@ -78,6 +78,10 @@ def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: Wo
     set_threads(cfg.hardware)
     quiet()
     loss, solver = objective(cfg)
+    if "similarity" in cfg.loss:
+        from spo_lightning.models.sentences import Sentences
+
+        Sentences.of(cfg.loss, world.device)
     goes_on = _checkpoint(cfg, run, world)
     log.info("Run directory: %s", run.path)
     return Job(cfg, run, choices, loss, solver, goes_on, {})
@@ -140,9 +144,7 @@ def refuse_processes(cfg: "DictConfig", world: World) -> None:
 def objective(cfg: "DictConfig") -> tuple[Any, Any]:
     """The loss and the solver; the optimizer too, of one parameter that nobody trains."""
     import torch
-    from omegaconf import OmegaConf
 
-    from spo_lightning.losses import assembled
     from spo_lightning.training.fit import optimizer_of
 
     built({"_target_": cfg.optimizer._target_, "_partial_": True})  # is it installed?
@@ -151,11 +153,19 @@ def objective(cfg: "DictConfig") -> tuple[Any, Any]:
     except Exception as error:
         said = one_line(error).rstrip(".")
         raise UserError(f"optimizer: {said}; see conf/optimizer for its keys") from error
+    return loss_of(cfg), built(cfg.solver)
+
+
+def loss_of(cfg: "DictConfig") -> Any:
+    """The loss alone, with what stands around it."""
+    from omegaconf import OmegaConf
+
+    from spo_lightning.losses import assembled
+
     try:
-        loss = assembled(built(OmegaConf.to_container(cfg.loss, resolve=True)))
+        return assembled(built(OmegaConf.to_container(cfg.loss, resolve=True)))
     except (TypeError, ValueError) as error:
         raise UserError(f"loss: {error}; see conf/loss for its keys") from error
-    return loss, built(cfg.solver)
 
 
 def _checkpoint(cfg: "DictConfig", run: RunDir, world: World) -> "GoesOn | None":

@@ -10,7 +10,7 @@ from dataclasses import replace
 from spo_lightning.config.knobs import warm_start_steps
 from spo_lightning.errors import UserError
 from spo_lightning.run import record as known
-from spo_lightning.run.job import Job
+from spo_lightning.run.job import Job, loss_of
 from spo_lightning.run.record import grown
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,11 @@ def policy(at: known.Read) -> known.Opened:
             f"{at.cfg.model.pretrained} is a reward model, which neither answers the prompts of "
             "this data nor has a warm start: name a causal language model, or data=pairs"
         )
+    how = at.cfg.get("optimizer", {}).get("bf16", "stochastic")
+    # only now is it known that the checkpoint has adapters
+    if opened.adapted and not at.cfg.model.lora.fresh and how != "stochastic":
+        told = "the checkpoint's adapters train, which are in float32"
+        raise UserError(f"optimizer.bf16={how} has no effect: {told}; leave it out")
     return grown(known.Opened, at, policy=opened, precision=precision)
 
 
@@ -68,6 +73,7 @@ def tokens(at: known.Paired) -> known.Tokenised:
     from spo_lightning.evaluation.groups import groups_of_pairs
     from spo_lightning.models.policy import adapt, to_rewards
     from spo_lightning.models.rewards import to_reward
+    from spo_lightning.models.sentences import Sentences
     from spo_lightning.models.sharing import scorer_of_run
 
     sides = of_both_sides(at.cfg, at.task, at.policy.tokenizer)
@@ -76,6 +82,9 @@ def tokens(at: known.Paired) -> known.Tokenised:
     policy = adapt(policy, **at.cfg.model.lora, seed=at.cfg.seed)
     pad = policy.tokenizer.pad_token_id
     sets = {name: Pairs(side.pairs, None, pad) for name, side in sides.items()}
+    if "similarity" in at.cfg.loss:
+        split = Sentences.of(at.cfg.loss, at.world.device)
+        sets = {name: split(some, policy.tokenizer) for name, some in sets.items()}
     if rewards:  # which answers nothing
         sets = {name: to_reward(pairs, policy.lm) for name, pairs in sets.items()}
         places = replace(places, rows=[])
@@ -93,6 +102,7 @@ def reference(at: known.Tokenised) -> known.Referenced:
     from spo_lightning.cache.reference import Referee
     from spo_lightning.cache.tokens import lower_texts
     from spo_lightning.evaluation.ches import without_high_ches
+    from spo_lightning.losses import asks
     from spo_lightning.training.feed import drawn, streamed
 
     cfg, task, policy, scorer, sets = at.cfg, at.task, at.policy, at.scorer, dict(at.sets)
@@ -108,6 +118,8 @@ def reference(at: known.Tokenised) -> known.Referenced:
     sets = referee.over(sets, orders, count)
     if task.chunks is not None:
         feed = streamed(cfg, task, policy.tokenizer, sets["train"], at.counts, referee.stays())
+    if asks(loss_of(cfg), "divergences"):
+        scorer.beside = referee.beside()
     scorer.compiled = cfg.hardware.compile  # the probe and the reference have run without
     train, held, lower = sets["train"], sets["held-out"], sets.get("lower level")
     return grown(known.Referenced, at, train=train, held=held, lower=lower, feed=feed)

@@ -178,7 +178,7 @@ class Preference(LightningModule):
         def both(theta: Tensors) -> tuple[Tensor, Tensor]:
             policy = scored(theta, part)
             moments = losses.moments_of(self.moments_state)
-            upper = losses.evaluate(self.loss, policy, reference, moments)
+            upper = losses.evaluate(self.loss, policy, reference, moments, self.outer_step)
             apart = policy if part.lower is None else scored(theta, texts)
             lower = -apart.mean_chosen
             if seen:

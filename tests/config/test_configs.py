@@ -73,7 +73,8 @@ def checkpoint(tmp_path_factory):
 def test_losses_train_apart(tmp_path):
     shared = (*SLIPS, *LLAMA, *PLAIN)
     table = {}
-    for loss in (loss for loss in options("loss") if loss != "odpo"):  # its rows have scores
+    # rows with scores, and with sentences, have tests of their own
+    for loss in (loss for loss in options("loss") if loss not in ("odpo", "aspo")):
         table[loss] = trained(tmp_path, f"loss={loss}", *shared, *needs(loss))
     for kind in options("loss/divergence"):
         if kind != "reverse_kl":
@@ -101,6 +102,21 @@ def test_odpo_trains_on_rows_with_scores(tmp_path):
     where = ["data=pairs", f"data.path={tmp_path / 'scored.jsonl'}", *LLAMA, *PLAIN]
     alike = [trained(tmp_path, f"loss={loss}", *where) for loss in ("odpo", "dpo")]
     assert alike[0] != alike[1]
+
+
+def test_aspo_trains_on_sentences(tmp_path, monkeypatch):
+    pytest.importorskip("pysbd")
+    (tmp_path / "mine_of_aspo.py").write_text("def near(prompt, text):\n    return len(text)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [
+        {"prompt": f"{a}?", "chosen": f"It is {a}. Is it? Yes, it is.", "rejected": f"No. {a}."}
+        for a in range(24)
+    ]
+    write(tmp_path / "sentences.jsonl", rows)
+    where = ["data=pairs", f"data.path={tmp_path / 'sentences.jsonl'}", *LLAMA, *PLAIN]
+    near = ["loss=aspo", "loss.similarity=mine_of_aspo.near", "loss.alpha=0.5"]
+    words = (["loss=dpo"], ["loss=aspo"], ["loss=aspo", "loss.of_rewards=true"], near)
+    assert_all_differ({" ".join(some): trained(tmp_path, *some, *where) for some in words})
 
 
 def start(tmp_path):

@@ -284,6 +284,23 @@ def test_a_system_turn_is_never_lost():
     told = refused(tokenizer, system, [says("a")])
     assert "leaves out the system turn 'Be brief.'" in told and "data.system" in told
     assert pair_of(tokenizer, [user("hi")], [says("a")], [says("no")])
+    # as Mistral has it: in the user's turn if that is the last, so that with an answer it is gone
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}[INST]{% if loop.last and "
+        "m.role == 'user' and messages[0].role == 'system' %}"
+        "{{ messages[0].content }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    assert "leaves out the system turn 'Be brief.'" in refused(tokenizer, system, [says("a")])
+
+
+def test_thoughts_that_a_template_takes_out_of_answers_are_said():
+    tokenizer = tokenizer_of("qwen3")
+    row = {"prompt": [user("hi")], "chosen": [says("<think>two\n</think>a")]}
+    assert remarks([row], tokenizer) == []
+    tokenizer.chat_template = tokenizer.chat_template.replace("loop.index0 < ns.last and ", "")
+    others = {"prompt": [user("ho")], "chosen": [says("b")]}
+    (told,) = remarks([others, row], tokenizer)
+    assert "leaves out the thoughts of answers" in told and remarks([others], tokenizer) == []
 
 
 @pytest.mark.parametrize(

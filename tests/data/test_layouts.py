@@ -650,11 +650,6 @@ def test_rows_of_a_layout(name):
             assert turns_only(found.rows) == becomes, raw
 
 
-def test_every_layout_that_gives_pairs_has_rows_here():
-    given = {name for name, one in layouts.known.layouts().items() if one.gives == "pairs"}
-    assert given == set(CASES)
-
-
 SINGLE = {
     "kto": [
         ({"prompt": "p", "completion": "c", "label": True}, {"prompt": "p", "completion": "c"}),
@@ -816,7 +811,7 @@ def test_an_unknown_file_is_told_what_it_lacks():
     raw = [{"ask": "one two three four five six seven", "good": "yes", "bad": None, "n": 3}] * 2
     assert message(made, raw) == (
         "a.jsonl: no layout fits its columns ask (one two three four five ...), good (yes), n "
-        "(3); the nearest, trl, lacks prompt and chosen and rejected; say which is which: "
+        "(3); the nearest, trl, lacks prompt and rejected; say which is which: "
         "data.columns.prompt=ask data.columns.chosen=good data.columns.rejected=bad"
     )
 

@@ -9,6 +9,8 @@ import sys
 import threading
 
 import fsspec
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 from written import PACKED, TABLES, TEXTS, as_csv, as_json, as_jsonl, as_stream
 
@@ -211,6 +213,44 @@ def test_a_json_file_may_hold_a_row_a_line(tmp_path):
     assert [row for part in Place(str(path), "data.path").parts(6, 1) for row in part] == MANY[6:]
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.jsonl", json.dumps(MANY)),
+        ("a.jsonl", json.dumps(MANY, indent=1)),
+        ("a.json", json.dumps({"version": "1", "data": MANY})),
+        ("a.json", "\n" + json.dumps({"train": MANY}, indent=1)),
+        ("a.ndjson", "".join(f"{json.dumps(row)}\n\n" for row in MANY)),
+    ],
+)
+def test_rows_of_json_as_others_write_them(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    assert taken(str(path)) == MANY
+    if name == "a.jsonl":
+        assert "one list, which is read whole" in message(
+            next, Place(str(path), "data.path").parts(8, 0)
+        )
+
+
+def test_one_row_that_stands_over_several_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({**PAIRS[0], "answers": [{"x": 1}]}, indent=2))
+    assert taken(str(path)) == [{**PAIRS[0], "answers": [{"x": 1}]}]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_two_columns_of_one_name(tmp_path, suffix):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["prompt", "chosen", "chosen"])
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    assert message(taken, str(path)) == f"{path}: two columns 'chosen': rename one of them"
+
+
 LINE = json.dumps(PAIRS[0])
 
 
@@ -225,7 +265,13 @@ LINE = json.dumps(PAIRS[0])
         ("a.jsonl", "3" * 5000, "a.jsonl:1: unreadable JSON"),
         ("a.jsonl", "[" * 200000, "a.jsonl:1: unreadable JSON"),
         ("a.json", "[{},\n{},\n{]", "a.json:3: broken JSON"),
-        ("a.json", "{\n}", "a.json:1: broken JSON"),
+        ("a.json", "{\n", "a.json:2: broken JSON"),
+        (
+            "a.json",
+            '{"train": [{"a": 1}], "test": [{"a": 1}]}',
+            "a.json: lists of rows under train and test",
+        ),
+        ("a.jsonl", b"\x1f\x8b\x08", "a.jsonl: packed, by its first bytes: name it "),
         ("a.json", "[{}, 3]", "a.json, row 2: a number, not an object"),
         ("a.json", "[]", "a.json: no rows"),
         ("a.csv", "prompt,chosen\na,b\nc\n", "a.csv:3: not 2 cells: quote the commas"),
@@ -288,9 +334,21 @@ def test_directories_without_rows(tmp_path):
 
 @pytest.mark.parametrize("key", ["name", "revision"])
 def test_keys_of_a_hub_id_are_refused_with_a_file(tmp_path, key):
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl(MANY))
-    told = message(taken, str(tmp_path / "a.jsonl"), **{key: "x"})
-    assert told.startswith(f"data.{key}=x has no effect: {tmp_path}/a.jsonl is no hub id")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(as_jsonl(MANY))
+    told = message(task_of, str(path), **{key: "x"})
+    assert told.startswith(f"data.{key}=x has no effect: {path} is no hub id")
+    # held-out rows of a hub id read them
+    told = message(task_of, str(path), eval_path="own/set", **{key: "x"})
+    assert told.startswith("own/set: no such file, and not loaded from the hub")
+
+
+def test_a_split_is_refused_with_files_alone(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_bytes(as_jsonl(MANY))
+    told = message(task_of, str(path), split="test")
+    assert told.startswith(f"data.split=test has no effect: {path} is read whole")
+    assert len(task_of(str(tmp_path), split="test").train) > 10
 
 
 def test_the_hub_without_a_network_is_one_line():

@@ -519,7 +519,7 @@ def test_labelled_rows_are_paired_and_all_are_left_for_who_needs_them(source, tm
     assert task.unpaired[-1] == {"prompt": "q", "completion": "a", "label": True}
     assert task.unpaired[:-1] == [row for row in rows if json.dumps(row["prompt"]) not in held]
     told = refusal(source, "data=pairs", f"data.path={path}", "data.stream=true")
-    assert "the layout kto has labelled answers, whose pairs are made of all rows" in told
+    assert "the layout kto has one answer a row, whose pairs are made of all rows" in told
     write(path, rows[::2])
     told = refusal(source, "data=pairs", f"data.path={path}")
     assert "no row becomes a pair; Rows that become no pair: no answer with the other" in told

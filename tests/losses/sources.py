@@ -22,6 +22,7 @@ YAMLS = sorted(path.stem for path in CONF.joinpath("loss").glob("*.yaml") if pat
 HALF = Moments(0.5, 0.25, summed_mean=1.5, summed_spread=4.0, weight=0.9, steps=3)
 SOME = {
     "mixture": {"parts": {"dpo": {"weight": 0.7}, "sft": {"weight": 0.2}}},
+    "aspo": {"alpha": 0.6},
     "beta_dpo": {"filtered": 0.0},  # the draw has a test of its own
 }  # to be a loss
 
@@ -106,6 +107,19 @@ def kto(rows, k):
     return [(1 - sig(k.beta * (v.sw - kl)) + 1 - sig(k.beta * (kw - v.sl))) / 2 for v in rows]
 
 
+def pilot(v, share):
+    """Tokens of a pilot; all of an answer are alike here."""
+    return max(math.floor(min(v.nw, v.nl) * share), 1)
+
+
+def two_sentences(v, weight):
+    """s_w where the first token is a sentence, and the others weigh more."""
+    if v.nw == 1:
+        return v.sw
+    first = v.sw / v.nw
+    return 2 / (2 + weight) * (first + (1 + weight) * (v.sw - first))
+
+
 PAIR = {
     "reward": lambda v, k: bradley_terry(v.lw, v.ll, v.margin, k),
     "sft": lambda v, k: v.nll,
@@ -150,6 +164,13 @@ PAIR = {
     "smooth_hinge": lambda v, k: (
         max(0.0, 1 - k.beta * v.gap) + k.alpha * math.log1p(math.exp(1 - v.sw / v.nw))
     ),
+    "tdpo1": lambda v, k: soft(k.beta * (v.h + v.dw - v.dl)),
+    "tdpo2": lambda v, k: soft(k.beta * (v.h + k.alpha * (v.dw - v.dl))),
+    "aspo": lambda v, k: soft(k.beta * (two_sentences(v, 0.6) - v.sl)),
+    "sgdpo": lambda v, k: (
+        soft(k.beta * (v.sw - v.held_sl * pilot(v, k.r2) / v.nl)) / 2
+        + soft(k.beta * (v.held_sw * pilot(v, k.r1) / v.nw - v.sl)) / 2
+    ),
     "alpha_dpo": lambda v, k: soft(
         k.beta * (v.gap - (k.gamma_beta_ratio + k.alpha * (v.held - 0.5) / 0.25))
     ),
@@ -176,6 +197,8 @@ KEYS = {
     "two_sided": dict(beta=0.3, lower=1.0, upper=4.0),
     "cal_dpo": dict(beta=0.3, coefficient=0.7),
     "smooth_hinge": dict(beta=0.8, alpha=0.6),
+    "tdpo2": dict(beta=0.3, alpha=0.7),
+    "sgdpo": dict(beta=0.3, r1=0.45, r2=0.8),
     "alpha_dpo": dict(beta=1.7, gamma_beta_ratio=0.4, alpha=0.3),
     "aot": dict(beta=0.3, label_smoothing=0.2),
     "aot_unpaired": dict(beta=0.3, label_smoothing=0.2),
@@ -192,14 +215,24 @@ def rewritten(name, policy, reference, lengths, margins, held=None, **keys):
         v = SimpleNamespace(lw=lw, ll=ll, rw=rw, rl=rl, nw=nw, nl=nl, nll=-lw / nw, margin=margin)
         v.sw, v.sl, v.gap = lw - rw, ll - rl, lw / nw - ll / nl
         v.h, v.norm = v.sw - v.sl, v.sw / nw - v.sl / nl
+        v.dw, v.dl = (d * n for d, n in zip(DIVERGENCES, (nw, nl)))
+        v.held_sw, v.held_sl = hw - rw, hl - rl
         v.held, v.held_sum = (hw - rw) / nw - (hl - rl) / nl, hw - rw - (hl - rl)
         rows.append(v)
     return BATCH[name](rows, k) if name in BATCH else [PAIR[name](v, k) for v in rows]
 
 
-def with_margins(policy, margins):
-    """The same PairLogps with score differences."""
-    return replace(policy, margins=torch.as_tensor(margins, dtype=policy.logps.dtype))
+DIVERGENCES = (0.03, 0.05)  # of every token of a chosen and of a rejected answer
+
+
+def with_margins(policy, margins, divergences=DIVERGENCES):
+    """The same PairLogps with score differences, with divergences, and with two sentences, of
+    which the first is a token."""
+    of_token = torch.tensor(divergences, dtype=policy.logps.dtype)[policy.side.long()]
+    scores = torch.as_tensor(margins, dtype=policy.logps.dtype)
+    second = (policy.places > 0) & ~policy.side
+    which = {"sentences": second.long(), "similarities": second.to(policy.logps)}
+    return replace(policy, margins=scores, divergences=of_token, **which)
 
 
 def of_sums(sums, lengths, margins=None):

@@ -51,11 +51,13 @@ BY_HAND = [
     ("discopop", dict(beta=0.1, tau=0.05), 0.814763141, None),
     ("kto_pair", dict(beta=0.1), 0.462593408, None),
     ("odpo", dict(beta=0.1), 0.969816904, None),  # scores 2 apart
+    ("tdpo1", dict(beta=0.1), 0.616343773, None),  # divergences 0.3 and 0.7
+    ("tdpo2", dict(beta=0.1, alpha=0.5), 0.607191725, None),
 ]
 
 
 def value(name, chosen, rejected, lengths=LENGTHS, moments=HALF, **knobs):
-    policy = with_margins(pairs(chosen, rejected, *lengths), [2.0])
+    policy = with_margins(pairs(chosen, rejected, *lengths), [2.0], (0.15, 0.175))
     return sources.value(name, policy, REFERENCE, moments, **knobs)
 
 

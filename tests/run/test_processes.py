@@ -72,12 +72,22 @@ def assert_one_run(two: Path, one: Path):
 
 
 @pytest.mark.parametrize(
-    "chosen", ["solver=none", "solver=penalty", "solver=unrolled", "loss=reward"]
+    "words",
+    [
+        ("solver=none",),
+        ("solver=penalty",),
+        ("solver=unrolled",),
+        ("loss=tdpo1",),
+        ("loss=tdpo2", "model.lora.rank=2"),
+        ("loss=sgdpo",),
+        ("loss=reward",),
+    ],
+    ids=" ".join,
 )
-def test_two_processes_equal_one(tmp_path, chosen):
-    for name, words in (("one", ()), ("two", TWO)):
-        words = (*TINY, chosen, *words, f"hydra.run.dir={name}")
-        done = command(tmp_path, *words, timeout=300)
+def test_two_processes_equal_one(tmp_path, words):
+    for name, more in (("one", ()), ("two", TWO)):
+        line = (*TINY, *words, *more, f"hydra.run.dir={name}")
+        done = command(tmp_path, *line, timeout=300)
         assert (done.code, done.err) == (0, "")
     assert_one_run(tmp_path / "two", tmp_path / "one")
 

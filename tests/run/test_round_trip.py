@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import REFUSALS
-from conftest import command
+from checkpoints import REFUSALS, adapters, whole
+from conftest import command, forked
 from safetensors.torch import load_file
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -102,6 +102,14 @@ def test_going_on_with_adapters_after_a_stop(tmp_path):
                 ("whole", "parts"))  # fmt: skip
     assert one["final"] == two["final"] and one["init"] == two["init"]
     assert losses(tmp_path, "parts") == losses(tmp_path, "whole")
+
+
+def test_rounding_of_bfloat16_is_idle_beside_the_adapters_of_a_checkpoint(tmp_path):
+    adapters(whole(tmp_path / "base"), tmp_path / "adapters")
+    words = ("model.pretrained=adapters", "model.dtype=bfloat16", "optimizer.bf16=master")
+    done = forked(tmp_path, *TRAIN, *words, "max_steps=1", "hydra.run.dir=run")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "optimizer.bf16=master has no effect: the checkpoint's adapters train" in done.err
 
 
 @pytest.mark.slow

@@ -37,7 +37,10 @@ def words(loss, solver):
 def given(made):
     """Pairs with a reference that is not the policy, and with score differences."""
     found = scored(made.lm, shift=lambda number, r: 0.03 if number % 2 else -0.02)
-    return replace(found, pairs=[replace(p, margin=0.5 + n) for n, p in enumerate(found.pairs)])
+    some = [
+        replace(p, margin=0.5 + n, sentences=(1, len(p.chosen))) for n, p in enumerate(found.pairs)
+    ]
+    return replace(found, pairs=some)
 
 
 @pytest.mark.parametrize(("loss", "solver"), cases())

@@ -5,16 +5,17 @@ chooses it by the columns and the kinds of their values in all rows (``columns``
 it: the functions stand in ``given``, ``compared`` and ``single``, the normal form in ``normal``.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from spo_lightning.data.layouts import known
+from spo_lightning.data.layouts.compared import check_numbers
 from spo_lightning.data.layouts.file import Asked, File, file_of
-from spo_lightning.data.layouts.known import LABELLED, PAIRS, TEXTS, Layout
+from spo_lightning.data.layouts.known import LABELLED, PAIRS, TEXTS, Found, Layout
 from spo_lightning.data.layouts.normal import normal
-from spo_lightning.data.layouts.refusals import no_layout, odd_row
+from spo_lightning.data.layouts.refusals import no_layout, odd_row, passed_over
 from spo_lightning.data.layouts.single import ALONE, paired
 from spo_lightning.data.layouts.turns import LeftOut
 from spo_lightning.data.rows import Dropped, Row, Rows
@@ -59,9 +60,12 @@ def recognised(file: File, gives: Sequence[str] = (PAIRS, LABELLED, TEXTS)) -> L
         if layout.gives in gives and file.asked.columns.keys() <= layout.roles.keys()
     ]
     most = sorted((fit for fit in fits if 2 * fit.covered >= len(file.rows)), key=lambda f: f.rank)
+    whole = [fit for fit in most if not fit.layout.passed_over(file.groups)]
+    if most and not whole:
+        raise UserError(passed_over(most[-1].layout, file))
     if not most:
         raise UserError(no_layout(file, [fit.layout for fit in fits]))
-    best = most[-1]
+    most, best = whole, whole[-1]
     if file.asked.separator is not None:  # of those that read as much, the one that it is for
         as_much = [fit for fit in most if fit.rank[0] == best.rank[0]]
         best = next((fit for fit in as_much if fit.layout.asks("separator")), best)
@@ -116,9 +120,8 @@ def made(file: File, layout: Layout) -> Made:
         raise UserError(odd_row(layout, file, odd))
     found = {id(k): layout.found(k)[0] for k, _, _ in file.groups}
     rows, places, said, left = [], [], Counter(), {}
-    for place, (raw, kinds) in enumerate(zip(file.rows, file.kinds)):
-        read = (one for one in found[id(kinds)].items() if one[0] not in layout.aside)
-        roles = {role: column.value(raw) for role, column in read}
+    for place, roles in _read(file, layout, found):
+        raw = file.rows[place]
         try:
             parts = layout.function(roles, **asked)
         except LeftOut as reason:
@@ -141,6 +144,29 @@ def made(file: File, layout: Layout) -> Made:
     dropped = {reason: _dropped(file, at) for reason, at in left.items()}
     notes = (_line(file, layout, found, rows), *_told(said, dropped))
     return Made(layout, rows, places, labelled, dropped, notes)
+
+
+def _read(file: File, layout: Layout, found: Mapping[int, Found]) -> list[tuple[int, Row]]:
+    """The roles of every row, and its place; of rows that are gathered in one, the first's."""
+    told = []
+    for place, (raw, kinds) in enumerate(zip(file.rows, file.kinds)):
+        read = (one for one in found[id(kinds)].items() if one[0] not in layout.aside)
+        told.append((place, {role: column.value(raw) for role, column in read}))
+    if "label" in layout.needs:
+        try:
+            check_numbers([roles for _, roles in told])
+        except UserError as error:
+            raise UserError(f"{file.path}: {error}") from None
+    if not layout.gathered:
+        return told
+    one: dict[str, tuple[int, Row]] = {}
+    for place, roles in told:
+        rest = {role: value for role, value in roles.items() if role not in layout.gathered}
+        lists = {role: [] for role in layout.gathered}
+        _, whole = one.setdefault(json.dumps(rest, sort_keys=True), (place, {**rest, **lists}))
+        for role in layout.gathered:
+            whole[role].append(roles[role])
+    return list(one.values())
 
 
 def made_to_train(file: File, layout: Layout) -> Made:
@@ -172,7 +198,7 @@ def _dropped(file: File, places: Sequence[int]) -> Dropped:
     return Dropped(len(places), shown)
 
 
-def _line(file: File, layout: Layout, found: Mapping[int, Any], rows: Sequence[Row]) -> str:
+def _line(file: File, layout: Layout, found: Mapping[int, Found], rows: Sequence[Row]) -> str:
     """The layout, the columns that it reads, and how many rows there are."""
     needed, more = {}, {}
     for columns in found.values():

@@ -5,6 +5,7 @@ objects (``answers.*.rank``, a list with one value per answer). ``chosen_by_user
 to the roles that ``data.columns`` gives them.
 """
 
+import ast
 import json
 import math
 import re
@@ -16,6 +17,14 @@ from spo_lightning.data.rows import Row
 from spo_lightning.errors import UserError
 
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+# words of a label, and whether it calls an answer good
+GOOD = ("true", "1", "1.0", "good", "desirable", "chosen", "yes", "up", "thumbs_up", "positive")
+BAD = (
+    *("false", "0", "0.0", "-1", "bad", "undesirable", "rejected", "no", "down", "thumbs_down"),
+    "negative",
+)
+SPEAKER = ("from", "sender", "speaker")  # keys of a turn that say whose it is
+SPOKEN = ("value", "message", "text", "content")  # and what is said
 NUMERAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 # what a wanted kind takes besides values of its own name
 WIDER = {
@@ -52,6 +61,7 @@ WORDS = {
     "object": "an object",
     "binary": "binary",
 }
+PRINTED = re.compile(r"\[?\{'(role|content|from|value)': ")  # as Python prints a message
 SAMPLE = 24  # characters of a value that a refusal shows
 SHOWN = 12  # columns that a refusal lists
 
@@ -78,7 +88,7 @@ def _kind_of_text(value: str) -> str:
         return "transcript"
     if len(value) < 32 and NUMERAL.fullmatch(value):
         return "numeral"
-    return "truth" if value.strip().lower() in ("true", "false") else "text"
+    return "truth" if value.strip().lower() in (*GOOD, *BAD) else "text"
 
 
 def _kind_of_list(parts: list[Any]) -> str:
@@ -96,7 +106,7 @@ def _kind_of_list(parts: list[Any]) -> str:
 
 
 def _is_turn(value: Mapping[str, Any]) -> bool:
-    return "from" in value and "value" in value
+    return any(key in value for key in SPEAKER) and any(key in value for key in SPOKEN)
 
 
 def takes(wanted: str, kind: str) -> bool:
@@ -157,13 +167,20 @@ def chosen_by_user(raw: Sequence[Row], columns: Mapping[str, str], file: str) ->
 
 
 def unpacked(row: Row) -> Row:
-    """The row with messages that stand in it as JSON, as in the cell of a csv, read."""
+    """The row with messages that stand in it as JSON, or as Python prints them, read: as in the
+    cell of a csv."""
     packed = {}
     for name, value in row.items():
-        if isinstance(value, str) and value.startswith("[{"):
-            with suppress(ValueError):
-                found = json.loads(value)
-                packed |= {name: found} if kind_of(found) in ("messages", "turns") else {}
+        if not isinstance(value, str) or not value.startswith(("[{", "{")):
+            continue
+        printed, found = PRINTED.match(value), None
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = ast.literal_eval(value) if printed else json.loads(value)
+        if kind_of(found) in ("messages", "turns", "message", "turn"):
+            packed[name] = found
+        elif printed and found is None and value.startswith("["):
+            told = f"{name!r} is messages as numpy prints them, which cannot be read back"
+            raise UserError(f"{told}: write the file as .jsonl or .parquet")
     return row | packed if packed else row
 
 

@@ -20,6 +20,7 @@ from spo_lightning.errors import UserError
 TIE, BOTH_BAD, UNJUDGED = "tie", "both answers are bad", "no verdict"
 BAD = re.compile(r"both[ _]?bad|neither|none of (the )?(two|both)", re.IGNORECASE)
 EVEN = re.compile(r"\W*(tie|tied|draw|both|equal|equally.*|same|even)\b.*", re.IGNORECASE)
+ORDER = re.compile(r"(\w+)\s*(>+|<+|[=~]+)\s*(\w+)")  # A>B, A>>B, A=B
 LETTERS = ("a", "b")  # how two answers are called, whatever their columns are
 
 Scored = list[tuple[Any, float]]  # answers, the higher the better
@@ -111,6 +112,21 @@ def choice(row: Row) -> list[Row]:
     return [_pair(two, _named(row["label"], two["answers"]), None)]
 
 
+def ordered(row: Row) -> list[Row]:
+    """A list of two answers, the better one first."""
+    if len(row["answers"]) != 2:
+        raise UserError(f"{len(row['answers'])} answers: give two, the chosen one first")
+    return [_pair({**row, "answers": dict(zip(("0", "1"), row["answers"]))}, "0", None)]
+
+
+def several(row: Row, *, pairing: str, seed: int) -> list[Row]:
+    """A list of good answers and one of bad ones."""
+    answers = [*row["chosen"], *row["rejected"]]
+    values = [1.0] * len(row["chosen"]) + [0.0] * len(row["rejected"])
+    found = _pairs({**row, "answers": answers}, values, pairing, seed, scored=False)
+    return [{key: value for key, value in pair.items() if key != "margin"} for pair in found]
+
+
 def ranked(row: Row, *, pairing: str, seed: int) -> list[Row]:
     """Answers with their ranks, 1 for the best."""
     values = [None if rank is None else -float(rank) for rank in row["ranks"]]
@@ -195,10 +211,13 @@ def _named(
 
     ``means``: the mark of each verdict, where a layout says it.
     """
-    whole = isinstance(label, bool | float) and float(label).is_integer()
-    word = str(int(label) if whole else label).strip()
+    word = _word(label)
     if label is None or word.lower() in ("", "none", "null", "nan"):
         raise LeftOut(UNJUDGED)
+    order = ORDER.fullmatch(word.strip("[]")) if word not in answers.values() else None
+    if order and order[2][0] in "=~":
+        raise LeftOut(TIE)
+    word = (order[3] if order[2][0] == "<" else order[1]) if order else word
     pointed = {str(key): mark for key, mark in means.items()} if means else None
     for mark in answers if pointed is None else ():
         if word == answers[mark] or mark in _pointed(word, list(answers), names):
@@ -212,9 +231,24 @@ def _named(
         raise LeftOut(TIE)
     called = " and ".join(pointed or answers)
     raise UserError(
-        f"the verdict is {word!r}, and it can be {called}: mend it, or write a layout that says "
-        "what it means (docs/extending.md)"
+        f"the verdict is {word[:40]!r}, and it can be {called}: mend it, or write a layout that "
+        "says what it means (docs/extending.md)"
     )
+
+
+def _word(label: Any) -> str:
+    whole = isinstance(label, bool | float) and float(label).is_integer()
+    return str(int(label) if whole else label).strip()
+
+
+def check_numbers(rows: Sequence[Row]) -> None:
+    """Refuse 0 and 1 alone as verdicts on the answers 1 and 2: 0 may be a tie, or the first."""
+    judged = [row["label"] for row in rows if list(row.get("answers", ())) == ["1", "2"]]
+    if {_word(label) for label in judged} == {"0", "1"}:
+        raise UserError(
+            "the verdicts on the answers 1 and 2 are 0 and 1 alone: write 1 and 2 where 0 is the "
+            "first answer, or tie where 0 is one"
+        )
 
 
 def _pointed(word: str, marks: list[str], names: Mapping[str, str] | None) -> set[str]:

@@ -8,6 +8,7 @@ from functools import cached_property
 from spo_lightning.data.layouts.columns import chosen_by_user, kinds_of, unpacked
 from spo_lightning.data.layouts.known import Groups, Kinds
 from spo_lightning.data.rows import Row, Rows
+from spo_lightning.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,13 @@ class File:
 
 def file_of(path: str, raw: Rows, asked: Asked) -> File:
     """The rows as layouts look at them."""
-    rows = chosen_by_user([*map(unpacked, raw)], asked.columns, path)
+    read = []
+    for at, row in enumerate(raw):
+        try:
+            read.append(unpacked(row))
+        except UserError as error:
+            raise UserError(f"{raw.named(at)}: {error}") from None
+    rows = chosen_by_user(read, asked.columns, path)
     same: dict[tuple, Kinds] = {}
     kinds = [same.setdefault(tuple(found.items()), found) for found in map(kinds_of, rows)]
     return File(path, rows, kinds, asked, raw.named)

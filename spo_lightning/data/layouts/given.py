@@ -11,6 +11,7 @@ from spo_lightning.data.layouts.turns import (
     from_transcripts,
     messages,
     shared,
+    spoken,
     system_turn,
     user,
 )
@@ -22,9 +23,16 @@ KEPT = ("margin", "score_chosen", "score_rejected", "tools")
 
 def trl(row: Row) -> list[Row]:
     """Prompt and answers as they stand; a text beside a system text becomes turns."""
-    if "system" in row or not isinstance(row["prompt"], str):
-        return answered(row)
-    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} | kept_of(row)]
+    said, prompt, begun = [], row["prompt"], row.get("begun")
+    if begun and isinstance(prompt, str):
+        row = {**row, "chosen": begun + row["chosen"], "rejected": begun + row["rejected"]}
+        said = ["both answers begin with the steps of a column of their own"]
+    if "system" in row or not isinstance(prompt, str):
+        return [{**made, "said": said} for made in answered(row)]
+    sides = {name: row[name] for name in ("chosen", "rejected")}
+    if prompt and all(side.startswith(prompt) for side in sides.values()):
+        said += ["both answers begin with the whole prompt, which is read twice"]
+    return [{"prompt": prompt, **sides, **kept_of(row), "said": said}]
 
 
 def implicit(row: Row, *, separator: str | None) -> list[Row]:
@@ -84,6 +92,19 @@ def beside(row: Row) -> list[Row]:
 def transcripts(row: Row) -> list[Row]:
     """Two whole transcripts, as HH-RLHF has them."""
     return [{**from_transcripts(row["chosen"], row["rejected"]), **kept_of(row)}]
+
+
+def ended(row: Row) -> list[Row]:
+    """A conversation whose last answer is the chosen one, and the rejected one."""
+    turns = messages(row["turns"])
+    if row.get("system") and turns[:1] and turns[0].get("role") != "system":
+        turns = [system_turn(row["system"]), *turns]
+    if not turns or turns[-1].get("role") != "assistant":
+        raise UserError("the conversation ends in no answer, which would be the chosen one")
+    rejected = spoken(row["rejected"])
+    if rejected[:1] and rejected[0] in turns[:2] and rejected[0].get("role") != "assistant":
+        return [{**apart(turns, rejected), **kept_of(row)}]
+    return [{"prompt": turns[:-1], "chosen": turns[-1:], "rejected": rejected, **kept_of(row)}]
 
 
 def answered(row: Row) -> list[Row]:

@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[2]
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())
 BRACES = re.compile(r"\{(.+)\}")
 PAIRS, LABELLED, TEXTS = "pairs", "labelled", "texts"  # what a layout's rows become
-KEYS = {"_target_", "gives", "needs", "one_of", "may", "aside", "alike"}
+KEYS = {"_target_", "gives", "needs", "one_of", "may", "aside", "alike", "never", "gathered"}
 
 Kinds = Mapping[str, str]  # of a row's values, by path
 Groups = Sequence[tuple[Kinds, int, int]]  # such, how many rows have them, and the first's place
@@ -65,6 +65,8 @@ class Layout:
     may: Mapping[str, Words]
     aside: Mapping[str, Words]  # columns that it knows and does not read
     alike: tuple[str, ...]  # roles that are all text, or none of them
+    never: tuple[str, ...]  # columns of files that are of another layout
+    gathered: tuple[str, ...]  # roles of which rows that are alike but for them make one list
     own: Mapping[str, Any]  # keys of its function
 
     @functools.cached_property
@@ -81,6 +83,15 @@ class Layout:
     @property
     def roles(self) -> dict[str, Words]:
         return {**self.one_of, **self.needs, **self.may, **self.aside}
+
+    def passed_over(self, groups: Groups) -> list[str]:
+        """Columns of a file that say more than the layout reads."""
+        none = ("", "null", "empty")
+        return [
+            name
+            for name in self.never
+            if any(kinds.get(name, "") not in none for kinds, _, _ in groups)
+        ]
 
     def settled(self, groups: Groups, named: Iterable[str]) -> "Layout":
         """With one word for each role, which most rows have; of ``one_of`` with one role.
@@ -190,8 +201,8 @@ def _read(path: Path, written: int) -> Layout:
         if node["gives"] not in (PAIRS, LABELLED, TEXTS) or not whole:
             raise KeyError
         own = {key: value for key, value in node.items() if key not in KEYS}
-        alike = tuple(node.get("alike", ()))
-        return Layout(path.stem, node["_target_"], node["gives"], **parts, alike=alike, own=own)
+        parts |= {part: tuple(node.get(part, ())) for part in ("alike", "never", "gathered")}
+        return Layout(path.stem, node["_target_"], node["gives"], **parts, own=own)
     except (yaml.YAMLError, KeyError, AttributeError, TypeError):
         raise UserError(
             f"{path}: no layout: it needs _target_, gives (pairs, labelled or texts), and under "

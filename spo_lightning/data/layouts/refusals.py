@@ -30,6 +30,15 @@ def odd_row(layout: Layout, file: File, place: int) -> str:
     return f"{where}: {told}: add it or rename a column"
 
 
+def passed_over(layout: Layout, file: File) -> str:
+    """The line for a file that fits a layout but for columns that say what it does not read."""
+    columns = " and ".join(map(repr, layout.passed_over(file.groups)))
+    told = f"{file.path}: the layout {layout.name} fits, and would leave {columns} unread"
+    if file.asked.key is None:
+        return f"{told}: leave out the column, and the rows that it warns of"
+    return f"{told}: {_named(file, file.groups[0][0])}; or force it, data.layout={layout.name}"
+
+
 def no_layout(file: File, layouts: Sequence[Layout]) -> str:
     """The line for a file of which no layout has most rows."""
     kinds, _, place = max(file.groups, key=lambda group: group[1])
@@ -40,11 +49,26 @@ def no_layout(file: File, layouts: Sequence[Layout]) -> str:
         if not lacks:  # it has some rows
             others = (at for each, _, at in file.groups if nearest.found(each)[1])
             return odd_row(nearest, file, next(others, place))
+        named = [
+            one for one in found if one[1] and all(_stands(role, one[2], kinds) for role in one[1])
+        ]
+        if named:
+            return odd_row(min(named, key=_distance)[2], file, place)
         near = f"; the nearest, {nearest.name}, lacks {' and '.join(lacks)}"
+    return f"{file.path}: no layout fits its columns {has}{near}; {_named(file, kinds)}"
+
+
+def _stands(role: str, layout: Layout, kinds: Kinds) -> bool:
+    """Whether there is a column of the role, with values of another kind."""
+    words = layout.roles.get(role, {}).values()
+    return any(path in kinds for names in words for path in paths_of(names))
+
+
+def _named(file: File, kinds: Kinds) -> str:
+    """What to write where the columns may be meant otherwise."""
     key, names = file.asked.key, {role: _guess(role, kinds) for role in GUESSES}
     words = " ".join(f"{key}.{role}={name}" for role, name in names.items())
-    fix = f"say which is which: {words}" if key else "rename them"
-    return f"{file.path}: no layout fits its columns {has}{near}; {fix}"
+    return f"say which is which: {words}" if key else "rename them"
 
 
 def _distance(found: tuple[Found, list[str], Layout]) -> tuple:

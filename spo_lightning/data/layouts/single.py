@@ -7,21 +7,21 @@ compare nothing.
 from collections.abc import Sequence
 from typing import Any
 
+from spo_lightning.data.layouts.columns import BAD, GOOD
 from spo_lightning.data.layouts.turns import LeftOut, asked, messages, system_turn
 from spo_lightning.data.rows import Row, prompt_key
 from spo_lightning.errors import UserError
 
-GOOD = ("true", "1", "1.0", "good", "desirable", "chosen", "yes", "up")
-BAD = ("false", "0", "0.0", "-1", "bad", "undesirable", "rejected", "no", "down")
 ALONE = "no answer with the other label to the same prompt"
 
 
 def answer(row: Row) -> list[Row]:
     """What was asked and the answer to it; a prompt column stays as it is, as TRL has it."""
-    if "question" in row or "system" in row:
+    given = {name: row[name] for name in ("prompt", "completion") if name in row}
+    texts = {isinstance(value, str) for value in given.values()}
+    if "prompt" not in row or "system" in row or len(texts) > 1:
         made = asked(row).answered(completion=row["completion"])
     else:
-        given = {name: row[name] for name in ("prompt", "completion")}
         made = {n: v if isinstance(v, str) else messages(v) for n, v in given.items()}
     return [{**made, **_label(row)}]
 

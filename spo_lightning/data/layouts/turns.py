@@ -8,8 +8,8 @@ template: a transcript as it stood, a question with an empty line after it.
 import json
 from typing import Any, NamedTuple
 
-from spo_lightning.data.layouts.columns import TURN, kind_of
-from spo_lightning.data.rows import Row
+from spo_lightning.data.layouts.columns import SPEAKER, SPOKEN, TURN, kind_of
+from spo_lightning.data.rows import ROLES, Row
 from spo_lightning.errors import UserError
 
 SPEAKERS = {
@@ -60,8 +60,19 @@ def asked(row: Row) -> Asked:
     if "question" not in row and "system" not in row and not row.get("input"):
         return Asked(given)
     text = "\n".join(part for part in (given, row.get("input")) if part)
-    plain = "".join(f"{part}\n\n" for part in (system, text) if part)
-    return Asked([*([system_turn(system)] if system else []), user(text)], plain)
+    turns = [*([system_turn(system)] if system else []), *_history(row), user(text)]
+    plain = "".join(f"{turn['content']}\n\n" for turn in turns if turn["content"])
+    return Asked(turns, plain)
+
+
+def _history(row: Row) -> list[Row]:
+    """Earlier turns, which stand in a column as lists of what was asked and what was answered."""
+    turns = []
+    for both in row.get("history") or ():
+        if kind_of(both) != "texts" or len(both) != 2:
+            raise UserError("history: write it as lists of two texts, [[asked, answered], ...]")
+        turns += [user(both[0]), *spoken(both[1])]
+    return turns
 
 
 def user(text: str) -> Row:
@@ -85,16 +96,23 @@ def messages(given: Any) -> list[Row]:
 
 
 def _message(turn: Row) -> Row:
-    if "role" in turn or "from" not in turn:
+    key = next((key for key in ("role", *SPEAKER) if key in turn), None)
+    if key is None:
         return turn
-    speaker = SPEAKERS.get(str(turn["from"]).lower())
+    speaker = SPEAKERS.get(str(turn[key]).lower())
+    said = next((turn[name] for name in SPOKEN if name in turn), None)
+    if key == "role":
+        role = speaker if speaker in ROLES else turn["role"]
+        return {**turn, "role": role} | (
+            {"content": said} if said and "content" not in turn else {}
+        )
     if speaker is None:
         known = ", ".join(SPEAKERS)
-        raise UserError(f"a turn is from {turn['from']!r}: this package knows {known}")
+        raise UserError(f"a turn is from {turn[key]!r}: this package knows {known}")
     if speaker != "function_call":
-        return {"role": speaker, "content": turn["value"]}
+        return {"role": speaker, "content": said}
     try:
-        calls = json.loads(turn["value"])
+        calls = json.loads(str(said))
         calls = calls if isinstance(calls, list) else [calls]
         made = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
     except (ValueError, KeyError, TypeError):

@@ -66,7 +66,8 @@ class Geometry(Callback):
                 policy, reference = module.scorer(part), reference_logps(part)
                 below = policy if part.lower is None else module.scorer(part.lower)
                 moments = losses.moments_of(module.moments_state)
-                upper = losses.evaluate(module.loss, policy, reference, moments)
+                beside = reference, moments, module.outer_step
+                upper = losses.evaluate(module.loss, policy, *beside)
             four = (policy.chosen, policy.rejected, upper, -below.mean_chosen)
             for total, value in zip(sums, four):
                 mean = value.sum() / module.batch_size
