@@ -133,12 +133,13 @@ def fitted(
     lower=None,
     whole_batch=False,
     accelerator="cpu",
+    scorer=None,
     beside=None,
 ):
     """Drive ``Preference`` through Lightning's Trainer as ``fit.py`` does."""
     loss, solver, beta = chosen
     given = scored(made.lm) if given is None else given
-    scorer = Scorer(made.lm, True)
+    scorer = scorer or Scorer(made.lm, True)
     if losses.asks(loss, "divergences"):
         scorer.beside = beside or Beside(copy.deepcopy(scorer), contextlib.nullcontext)
     module = Preference(

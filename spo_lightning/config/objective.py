@@ -1,16 +1,36 @@
 """What a loss asks of other keys in; out comes nothing, or one line that refuses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from spo_lightning.config.ranges import DIAGNOSTICS
 from spo_lightning.errors import UserError
+
+# what a reward model has nothing for: key, values refused, why
+REWARDS: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("model.reference", lambda v: v is not None, "rewards have no reference: leave it out"),
+    ("data.drop_high_ches", bool, "it ranks pairs by likelihoods' states: leave it out"),
+    ("data.stream", bool, "its pairs are read before training: leave it out"),
+    *(
+        (
+            f"diagnostics.{name}.every_n_steps",
+            bool,
+            "it reads likelihoods or answers: leave it out",
+        )
+        for name in DIAGNOSTICS
+        if name != "displacement"  # which sees by itself that there is none
+    ),
+]
 
 
 def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
     """``touched``: the keys that the command line names."""
     if OmegaConf.select(cfg, "loss.whole_batch") and "max_steps" in cfg:
         _check_whole_batch(cfg)
+    if OmegaConf.select(cfg, "loss.rewards") and "max_steps" in cfg:
+        _check_rewards(cfg)
     if OmegaConf.select(cfg, "loss.language") is not None:
         _check_similarity(cfg)
     for key in touched:
@@ -53,3 +73,15 @@ def _check_whole_batch(cfg: DictConfig) -> None:
             f"this loss needs all pairs of an outer step at once, and {what}: take "
             "micro_batch_size=batch_size on one device"
         )
+
+
+def _check_rewards(cfg: DictConfig) -> None:
+    if not str(cfg.solver.get("_target_")).endswith("NoLower"):
+        raise UserError(
+            "a reward model is trained with solver=none: the others keep the likelihood of "
+            "answers, and it has none"
+        )
+    for key, refused, why in REWARDS:
+        value = OmegaConf.select(cfg, key)
+        if refused(value):
+            raise UserError(f"{key}={value} does not go with a reward model: {why}")

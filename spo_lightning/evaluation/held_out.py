@@ -13,7 +13,7 @@ from torch import Tensor
 from spo_lightning import losses
 from spo_lightning.data.sets import Pairs
 from spo_lightning.evaluation import groups
-from spo_lightning.evaluation.totals import Totals, pair_numbers
+from spo_lightning.evaluation.totals import Totals, pair_numbers, wilson
 from spo_lightning.models.generate import Decoding, answers
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.scorer import Scorer, reference_logps
@@ -21,6 +21,7 @@ from spo_lightning.records.progress import Stages
 from spo_lightning.world import Turn, World
 
 RIVALS, MINE = 1_000, 2_000  # added to the seed of the init's and of the policy's own samples
+ACCURACY = "rewards/accuracies"
 TOP = 10  # most probable next tokens whose entropy and mass are reported
 
 
@@ -58,7 +59,7 @@ def pair_totals(
         if loss is not None:
             numbers["loss"] = losses.evaluate(loss, policy, reference, moments)
         chosen, tops = batch.chosen_only, {}
-        if top:
+        if top and not policy.rewards:
             tops["entropy/top10"], tops["mass/top10"] = scorer.top(chosen, TOP)
         totals.add(numbers | tops, turn.mine)
         if each is not None:
@@ -93,11 +94,21 @@ def pair_scores(
         )
     parts = each.gathered(stages.world)
     means = {name: value.item() for name, value in totals.means().items()}
+    by = groups.means_by(parts, pairs.groups)
+    if scorer.reading.reward:
+        sizes = {group: len(some) for group, some in groups.places_by(pairs.groups).items()}
+        means = _with_interval(means, len(pairs))
+        by = {group: _with_interval(some, sizes[group]) for group, some in by.items()}
     moved = (
         [part[name][0] / beta if name in part else None for part in parts.values()]
         for name in ("rewards/chosen", "rewards/rejected")
     )
-    return PairScores(means, groups.means_by(parts, pairs.groups), *moved)
+    return PairScores(means, by, *moved)
+
+
+def _with_interval(numbers: dict[str, float], count: int) -> dict[str, float]:
+    low, high = wilson(numbers[ACCURACY], count)
+    return {**numbers, f"{ACCURACY}_low": low, f"{ACCURACY}_high": high}
 
 
 class Answers(NamedTuple):
@@ -146,7 +157,8 @@ def held_out(
     stages: Stages,
 ) -> HeldOut:
     """All held-out numbers of a policy, over all rows and in the groups that they and the column
-    ``by`` make. ``rivals``: the init's samples, for win_rate."""
+    ``by`` make; of a reward model those of pairs alone. ``rivals``: the init's samples, for
+    win_rate."""
     scores = None
     if len(pairs):
         scores = pair_scores(
@@ -157,6 +169,9 @@ def held_out(
             precision=precision,
             stages=stages,
         )
+    if policy.rewards:
+        found = (scores.means, scores.by) if scores else ({}, {})
+        return HeldOut(*found, Answers([], [], {}), scores)
     greedy = greedy_answers(policy, rows, task, how, stages)
     mine = None if rivals is None else samples(policy, rows, task, how, MINE, stages)
 

@@ -3,6 +3,7 @@
 Sums and counts are added over microbatches, batches and ranks, then divided: no mean of means.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -64,8 +65,32 @@ def pair_numbers(
 
     ``compared``: whether there are rejected answers; without them, what needs one is left out.
     """
+    if policy.rewards:
+        return _rewards(policy, beta)
     numbers = _numbers(policy, reference, beta)
     return {name: it for name, it in numbers.items() if compared or name not in REJECTED}
+
+
+def _rewards(policy: PairLogps, beta: float) -> dict:
+    """The same names of a reward model, which has no log-probabilities."""
+    chosen, rejected = beta * policy.chosen.detach(), beta * policy.rejected.detach()
+    ties = (chosen == rejected).double()
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).double() + ties / 2,
+        "rewards/margins": chosen - rejected,
+    }
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of ``count`` (Wilson 1927): inside [0, 1], right also at both
+    ends."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = share * (1 - share) / count + z * z / (4 * count * count)
+    half = z * math.sqrt(max(spread, 0.0)) / (1 + z * z / count)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def _numbers(policy: PairLogps, reference: PairLogps | None, beta: float) -> dict:

@@ -4,6 +4,7 @@ peft injects them in place, so the transformers model itself computes with them.
 """
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spo_lightning.errors import UserError
+from spo_lightning.models.rewards import gives_rewards
 
 FILE = "adapter_model.safetensors"
 UNREAD = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
@@ -27,12 +29,20 @@ def fresh(
     torch.manual_seed(seed)
     chosen = targets if isinstance(targets, str) else list(targets)
     scale: Any = alpha  # peft declares an int and takes any number
-    how = {"use_dora": dora, "use_rslora": rslora, "task_type": "CAUSAL_LM"}
+    # peft trains the head of a reward model, whole, beside the adapters
+    task = "SEQ_CLS" if gives_rewards(lm) else "CAUSAL_LM"
+    how = {"use_dora": dora, "use_rslora": rslora, "task_type": task}
     settings = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen, **how)
     try:
         return get_peft_model(lm, settings)
     except ValueError as error:
         raise UserError(f"model.lora.targets={targets}: {_line(error)}") from error
+
+
+def of_rewards(directory: Path) -> bool:
+    """Whether a directory's adapters are of a reward model, whose head is among them."""
+    settings = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    return settings.get("task_type") == "SEQ_CLS"
 
 
 def attached(lm: Any, directory: Path, name: str) -> tuple[Any, bool]:

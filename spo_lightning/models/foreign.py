@@ -12,16 +12,23 @@ log = logging.getLogger(__name__)
 
 
 def auto_class(config: Any) -> Any:
-    """Which of transformers' factories builds and loads a config as a language model.
+    """Which of transformers' factories builds and loads a config as a language model, or as the
+    reward model that it says it is.
 
     Of what reads images too, the class for text alone where transformers has one.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
+    if str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
+        return AutoModelForSequenceClassification
     kind, remote = type(config), getattr(config, "auto_map", None) or {}
     text = kind in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote
     images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

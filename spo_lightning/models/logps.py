@@ -21,6 +21,7 @@ class PairLogps:
     rows: Tensor | None = None  # [B] Pair.row
     sentences: Tensor | None = None  # [S] as of PairBatch
     similarities: Tensor | None = None
+    rewards: bool = False  # they are rewards, one an answer, and no log-probabilities
 
     def summed(self, values: Tensor) -> Tensor:
         """[B, 2] what the tokens of each answer come to."""

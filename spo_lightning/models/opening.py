@@ -12,6 +12,7 @@ from typing import Any
 from spo_lightning.errors import UserError, verdict
 from spo_lightning.models import adapters
 from spo_lightning.models.foreign import auto_class
+from spo_lightning.models.rewards import gives_rewards, with_head
 from spo_lightning.models.sources import Source, check, found
 
 
@@ -50,6 +51,8 @@ def opened(name: str, asked: Asked, family: str, settings: dict[str, Any]) -> Op
     below, asked_below = _below(source, directory, asked)
     lm = _model(below, asked_below, family, settings)
     tokenizer = tokenizer_of(name, asked)
+    if adapters.of_rewards(directory) and not gives_rewards(lm):  # they bring the head
+        lm = with_head(lm, tokenizer.pad_token_id, seed=0)
     module, alters = adapters.attached(lm, directory, name)
     _check_room(source, tokenizer, lm)
     # where the adapters bring weights of the model too, what they stand on is in no other file

@@ -19,6 +19,7 @@ from spo_lightning.models import adapters, opening
 from spo_lightning.models.attention import FLEX, IMPLEMENTATION
 from spo_lightning.models.foreign import auto_class, take_attention, without_dropout
 from spo_lightning.models.opening import Asked, Opened
+from spo_lightning.models.rewards import gives_rewards, with_head
 from spo_lightning.world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,11 @@ class Policy:
     base: str | None = None
     # what the adapters of a checkpoint held when they were loaded; None: they are new
     began: Mapping[str, Tensor] | None = None
+
+    @property
+    def rewards(self) -> bool:
+        """Whether it is a reward model, which gives numbers for answers and writes none."""
+        return gives_rewards(self.lm)
 
     def start(self) -> Any:
         """A context in which the policy is its own start: new adapters off, those of a checkpoint
@@ -151,7 +157,17 @@ def of_config(cfg: DictConfig, device: torch.device | str) -> Policy:
     some = {key: model[key] for key in named} | {"base": model.get("base")}
     policy = load(**some, seed=cfg.seed, device=device)
     _refuse_idle(policy, cfg.model)
+    if not OmegaConf.select(cfg, "loss.rewards"):
+        _refuse_rewards(policy, cfg.model.pretrained)
     return policy
+
+
+def _refuse_rewards(policy: Policy, name: str) -> None:
+    if policy.rewards:
+        raise UserError(
+            f"{name} is a reward model, which has no log-probabilities and writes no answers: "
+            "name a causal language model"
+        )
 
 
 def _refuse_idle(policy: Policy, model: DictConfig) -> None:
@@ -172,9 +188,14 @@ def _refuse_idle(policy: Policy, model: DictConfig) -> None:
         raise UserError(f"model.base has no effect: {name} holds no adapters; leave it out")
 
 
-def opened(where: str, settings: DictConfig, device: torch.device | str) -> Policy:
-    """A checkpoint as it is; ``settings``: its dtype, attention, trust_remote_code and base."""
-    return load(
+def opened(
+    where: str, settings: DictConfig, device: torch.device | str, *, rewards: bool = False
+) -> Policy:
+    """A checkpoint as it is; ``settings``: its dtype, attention, trust_remote_code and base.
+
+    ``rewards``: whether it may be a reward model.
+    """
+    found = load(
         pretrained=where,
         revision=None,
         trust_remote_code=settings.trust_remote_code,
@@ -185,6 +206,9 @@ def opened(where: str, settings: DictConfig, device: torch.device | str) -> Poli
         base=settings.get("base"),
         device=device,
     )
+    if not rewards:
+        _refuse_rewards(found, where)
+    return found
 
 
 def tokenizer_of(where: str | None, settings: Mapping[str, Any]) -> Any:
@@ -236,6 +260,17 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", padding_side="right"
     )
+
+
+def to_rewards(policy: Policy, seed: int) -> Policy:
+    """The policy's body under a reward head; adapters that it has become part of the weights."""
+    if policy.rewards:
+        return policy
+    base, lm = policy.base, policy.lm
+    if policy.adapted:
+        base, lm = None, policy.whole().to(policy.lm.device).requires_grad_(True)
+    made = with_head(lm, policy.tokenizer.pad_token_id, seed)
+    return replace(policy, module=made, lm=made, adapted=False, base=base, began=None)
 
 
 def adapt(

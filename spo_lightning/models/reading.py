@@ -32,6 +32,7 @@ class Reading:
     positions: bool = True  # it is told the place of every token
     scale: float = 1.0  # of the head's logits
     cap: float | None = None  # of the scaled ones
+    reward: bool = False  # the head gives a reward in place of logits
 
     def module(self, model: Any) -> Any:
         return model.get_submodule(self.body)
@@ -48,6 +49,16 @@ class Reading:
     def taken(self, output: Any) -> Tensor:
         """[B, T, ...] logits or last hidden states."""
         return output.logits if self.logits else output.last_hidden_state
+
+    def head(self, model: Any) -> Any:
+        """What is called on what is ``taken``."""
+        if self.reward:
+            return model.score
+        return nn.Identity() if self.logits else model.get_output_embeddings()
+
+    def read(self, model: Any, states: Tensor) -> Tensor:
+        """[S, vocabulary] logits, or [S, 1] rewards, of what is ``taken``; float32 at least."""
+        return logits_of(self.head(model), states, self.cap, self.scale)
 
     @property
     def said(self) -> str | None:

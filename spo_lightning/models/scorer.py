@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from spo_lightning.data.batch import CHOSEN, PAD, REJECTED, Pair, PairBatch, collate
 from spo_lightning.data.sets import Pairs
 from spo_lightning.models import attention
-from spo_lightning.models.head import fused_logps, is_plain, logits_of, plain_logps
+from spo_lightning.models.head import fused_logps, is_plain, plain_logps
 from spo_lightning.models.logps import PairLogps
 from spo_lightning.models.reading import Reading, reading_of, text_config, vocabulary_of
 from spo_lightning.records.progress import Stages
@@ -123,6 +123,7 @@ class Scorer(nn.Module):
             rows=batch.rows,
             sentences=batch.sentences,
             similarities=batch.similarities,
+            rewards=self.reading.reward,
         )
 
     def twice(self) -> Callable[[], AbstractContextManager] | None:
@@ -157,7 +158,9 @@ class Scorer(nn.Module):
         return max(1, int(len(batch) * ROOM * batch.tokens / (each * int(lengths.sum()))))
 
     def _score(self, batch: PairBatch, hidden: Tensor) -> Tensor:
-        head, targets, by = self._head, batch.targets, self.reading
+        head, targets, by = self.reading.head(self.model), batch.targets, self.reading
+        if by.reward:
+            return by.read(self.model, hidden)[:, 0]
         if attention.fused() and is_plain(head):
             return fused_logps(head, hidden, targets, by.cap, self.logits, by.scale)
 
@@ -180,7 +183,7 @@ class Scorer(nn.Module):
         return _in_parts(diverged, max(1, self._rows() // 4), hidden, theirs)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return logits_of(self._head, hidden, self.reading.cap, self.reading.scale)
+        return self.reading.read(self.model, hidden)
 
     def _rows(self) -> int:
         """Scored tokens whose logits are alive at once."""
@@ -221,10 +224,6 @@ class Scorer(nn.Module):
     @property
     def _attention(self) -> str:
         return text_config(self.model)._attn_implementation
-
-    @property
-    def _head(self) -> Any:
-        return nn.Identity() if self.reading.logits else self.model.get_output_embeddings()
 
     def _run(self, hidden: bool, **words: Any) -> Tensor:
         """[B, T, width] hidden states; logits where they come whole, unless ``hidden`` asks."""

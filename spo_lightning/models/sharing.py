@@ -20,6 +20,7 @@ from spo_lightning.models.reading import (
     text_config,
     vocabulary_of,
 )
+from spo_lightning.models.rewards import check_rewards, gives_rewards, reading_of_rewards
 from spo_lightning.models.scorer import FLOATS, LOGITS, Scorer
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def scorer_of(policy: Policy, longest: int, *, share: bool, logits: int) -> Scor
     ``logits``: how many are alive at once.
     """
     policy.lm.train()  # dropout is off; activation checkpointing asks for it
-    check(policy.lm)
+    (check_rewards if policy.rewards else check)(policy.lm)
     return scorer_for(policy.lm, longest, share=share, logits=logits)
 
 
@@ -88,7 +89,7 @@ def scorer_for(model: Any, longest: int, *, share: bool, logits: int = LOGITS) -
     Packed where the model has the package's attention; says so where that, or sharing prompts,
     does not work.
     """
-    reading = reading_of(model)
+    reading = reading_of_rewards(model) if gives_rewards(model) else reading_of(model)
     if reading.said:
         log.info("%s: %s.", type(model).__name__, reading.said)
     if Scorer(model, share, logits, reading).packs:

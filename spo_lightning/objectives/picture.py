@@ -4,7 +4,7 @@ Policy and reference differ by half the margin on either side; both answers have
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def pushes(loss: partial) -> Pushes:
         start = torch.full((2 * LENGTH,), -NATS, dtype=torch.float64)
         side = torch.arange(2 * LENGTH) >= LENGTH
         pair, ones = torch.zeros_like(side).long(), torch.ones(1, dtype=torch.float64)
-        given = {"margins": ones, "divergences": torch.zeros_like(start)}
+        given: Any = {"margins": ones, "divergences": torch.zeros_like(start)}
         given |= {"rows": pair[:1], "sentences": pair}
         policy = PairLogps(start + (moved / LENGTH)[side.long()], pair, side, 1, **given)
         reference = PairLogps(start, pair, side, 1)

@@ -69,10 +69,24 @@ def policy(at: Read) -> Opened:
     from spo_lightning.models.policy import opened
 
     precision = precision_of(at.cfg.hardware, at.world.device)
-    found = opened(at.cfg.checkpoint, at.cfg, at.world.device)
+    found = opened(at.cfg.checkpoint, at.cfg, at.world.device, rewards=True)
+    if found.rewards:
+        _refuse_likelihoods(at)
     if at.cfg.base is not None and at.cfg.reference is None and not found.adapted:
         raise UserError(f"base has no effect: {at.cfg.checkpoint} holds no adapters; leave it out")
     return grown(Opened, at, policy=found, precision=precision)
+
+
+def _refuse_likelihoods(at: Read) -> None:
+    """What a reward model has none of."""
+    name = at.cfg.checkpoint
+    if at.cfg.reference is not None:
+        raise UserError(f"reference has no effect: {name} is a reward model; leave it out")
+    if at.task.samples:
+        raise UserError(
+            f"{name} is a reward model, and this data samples its pairs from a policy: name "
+            "pairs, data=pairs data.path=FILE"
+        )
 
 
 def reference(at: Opened) -> Compared:
@@ -93,6 +107,7 @@ def pairs(at: Compared) -> Tokenised:
     from spo_lightning.cache.tokens import encoded
     from spo_lightning.data.sets import Pairs
     from spo_lightning.evaluation.groups import groups_of_pairs
+    from spo_lightning.models.rewards import to_reward
     from spo_lightning.models.scorer import FLOATS
     from spo_lightning.models.sharing import longest_of, scorer_of
     from spo_lightning.sampling.pairing import sampled
@@ -103,9 +118,10 @@ def pairs(at: Compared) -> Tokenised:
         rows = [] if theirs is None else sampled(cfg, at.task, rows, theirs, at.stages)[0]
     found = encoded(cfg, tokenizer, rows, "held-out").pairs if rows else []
     logits = cfg.hardware.logits_mib * FLOATS
-    scorer = scorer_of(at.policy, longest_of(found), share=True, logits=logits)
-    groups = groups_of_pairs(found, rows, cfg.eval.by)
-    held = Pairs(found, None, tokenizer.pad_token_id, groups)
+    held = Pairs(found, None, tokenizer.pad_token_id, groups_of_pairs(found, rows, cfg.eval.by))
+    if at.policy.rewards:
+        held = to_reward(held, at.policy.lm)
+    scorer = scorer_of(at.policy, longest_of(held.pairs), share=True, logits=logits)
     return grown(Tokenised, at, scorer=scorer, held=held)
 
 
@@ -127,7 +143,8 @@ def measured(at: Tokenised) -> Measured:
     from spo_lightning.evaluation.held_out import held_out
     from spo_lightning.models.generate import Decoding
 
-    how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": at.cfg.loss.beta}
+    beta: Any = 1.0 if at.policy.rewards else at.cfg.loss.beta  # rewards as the head gives them
+    how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": beta}
     how |= {
         "by": at.cfg.eval.by,
         "rivals": at.rivals,

@@ -45,6 +45,10 @@ def export(cfg: Any) -> Path:
         seed=0,
         base=cfg.base,
     )
+    if policy.rewards and cfg.format == "gguf":
+        raise UserError(
+            f"{cfg.checkpoint} is a reward model, and format=gguf has no place for one"
+        )
     if not policy.adapted and (cfg.base is not None or not cfg.merge):
         key = "merge=false" if cfg.base is None else "base"
         raise UserError(f"{key} has no effect: {cfg.checkpoint} holds no adapters; leave it out")

@@ -108,16 +108,17 @@ def refuse_to_compare(cfg: "DictConfig", task: "Task") -> None:
 
 
 def refuse_rows(loss: Any, task: "Task") -> None:
-    """Rows without the score differences that the loss reads."""
+    """Rows without the score differences that the loss reads, where its ``margin`` is not off."""
     from spo_lightning.data.encode import margin_of
     from spo_lightning.losses import asks
 
-    if not asks(loss, "margins"):
+    chosen = loss.keywords.get("margin")
+    if not asks(loss, "margins") or chosen is False:
         return
     for side in ("train", "held_out"):
         for place, row in enumerate(getattr(task, side), 1):
             margin = margin_of(row)
-            if margin is None or not margin > 0:
+            if margin is None or not (margin > 0 or chosen and margin == 0):
                 found = "no score" if margin is None else f"a score difference of {margin:g}"
                 raise UserError(
                     f"{side.replace('_', '-')}, row {place}: {found}, and this loss needs one "

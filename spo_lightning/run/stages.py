@@ -7,6 +7,7 @@ imports from once it begins, so that bad rows end a run before anything heavy is
 import logging
 from dataclasses import replace
 
+from spo_lightning.config.knobs import warm_start_steps
 from spo_lightning.errors import UserError
 from spo_lightning.run import record as known
 from spo_lightning.run.job import Job, loss_of
@@ -36,6 +37,11 @@ def policy(at: known.Read) -> known.Opened:
 
     precision = precision_of(at.cfg.hardware, at.world.device)
     opened = of_config(at.cfg, at.world.device)
+    if opened.rewards and (at.task.samples or warm_start_steps(at.cfg)):
+        raise UserError(
+            f"{at.cfg.model.pretrained} is a reward model, which neither answers the prompts of "
+            "this data nor has a warm start: name a causal language model, or data=pairs"
+        )
     how = at.cfg.get("optimizer", {}).get("bf16", "stochastic")
     # only now is it known that the checkpoint has adapters
     if opened.adapted and not at.cfg.model.lora.fresh and how != "stochastic":
@@ -65,27 +71,34 @@ def tokens(at: known.Paired) -> known.Tokenised:
     from spo_lightning.cache.tokens import of_both_sides
     from spo_lightning.data.sets import Pairs
     from spo_lightning.evaluation.groups import groups_of_pairs
-    from spo_lightning.models.policy import adapt
+    from spo_lightning.models.policy import adapt, to_rewards
+    from spo_lightning.models.rewards import to_reward
     from spo_lightning.models.sentences import Sentences
     from spo_lightning.models.sharing import scorer_of_run
 
     sides = of_both_sides(at.cfg, at.task, at.policy.tokenizer)
-    policy = adapt(at.policy, **at.cfg.model.lora, seed=at.cfg.seed)
-    rows = [pair for side in sides.values() for pair in side.pairs]
-    scorer = scorer_of_run(at.cfg, policy, rows, streamed=at.task.chunks is not None)
+    rewards, places = at.cfg.loss.get("rewards", False), at.places
+    policy = to_rewards(at.policy, at.cfg.seed) if rewards else at.policy
+    policy = adapt(policy, **at.cfg.model.lora, seed=at.cfg.seed)
     pad = policy.tokenizer.pad_token_id
     sets = {name: Pairs(side.pairs, None, pad) for name, side in sides.items()}
     if "similarity" in at.cfg.loss:
         split = Sentences.of(at.cfg.loss, at.world.device)
         sets = {name: split(some, policy.tokenizer) for name, some in sets.items()}
+    if rewards:  # which answers nothing
+        sets = {name: to_reward(pairs, policy.lm) for name, pairs in sets.items()}
+        places = replace(places, rows=[])
+    rows = [pair for pairs in sets.values() for pair in pairs.pairs]
+    scorer = scorer_of_run(at.cfg, policy, rows, streamed=at.task.chunks is not None)
     of = groups_of_pairs(sets["held-out"].pairs, at.task.held_out, at.cfg.eval.get("by"))
     sets["held-out"] = replace(sets["held-out"], groups=of)
     counts = sides["train"].counts
-    return grown(known.Tokenised, at, policy=policy, scorer=scorer, sets=sets, counts=counts)
+    more = {"policy": policy, "places": places, "scorer": scorer, "sets": sets}
+    return grown(known.Tokenised, at, **more, counts=counts)
 
 
 def reference(at: known.Tokenised) -> known.Referenced:
-    """Every pair under the policy's start, or under ``model.reference``."""
+    """Every pair under the policy's start, or ``model.reference``; a reward model has none."""
     from spo_lightning.cache.reference import Referee
     from spo_lightning.cache.tokens import lower_texts
     from spo_lightning.evaluation.ches import without_high_ches
@@ -93,6 +106,10 @@ def reference(at: known.Tokenised) -> known.Referenced:
     from spo_lightning.training.feed import drawn, streamed
 
     cfg, task, policy, scorer, sets = at.cfg, at.task, at.policy, at.scorer, dict(at.sets)
+    if policy.rewards:
+        scorer.compiled = cfg.hardware.compile
+        train, held = sets["train"], sets["held-out"]
+        return grown(known.Referenced, at, train=train, held=held, lower=None, feed=None)
     sets["train"] = without_high_ches(cfg, policy, scorer, sets["train"], at.precision, at.stages)
     if task.lower:
         sets["lower level"] = lower_texts(cfg, task, policy.tokenizer)
@@ -114,7 +131,9 @@ def init(job: Job, at: known.Referenced) -> known.Measured:
 
     if job.goes_on is not None:
         job.goes_on.refuse_another(at.scorer)
-    rivals = rivals_of(at.cfg, at.policy, at.task, at.places.rows, at.stages)
+    rivals = None
+    if not at.policy.rewards:
+        rivals = rivals_of(at.cfg, at.policy, at.task, at.places.rows, at.stages)
     before = _held_out(at, rivals)
     job.begin(before, at.seconds)
     return grown(known.Measured, at, before=before, rivals=rivals)

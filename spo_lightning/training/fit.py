@@ -258,7 +258,8 @@ def _callbacks(
     watching = [evaluation, *diagnostics, recorder]
     if given.feed is not None:
         watching.append(Reading(given.feed))
-    if cfg.model.reference is not None:  # then the policy does not start as its reference
+    # then the policy does not start as its reference
+    if cfg.model.reference is not None or given.scorer.reading.reward:
         return watching
     check = StartCheck(
         given.train,

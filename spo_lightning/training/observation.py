@@ -38,7 +38,9 @@ class Observation:
         if not self.full:
             return
         self.totals.add(pair_numbers(policy, reference, beta=self.beta, compared=compared))
-        self.totals.add({"loss/upper": upper, "loss/lower": lower})
+        self.totals.add({"loss/upper": upper})
+        if not policy.rewards:
+            self.totals.add({"loss/lower": lower})
         self._last = policy, apart, upper
 
     def close(self, objective: Tensor) -> None:

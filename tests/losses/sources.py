@@ -76,6 +76,13 @@ def smoothed(z, k):
     return (1 - k.label_smoothing) * soft(z) + k.label_smoothing * soft(-z)
 
 
+def bradley_terry(rw, rl, margin, k):
+    apart, asked = k.beta * (rw - rl), margin if k.margin else 0.0
+    labels = (1 - k.label_smoothing) * soft(apart - asked)
+    labels += k.label_smoothing * soft(-apart - asked)
+    return labels + k.center_rewards_coefficient * (rw + rl) ** 2
+
+
 def exo(p, e):
     return p * (math.log(p) - math.log(1 - e)) + (1 - p) * (math.log(1 - p) - math.log(e))
 
@@ -114,6 +121,7 @@ def two_sentences(v, weight):
 
 
 PAIR = {
+    "reward": lambda v, k: bradley_terry(v.lw, v.ll, v.margin, k),
     "sft": lambda v, k: v.nll,
     "dpo": lambda v, k: smoothed(k.beta * v.h, k),
     "rso_sigmoid_norm": lambda v, k: math.log1p(math.exp(-k.beta * v.h)),
@@ -175,6 +183,7 @@ BATCH = {
 }
 # keys with which every term of a loss counts; where there are none its yaml's
 KEYS = {
+    "reward": dict(beta=0.7, label_smoothing=0.2, margin=True, center_rewards_coefficient=0.01),
     "dpo": dict(beta=0.3, label_smoothing=0.2),
     "robust": dict(beta=0.3, label_smoothing=0.2),
     "slic": dict(beta=0.3, alpha=0.2),

@@ -11,6 +11,7 @@ from spo_lightning.training.module import Preference
 log = logging.getLogger(__name__)
 
 NAME = "train/displacement/alarm"
+READ = {"train/rewards/margins", "train/displacement/rate"}
 
 
 class DisplacementAlarm(Callback):
@@ -22,7 +23,7 @@ class DisplacementAlarm(Callback):
     - log pi(y_w) is below the reference's by more than ``tolerance`` nats per token on average,
       because a share alone counts falls that are too small to matter;
     - the reward margin is above that of the ``window`` rows before (0 before the first). Rows of
-      one answer have no margin, and no alarm.
+      one answer have no margin, a reward model no log-probability, and neither has an alarm.
 
     The first time it says so, and with ``stop`` it ends the training after that step.
     """
@@ -58,7 +59,7 @@ class DisplacementAlarm(Callback):
         self, trainer: Trainer, module: Preference, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         numbers = module.numbers
-        if "train/rewards/margins" not in numbers or module.outer_step % self.every:
+        if not numbers.keys() >= READ or module.outer_step % self.every:
             return
         sounds = self.sounds(
             numbers["train/displacement/rate"],
