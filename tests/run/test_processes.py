@@ -70,10 +70,13 @@ def assert_one_run(two: Path, one: Path):
         }
 
 
-@pytest.mark.parametrize("solver", ["none", "penalty", "unrolled"])
-def test_two_processes_equal_one(tmp_path, solver):
+@pytest.mark.parametrize(
+    "solver, loss",
+    [*((s, "dpo") for s in ("none", "penalty", "unrolled")), ("penalty", "kto"), ("none", "bco")],
+)
+def test_two_processes_equal_one(tmp_path, solver, loss):
     for name, words in (("one", ()), ("two", TWO)):
-        words = (*TINY, f"solver={solver}", *words, f"hydra.run.dir={name}")
+        words = (*TINY, f"solver={solver}", f"loss={loss}", *words, f"hydra.run.dir={name}")
         done = command(tmp_path, *words, timeout=300)
         assert (done.code, done.err) == (0, "")
     assert_one_run(tmp_path / "two", tmp_path / "one")
