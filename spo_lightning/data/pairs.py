@@ -44,9 +44,8 @@ def pairs(
     if path is None:
         raise UserError("data.path is not set: name a file, a saved dataset or a hub id of pairs")
     place = Place(path, "data.path", split, name, revision)
-    check_idle(
-        [*_listed(path), *_listed(eval_path), *_listed(sft)], split, name=name, revision=revision
-    )
+    listed = [*_listed(path), *_listed(eval_path), *_listed(sft)]
+    check_idle(listed, split, name=name, revision=revision)
     raw = _first_chunk(place, chunk_rows, max_rows) if stream else place.rows()
     named = {role: column for role, column in columns.items() if column is not None}
     asked = Asked(named, "data.columns", _meant(separator), pairing, seed, unpaired)

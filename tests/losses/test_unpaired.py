@@ -36,7 +36,7 @@ def single(sums, good):
 
 def value(name, policy, reference, kl=0.5, ratio=0.2, **keys):
     moved, moments = torch.tensor(kl), Moments(0.0, 1.0, ratio=ratio)
-    return losses.evaluate(built(name, **keys), policy, reference, moments, moved)
+    return losses.evaluate(built(name, **keys), policy, reference, moments, kl=moved)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -206,7 +206,7 @@ def test_gradients_by_central_differences(name):
     def of_policy(sums):
         slot = torch.arange(3)
         mine = PairLogps(sums, slot, ~torch.tensor(good), 3)
-        return losses.evaluate(built(name), mine, reference, HALF, torch.tensor(0.3))
+        return losses.evaluate(built(name), mine, reference, HALF, kl=torch.tensor(0.3))
 
     at = torch.tensor([-4.0, -7.0, -2.5], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(of_policy, at)
