@@ -20,6 +20,7 @@ from spo_lightning import losses
 from spo_lightning.data.sets import Pairs
 from spo_lightning.models.scorer import Beside, Scorer, score
 from spo_lightning.records.progress import silent
+from spo_lightning.training.feed import mismatches
 from spo_lightning.training.fit import OuterSteps
 from spo_lightning.training.module import Preference
 
@@ -116,6 +117,13 @@ def scored(lm, pairs=None, shift=None):
     )
 
 
+def mismatched(lm, given, steps, batch_size):
+    """What such a fit reads of prompts with others' answers, under the model as it is now."""
+    cfg = {"max_steps": steps, "batch_size": batch_size, "seed": 0, "max_length": 512}
+    sets = {"train": given, "held-out": given}
+    return scored(lm, mismatches(OmegaConf.create(cfg), sets, 1)["mismatched"].pairs)
+
+
 def fitted(
     made,
     chosen,
@@ -167,7 +175,9 @@ def fitted(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = OuterSteps(given, module, micro=micro, tokens=tokens, seed=0, lower=lower)
+    others = mismatched(made.lm, given, steps, batch_size) if losses.asks(loss, "kl") else None
+    how = {"tokens": tokens, "lower": lower, "mismatched": others}
+    data = OuterSteps(given, module, micro=micro, seed=0, **how)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, DataLoader(data, batch_size=None))

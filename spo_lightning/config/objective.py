@@ -33,6 +33,8 @@ def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
         _check_rewards(cfg)
     if OmegaConf.select(cfg, "loss.language") is not None:
         _check_similarity(cfg)
+    if "max_steps" in cfg and OmegaConf.select(cfg, "data.unpaired") is not None:
+        _check_unpaired(cfg)
     for key in touched:
         part, _, knob = key.rpartition(".")
         while part.count(".") > 2:
@@ -85,3 +87,14 @@ def _check_rewards(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if refused(value):
             raise UserError(f"{key}={value} does not go with a reward model: {why}")
+
+
+def _check_unpaired(cfg: DictConfig) -> None:
+    unpaired = bool(cfg.loss.get("unpaired"))
+    if cfg.data.unpaired is not unpaired:
+        rows = "one answer and its label" if unpaired else "two answers"
+        raise UserError(
+            f"data.unpaired={cfg.data.unpaired}: this loss takes rows of {rows}: leave it out"
+        )
+    if unpaired and cfg.data.get("stream"):
+        raise UserError("data.stream=true: this loss weighs the labels of all rows: leave it out")

@@ -28,6 +28,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or isinstance(v, str),
         "module.function, the directory of an embedding model, or null",
     ),
+    "loss.desirable_weight": (lambda v: v is None or v >= 0, "at least 0, or null"),
+    "loss.undesirable_weight": (lambda v: v is None or v >= 0, "at least 0, or null"),
     "loss.filtered": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "sft.max_steps": (lambda v: v is None or v >= 0, "at least 0, or null"),
     "sft.batch_size": (lambda v: v >= 1, "at least 1"),

@@ -79,6 +79,12 @@ class PairBatch:
         return bool(self._home.lengths[:, 2].any())
 
     @cached_property
+    def with_chosen(self) -> Tensor | None:
+        """[N] the rows that have a chosen response; None: all of them."""
+        there = self._home.lengths[:, 1] > 0
+        return None if there.all() else there.nonzero()[:, 0].to(self.input_ids.device)
+
+    @cached_property
     def packed(self) -> Packed:
         """One row without padding, in which equal prompts stand once."""
         return self._packed(share=True)
@@ -165,16 +171,13 @@ def _moved(made: Any, device: torch.device) -> Any:
 def pack(batch: PairBatch, *, share: bool, gpu: bool = False) -> Packed:
     """``share``: equal prompts stand once; otherwise every response has its own. ``gpu``: with
     what its kernels need."""
-    present = batch.lengths[:, 1:].flatten() > 0
-    pair = torch.arange(len(batch), device=present.device).repeat_interleave(2)[present]
+    present = batch.lengths[:, 1:] > 0
+    own, pair = batch.lengths[:, 1:][present], present.nonzero()[:, 0]
     if share:
-        found, group = batch.prompt.unique(return_inverse=True)
-        rows = torch.arange(len(batch), device=pair.device)
-        first = torch.full_like(found, len(batch)).scatter_reduce(0, group, rows, "amin")
-        owner, prompt_of = first, group[pair]
+        found, prompt_of = batch.prompt[pair].unique(return_inverse=True)
+        owner = torch.full_like(found, len(batch)).scatter_reduce(0, prompt_of, pair, "amin")
     else:
         owner, prompt_of = pair, torch.arange(len(pair), device=pair.device)
-    own = batch.lengths[:, 1:].flatten()[present]
     given = batch.lengths[owner, 0]
     prompts = Block.of(given, 0)
     start = int(given.sum())
@@ -204,12 +207,15 @@ def pack(batch: PairBatch, *, share: bool, gpu: bool = False) -> Packed:
 class Microbatches:
     """One rank's share of an outer step.
 
+    ``mismatched``: its prompts with others' answers, where the loss asks for them. ``below``:
+    whether the outer step has a row for the lower level.
+
     Neither a sequence nor a dataclass, so Lightning's precision plugins leave it alone: in
     bf16-true they would round the reference's log-probabilities.
     """
 
-    def __init__(self, parts: Sequence[PairBatch]):
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence, mismatched: Sequence = (), below: bool = True):
+        self.parts, self.mismatched, self.below = list(parts), list(mismatched), below
 
     def __iter__(self) -> Iterator[PairBatch]:
         return iter(self.parts)
@@ -218,7 +224,8 @@ class Microbatches:
         return len(self.parts)
 
     def to(self, device: torch.device | str) -> "Microbatches":
-        return Microbatches([part.to(device) for part in self.parts])
+        sides = ([part.to(device) for part in some] for some in (self.parts, self.mismatched))
+        return Microbatches(*sides, below=self.below)
 
 
 def collate(

@@ -23,6 +23,7 @@ COUNTS: tuple[str, ...] = (
     "split",
     "truncated",
 )
+SIDES = ("chosen", "rejected")
 SHOWN = 3  # rows of each reason that are shown
 FIXES = {
     "identical": "chosen and rejected are the same",
@@ -84,7 +85,7 @@ def encode_pairs(
 ) -> Encoded:
     """Pairs whose prompt + one response has at most ``max_length`` tokens.
 
-    Rows without a rejected response become pairs without one. ``scored``: of an answer of several
+    Rows with one response become pairs without the other. ``scored``: of an answer of several
     turns, the assistant's, or all.
     """
     found = encode_some(
@@ -127,8 +128,14 @@ def encode_some(
     examples: dict[str, list[int]] = {}
     names = [f"{where}, row {place + 1}" for place in places]
     rows = [readable(row, tokenizer) for row in rows]
-    sides = tuple(side for side in ("chosen", "rejected") if any(side in row for row in rows))
-    cuts = _cuts(rows, sides, tokenizer, max_length, scored, names)
+    cuts: list[Cut | None] = [None] * len(rows)
+    given = [tuple(side for side in SIDES if side in row) for row in rows]
+    for sides in dict.fromkeys(given):
+        same = [index for index, own in enumerate(given) if own == sides]
+        some = [rows[index] for index in same], [names[index] for index in same]
+        found = _cuts(some[0], sides, tokenizer, max_length, scored, some[1])
+        for index, cut in zip(same, found):
+            cuts[index] = cut
     for index, cut in enumerate(cuts):
         reason = _reason(rows[index], cut, on_mismatch == "drop")
         if on_mismatch == "error" and cut is not None and cut.split:
@@ -139,7 +146,8 @@ def encode_some(
             counts[f"dropped/{reason}"] += 1
             examples[str(reason)] = [*examples.get(str(reason), []), places[index]][:SHOWN]
             continue
-        (chosen, its), (rejected, other) = (*cut.answers, NOTHING)[:2]
+        answers = dict(zip(given[index], cut.answers))
+        (chosen, its), (rejected, other) = (answers.get(side, NOTHING) for side in SIDES)
         ids = (cut.prompt, chosen, rejected, places[index], its, other)
         pairs.append(Pair(*ids, margin=margin_of(rows[index])))
         counts["split"] += cut.split
@@ -176,7 +184,7 @@ def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
 
 
 def _reason(row: Row, cut: Cut | None, drop_split: bool) -> str | None:
-    if row["chosen"] == row.get("rejected"):
+    if row.get("chosen") == row.get("rejected"):
         return "identical"
     if cut is None or not cut.prompt:
         return "empty"

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from spo_lightning.data import layouts
 from spo_lightning.data.chat import in_turns
+from spo_lightning.data.labels import apart
 from spo_lightning.data.reading import read
 from spo_lightning.data.rows import Chunk, Row, Task, limit, without
 from spo_lightning.errors import UserError
@@ -15,7 +16,7 @@ from spo_lightning.errors import UserError
 # read here, by the encoding and by the warm start; a source that names one of them gets it
 ELSEWHERE = (
     *("sft", "pairs", "chat", "system", "scored", "strict", "on_mismatch", "drop_high_ches"),
-    *("sft_steps", "tokens_per_batch"),
+    *("sft_steps", "tokens_per_batch", "unpaired"),
 )
 OWN = "own"  # data.sft: the source's own SFT rows
 
@@ -40,7 +41,7 @@ def load(node: Any) -> Task:
         raise UserError(
             f"{place}: no row is left to train on: give more rows or lower data.eval_fraction"
         )
-    return _in_turns(_with_lower(_with_pairs(task, plain), plain), plain)
+    return _in_turns(_with_lower(_apart(_with_pairs(task, plain), plain), plain), plain)
 
 
 def load_to_look(node: Any) -> Task:
@@ -59,7 +60,7 @@ def _with_pairs(task: Task, node: dict[str, Any]) -> Task:
         why = "samples its pairs from the policy" if task.samples else "is streamed"
         raise UserError(f"data.pairs={named}: the data {why}: take a source of given pairs")
     raw = read(named, split=node.get("split", "train"), where="data.pairs")
-    made = layouts.normalised(raw, str(named), layouts.COMPARED)
+    made = layouts.normalised(raw, str(named), layouts.COMPARED, node.get("unpaired", False))
     rows = without(made.rows, task.held_out)
     if not rows:
         raise UserError(f"data.pairs={named}: every prompt is held out: name a file of others")
@@ -67,6 +68,17 @@ def _with_pairs(task: Task, node: dict[str, Any]) -> Task:
     notes = (*task.notes, *(f"data.pairs: {note}" for note in made.notes))
     counts = {"in data.pairs": len(raw)}
     return replace(task, train=rows, counts=counts, notes=notes, dropped=made.dropped)
+
+
+def _apart(task: Task, node: dict[str, Any]) -> Task:
+    """The task with each answer a training row of its own, where the loss takes such."""
+    unpaired = node.get("unpaired", False)
+    _check_kind(unpaired, (bool,), "data.unpaired")
+    rows = apart(task.train) if unpaired and not task.samples else task.train
+    if len(rows) == len(task.train):
+        return task
+    told = f"Training rows: {len(rows):,}, each answer of a pair is one, good or bad"
+    return replace(task, train=rows, notes=(*task.notes, told))
 
 
 def _with_lower(task: Task, node: dict[str, Any]) -> Task:

@@ -69,8 +69,8 @@ def _lengths(found: Summary) -> str:
     pairs = found.lengths["prompt"].count
     cut, lost, tokens = found.cut
     lines.append(
-        f"  max_length={found.max_length} cuts {cut:,} of {pairs:,} pairs ({cut / pairs:.1%}) "
-        f"and {lost:,} of {tokens:,} tokens ({lost / tokens:.1%})"
+        f"  max_length={found.max_length} cuts {cut:,} of {pairs:,} {found.noun}s "
+        f"({cut / pairs:.1%}) and {lost:,} of {tokens:,} tokens ({lost / tokens:.1%})"
     )
     shares = {name: f"{count:,} ({count / pairs:.1%})" for name, count in found.longer.items()}
     if shares:
@@ -104,9 +104,9 @@ def _pair(found: Summary) -> str:
     pair = found.pair
     assert pair is not None
     where = f"{pair.side}, row {pair.row + 1}"
-    lines = [f"one pair ({where}); what is scored stands in ⟦ ⟧, ⏎ is a line break"]
+    lines = [f"one {found.noun} ({where}); what is scored stands in ⟦ ⟧, ⏎ is a line break"]
     for name, count in zip(FIELDS, pair.tokens):
-        if not count:  # a text has no rejected answer
+        if not count:  # a text has no rejected answer, a labelled row one of the two
             continue
         text = "".join(_marked(getattr(pair, name)))
         if len(text) > TOLD:

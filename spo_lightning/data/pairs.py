@@ -34,21 +34,21 @@ def pairs(
     stream: bool,
     chunk_rows: int,
     by: str | None,
+    unpaired: bool,
 ) -> Task:
     """Validated pairs, split by prompt, or with held-out pairs from places of their own.
 
     ``stream``: read ``chunk_rows`` rows at a time while training goes on. ``by``: a column that
-    held-out numbers are told apart by.
+    held-out numbers are told apart by. ``unpaired``: labelled answers stay apart.
     """
     if path is None:
         raise UserError("data.path is not set: name a file, a saved dataset or a hub id of pairs")
     place = Place(path, "data.path", split, name, revision)
-    check_idle(
-        [*_listed(path), *_listed(eval_path), *_listed(sft)], split, name=name, revision=revision
-    )
+    listed = [*_listed(path), *_listed(eval_path), *_listed(sft)]
+    check_idle(listed, split, name=name, revision=revision)
     raw = _first_chunk(place, chunk_rows, max_rows) if stream else place.rows()
     named = {role: column for role, column in columns.items() if column is not None}
-    asked = Asked(named, "data.columns", _meant(separator), pairing, seed)
+    asked = Asked(named, "data.columns", _meant(separator), pairing, seed, unpaired)
     made = _made(place.title, raw, layout, asked, stream)
     own = Side(_labelled(made, raw, by), made.notes, made.dropped)
     if eval_path is None:
@@ -105,12 +105,16 @@ def _made(title: str, raw: Rows, layout: str | None, asked: Asked, stream: bool)
     made = layouts.made_to_train(file, found)
     if not made.rows:
         texts = "; data.layout=sft reads them as texts" if found.gathered else ""
-        raise UserError(f"{title}: no row becomes a pair; {made.notes[-1]}{texts}")
+        wanted = "is left" if asked.unpaired else "becomes a pair"
+        raise UserError(f"{title}: no row {wanted}; {made.notes[-1]}{texts}")
     return made
 
 
 def _check(title: str, layout: Layout, asked: Asked, stream: bool) -> None:
     """What does not go with the layout."""
+    if layout.gives == TEXTS and asked.unpaired:
+        told = "has answers without a label, and this loss asks for good ones and bad ones"
+        raise UserError(f"{title}: the layout {layout.name} {told}: add a column label")
     if (layout.gives == LABELLED or layout.gathered) and stream:
         told = "whose pairs are made of all rows: leave data.stream out"
         raise UserError(f"{title}: the layout {layout.name} has one answer a row, {told}")

@@ -51,3 +51,26 @@ class Pairs:
             found.append(order[:fits])
             order = order[fits:]
         return found
+
+
+def mismatched(pairs: Sequence[Pair], max_length: int) -> list[Pair]:
+    """Every prompt with the answer of the row before it, the first with the last one's.
+
+    Answers are cut to ``max_length``. A pair gives one for each of its answers, a row alone none.
+    """
+    answers = [
+        (pair, ids, context)
+        for pair in pairs
+        for ids, context in (
+            (pair.chosen, pair.chosen_context),
+            (pair.rejected, pair.rejected_context),
+        )
+        if ids
+    ]
+    found = []
+    for (pair, *_), (_, ids, context) in zip(answers, [*answers[-1:], *answers[:-1]]):
+        ids = ids[: max_length - len(pair.prompt)]
+        edges = tuple(min(edge, len(ids)) for edge in context)
+        bare = replace(pair, rejected=(), rejected_context=(), margin=None)
+        found.append(replace(bare, chosen=ids, chosen_context=edges))
+    return found if len(found) > 1 else []

@@ -23,6 +23,7 @@ BESIDE = {  # what Encoded.counts says of pairs that are kept
     "truncated": "pairs that max_length cuts",
 }
 TURNED = "pairs that stand both ways round"
+BOTH = "answers that have both labels"
 CHECKED = (
     "rows that repeat an earlier one",
     TURNED,
@@ -78,6 +79,11 @@ class Summary:
     margins: Spread | None
     pair: Shown | None
     rows: list[Shown]
+
+    @property
+    def noun(self) -> str:
+        """What its rows are."""
+        return "pair" if self.longer else "row"
 
 
 @dataclass(frozen=True)
@@ -157,12 +163,14 @@ def _whole(
 def lengths(pairs: Sequence[Pair]) -> dict[str, Spread]:
     """Tokens of each part, in bars that compare, and of what ``max_length`` limits."""
     parts = {part: [len(getattr(pair, part)) for pair in pairs] for part in FIELDS}
+    # texts have no rejected answer, labelled rows one of the two
+    there = {part: [n for n in some if n or part == "prompt"] for part, some in parts.items()}
+    there = {part: some for part, some in there.items() if some}
     whole = "prompt + longer"
-    if not any(parts["rejected"]):  # texts, of one answer
-        del parts["rejected"]
-        whole = "prompt + chosen"
-    width = max(bar_width(sorted(some)) for some in parts.values())
-    found = {name: spread(some, width) for name, some in parts.items()}
+    if not longer(pairs):
+        whole = "prompt + only" if "rejected" in there else "prompt + chosen"
+    width = max(bar_width(sorted(some)) for some in there.values())
+    found = {name: spread(some, width) for name, some in there.items()}
     lengths = zip(*parts.values())
     return found | {whole: spread([prompt + max(answers) for prompt, *answers in lengths])}
 
@@ -174,12 +182,13 @@ def cut(pairs: Sequence[Pair], whole: Sequence[Pair]) -> tuple[int, int, int]:
 
 
 def longer(pairs: Sequence[Pair]) -> dict[str, int]:
-    """How many pairs have which answer as the longer one, in tokens; nothing of texts."""
-    if not any(pair.rejected for pair in pairs):
+    """How many pairs have which answer as the longer one, in tokens; nothing of single answers."""
+    whole = [pair for pair in pairs if pair.chosen and pair.rejected]
+    if not whole:
         return {}
     found = Counter(
         (len(pair.chosen) > len(pair.rejected)) - (len(pair.chosen) < len(pair.rejected))
-        for pair in pairs
+        for pair in whole
     )
     return {"chosen": found[1], "rejected": found[-1], "as long": found[0]}
 
@@ -207,7 +216,7 @@ def checks(sides: Sequence[Side]) -> list[Check]:
     repeats, turned, shared = found.values()
     for side in sides:
         for number, row in enumerate(side.rows):
-            where, texts = side.where(number), [prompt_key(row[n]) for n in FIELDS if n in row]
+            where, texts = side.where(number), [prompt_key(row.get(n, "")) for n in FIELDS]
             own, other = _digest(*texts), _digest(texts[0], *texts[:0:-1])
             if own in first:
                 repeats.append((f"{where}, as {first[own]}", row))
@@ -219,10 +228,14 @@ def checks(sides: Sequence[Side]) -> list[Check]:
                 trained.setdefault(prompt, where)
             elif prompt in trained:
                 shared.append((f"{where}, and {trained[prompt]}", row))
+    rows = [row for side in sides for row in side.rows]
+    told = {what: what for what in CHECKED}
+    if not any("chosen" in row and "rejected" in row for row in rows):
+        told[TURNED] = BOTH if any("rejected" in row for row in rows) else ""
     return [
-        Check(what, len(rows), [Example(where, _fields(row)) for where, row in rows[:SHOWN]])
-        for what, rows in found.items()
-        if what != TURNED or any("rejected" in row for side in sides for row in side.rows)
+        Check(told[what], len(some), [Example(where, _fields(row)) for where, row in some[:SHOWN]])
+        for what, some in found.items()
+        if told[what]
     ]
 
 

@@ -109,5 +109,5 @@ def means_by(parts: Mapping[int, dict[str, Part]], groups: Sequence[Sequence[str
     for group, places in places_by(groups).items():
         names = parts[places[0]]
         sums = {name: [sum(parts[p][name][k] for p in places) for k in (0, 1)] for name in names}
-        found[group] = {name: total / count for name, (total, count) in sums.items()}
+        found[group] = {name: total / count for name, (total, count) in sums.items() if count}
     return found

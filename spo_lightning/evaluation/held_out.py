@@ -42,6 +42,7 @@ def pair_totals(
     batch_size: int,
     loss: Callable[..., Tensor] | None,
     moments: losses.Moments | None,
+    kl: Tensor | None = None,
     beta: float,
     top: bool,
     world: World,
@@ -55,12 +56,15 @@ def pair_totals(
         batch = pairs.batch(turn.item).to(scorer.model.device)
         policy = scorer(batch)
         reference = None if batch.reference is None else reference_logps(batch)
-        numbers = pair_numbers(policy, reference, beta=beta, compared=batch.compared)
+        numbers: dict[str, Any] = pair_numbers(policy, reference, beta=beta)
         if loss is not None:
-            numbers["loss"] = losses.evaluate(loss, policy, reference, moments)
-        chosen, tops = batch.chosen_only, {}
+            numbers["loss"] = losses.evaluate(loss, policy, reference, moments, kl=kl)
+        # of labelled rows all may be bad ones: then none of their tokens is looked at
+        none = batch.with_chosen is not None and not len(batch.with_chosen)
+        chosen, tops = batch.of(~batch.rejected) if none else batch.chosen_only, {}
         if top and not policy.rewards:
-            tops["entropy/top10"], tops["mass/top10"] = scorer.top(chosen, TOP)
+            looked = policy.logps.new_zeros(2, 0) if none else scorer.top(chosen, TOP)
+            tops["entropy/top10"], tops["mass/top10"] = looked
         totals.add(numbers | tops, turn.mine)
         if each is not None:
             each.add(turn, numbers, tops, chosen.pair)
@@ -93,14 +97,13 @@ def pair_scores(
             advance=lambda turn: advance(sum(map(len, turn.together))),
         )
     parts = each.gathered(stages.world)
-    means = {name: value.item() for name, value in totals.means().items()}
-    by = groups.means_by(parts, pairs.groups)
+    means, by = totals.numbers(), groups.means_by(parts, pairs.groups)
     if scorer.reading.reward:
         sizes = {group: len(some) for group, some in groups.places_by(pairs.groups).items()}
         means = _with_interval(means, len(pairs))
         by = {group: _with_interval(some, sizes[group]) for group, some in by.items()}
     moved = (
-        [part[name][0] / beta if name in part else None for part in parts.values()]
+        [it[name][0] / beta if it.get(name, (0, 0))[1] else None for it in parts.values()]
         for name in ("rewards/chosen", "rewards/rejected")
     )
     return PairScores(means, by, *moved)
@@ -230,7 +233,8 @@ def text_numbers(task: Any, rows: Sequence[dict], texts: Sequence[str]) -> dict[
         from spo_lightning.evaluation.text_metrics import Rouge
 
         numbers |= Rouge(keep_in_memory=True).compute(  # type: ignore[operator]
-            predictions=list(texts), references=[said(row["chosen"]) for row in rows]
+            predictions=[text for text, row in zip(texts, rows) if "chosen" in row],
+            references=[said(row["chosen"]) for row in rows if "chosen" in row],
         )
     return {name: float(value) for name, value in numbers.items()}
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from spo_lightning.models.scorer import PairLogps
 from spo_lightning.world import World
 
-REJECTED = (  # numbers that need a rejected answer
-    *("logps/rejected", "preference/accuracy", "preference/accuracy_norm"),
-    *("rewards/rejected", "rewards/accuracies", "rewards/margins"),
+NAMES = (  # of pair_numbers
+    *("logps/chosen", "logps/rejected", "nll/chosen"),
+    *("preference/accuracy", "preference/accuracy_norm"),
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("displacement/rate", "displacement/chosen"),
 )
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), 0-d float64
@@ -57,29 +59,58 @@ class Totals:
     def means(self) -> dict[str, Tensor]:
         return {name: total / count for name, (total, count) in self.sums.items()}
 
+    def numbers(self) -> dict[str, float]:
+        """The means, without those that nothing counted for."""
+        means = self.means()
+        return {name: means[name].item() for name, (_, count) in self.sums.items() if count}
+
 
 def pair_numbers(
-    policy: PairLogps, reference: PairLogps | None, *, beta: float, compared: bool = True
-) -> dict:
-    """Per-pair values (or sums and counts) under the names of the design's section 7.
+    policy: PairLogps, reference: PairLogps | None, *, beta: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Values and counts of rows under the names of the design's section 7.
 
-    ``compared``: whether there are rejected answers; without them, what needs one is left out.
+    A row counts where it has the answers that the number is about: texts have a chosen one alone,
+    labelled rows one of the two.
     """
     if policy.rewards:
         return _rewards(policy, beta)
-    numbers = _numbers(policy, reference, beta)
-    return {name: it for name, it in numbers.items() if compared or name not in REJECTED}
+    chosen, rejected = policy.chosen.detach(), policy.rejected.detach()
+    good, bad = (policy.counts > 0).unbind(1)
+    both = good & bad
+    better = policy.mean_chosen > policy.mean_rejected
+    # an absent answer's log-probability is 0, so that only what compares two has to be masked
+    numbers = {
+        "logps/chosen": (chosen, good),
+        "logps/rejected": (rejected, bad),
+        "nll/chosen": (-chosen.double(), policy.counts[:, 0].double()),
+        "preference/accuracy": (((chosen > rejected) & both).double(), both),
+        "preference/accuracy_norm": ((better & both).double(), both),
+    }
+    if reference is None:
+        return numbers
+    moved_chosen = chosen - reference.chosen
+    moved_rejected = rejected - reference.rejected
+    return numbers | {
+        "rewards/chosen": (beta * moved_chosen, good),
+        "rewards/rejected": (beta * moved_rejected, bad),
+        "rewards/accuracies": (((moved_chosen > moved_rejected) & both).double(), both),
+        "rewards/margins": (beta * (moved_chosen - moved_rejected) * both, both),
+        "displacement/rate": ((moved_chosen < 0).double(), good),
+        "displacement/chosen": (moved_chosen, good),
+    }
 
 
-def _rewards(policy: PairLogps, beta: float) -> dict:
+def _rewards(policy: PairLogps, beta: float) -> dict[str, tuple[Tensor, Tensor]]:
     """The same names of a reward model, which has no log-probabilities."""
     chosen, rejected = beta * policy.chosen.detach(), beta * policy.rejected.detach()
-    ties = (chosen == rejected).double()
+    good, bad = (policy.counts > 0).unbind(1)
+    both, ties = good & bad, (chosen == rejected).double()
     return {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).double() + ties / 2,
-        "rewards/margins": chosen - rejected,
+        "rewards/chosen": (chosen, good),
+        "rewards/rejected": (rejected, bad),
+        "rewards/accuracies": (((chosen > rejected).double() + ties / 2) * both, both),
+        "rewards/margins": ((chosen - rejected) * both, both),
     }
 
 
@@ -91,26 +122,3 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     spread = share * (1 - share) / count + z * z / (4 * count * count)
     half = z * math.sqrt(max(spread, 0.0)) / (1 + z * z / count)
     return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
-def _numbers(policy: PairLogps, reference: PairLogps | None, beta: float) -> dict:
-    chosen, rejected = policy.chosen.detach(), policy.rejected.detach()
-    numbers = {
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-        "nll/chosen": (-chosen.double(), policy.chosen_length.double()),
-        "preference/accuracy": (chosen > rejected).double(),
-        "preference/accuracy_norm": (policy.mean_chosen > policy.mean_rejected).double(),
-    }
-    if reference is None:
-        return numbers
-    moved_chosen = chosen - reference.chosen
-    moved_rejected = rejected - reference.rejected
-    return numbers | {
-        "rewards/chosen": beta * moved_chosen,
-        "rewards/rejected": beta * moved_rejected,
-        "rewards/accuracies": (moved_chosen > moved_rejected).double(),
-        "rewards/margins": beta * (moved_chosen - moved_rejected),
-        "displacement/rate": (moved_chosen < 0).double(),
-        "displacement/chosen": moved_chosen,
-    }

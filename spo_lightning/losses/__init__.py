@@ -17,5 +17,6 @@ from spo_lightning.losses.each_answer import *  # noqa: F403
 from spo_lightning.losses.given import *  # noqa: F403
 from spo_lightning.losses.reference_free import *  # noqa: F403
 from spo_lightning.losses.rewards import *  # noqa: F403
+from spo_lightning.losses.unpaired import *  # noqa: F403
 from spo_lightning.losses.whole_batch import *  # noqa: F403
 from spo_lightning.losses.with_reference import *  # noqa: F403

@@ -26,6 +26,7 @@ class Moments(NamedTuple):
     summed_spread: float = 1.0
     weight: float = 0.0  # what earlier batches count, below 1
     steps: int = 0  # how many there were
+    ratio: float = 0.0  # mean log-ratio of all their answers, the old ones as much as the new
 
     def with_batch(self, margin: Tensor) -> tuple[float, float]:
         """Mean and spread of the summed margin with one more batch."""

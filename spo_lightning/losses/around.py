@@ -20,7 +20,10 @@ from spo_lightning.losses.given import Beside, Loss
 from spo_lightning.models.scorer import PairLogps
 
 # what a yaml says of its loss, for others to read
-FACTS = ("unit", "whole_batch", "compares", "rewards", "smooths", "similarity", "language")
+FACTS = (
+    *("unit", "whole_batch", "compares", "unpaired", "rewards", "smooths"),
+    *("similarity", "language"),
+)
 
 LARGEST = 40.0  # exponent: e^40 and its square are numbers in float32
 # log-ratios in, the scores that a loss sees in their place out; 0 stays 0

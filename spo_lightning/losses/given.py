@@ -20,12 +20,13 @@ class Beside:
     reference: PairLogps | None
     moments: Moments | None
     step: int = 0  # outer steps before this one; 0 for held-out pairs
+    kl: Tensor | None = None  # mean log-ratio of the outer step's prompts with others' answers
 
     def of(self, loss: Loss, policy: PairLogps) -> Tensor:
         """[B] the loss, given only what its signature asks for."""
         offered = {"reference": self.reference, "moments": self.moments, "beside": self}
         offered |= {"margins": policy.margins, "squares": policy.squares, "step": self.step}
-        offered |= {"divergences": policy.diverged, "sentences": policy.sentences}
+        offered |= {"divergences": policy.diverged, "sentences": policy.sentences, "kl": self.kl}
         asked = inspect.signature(loss).parameters
         return partial(loss, **{name: it for name, it in offered.items() if name in asked})(policy)
 
@@ -36,9 +37,10 @@ def evaluate(
     reference: PairLogps | None,
     moments: Moments | None,
     step: int = 0,
+    kl: Tensor | None = None,
 ) -> Tensor:
     """[B] the loss, given only what its signature asks for."""
-    return Beside(reference, moments, step).of(loss, policy)
+    return Beside(reference, moments, step, kl).of(loss, policy)
 
 
 def asks(loss: Loss, name: str) -> bool:

@@ -36,14 +36,19 @@ class PairLogps:
         return self.summed(self.logps)
 
     @cached_property
+    def counts(self) -> Tensor:
+        """[B, 2] scored tokens; 0 of a response that a row has not."""
+        return self.summed(torch.ones_like(self.logps.detach()))
+
+    @cached_property
     def lengths(self) -> Tensor:
         """[B, 2] scored tokens; an absent response counts as one, so means stay finite."""
-        return self.summed(torch.ones_like(self.logps.detach())).clamp(min=1)
+        return self.counts.clamp(min=1)
 
     @property
     def places(self) -> Tensor:
         """[S] where a token stands in its answer, from 0."""
-        counts = self.summed(torch.ones_like(self.logps.detach())).long().flatten()
+        counts = self.counts.long().flatten()
         starts = (counts.cumsum(0) - counts)[2 * self.pair + self.side.long()]
         return torch.arange(len(starts), device=starts.device) - starts
 

@@ -53,8 +53,7 @@ def tree_mask(segment: Tensor) -> Tensor:
 def sides(batch: PairBatch) -> tuple[PairBatch, PairBatch]:
     """The batch as ``[prompt | chosen]`` rows and as ``[prompt | rejected]`` rows."""
     home, flipped = batch.to("cpu"), []
-    for ids, lengths in zip(home.input_ids.tolist(), home.lengths.tolist()):
-        p, c, r = lengths
+    for ids, (p, c, r) in zip(home.input_ids.tolist(), home.lengths.tolist()):
         flipped.append(Pair(tuple(ids[:p]), tuple(ids[p + c : p + c + r]), ()))
     rejected = collate(flipped, 0)
     scored = torch.zeros_like(home.segment, dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from spo_lightning.objectives.found import Objective
 from spo_lightning.objectives.picture import RANGE, Pushes, pushes, svg
@@ -25,7 +26,7 @@ none. What can stand around it:
 - `loss.ld_alpha=0.5` (LD-DPO, 2409.06411): tokens past the shorter answer's length count half. Of
   losses on sums.
 - `loss.wpo=true` (WPO, 2406.11827): pairs weigh as much as their answers are the policy's own. Of
-  all but AOT.
+  all on pairs but AOT.
 - `loss=mixture loss.parts.dpo.weight=1 loss.parts.sft.weight=0.1`: a sum, each part with its own
   keys.
 
@@ -37,13 +38,18 @@ In the pictures a step's push on $\ell_w$ (blue) and on $\ell_l$ (red, dashed) s
 margin, from -40 to 40 nats: above the grey line an answer becomes more likely. Policy and
 reference differ by half the margin on either side, answers have 20 tokens of 2 nats under the
 reference, settings are the defaults, and every picture has a scale of its own. TDPO's divergences
-are 0 in them and stay so; ASPO's answers are one sentence.
+are 0 in them and stay so; ASPO's answers are one sentence. Of losses on single answers it shows
+both labels: a good one whose log-ratio is half the margin, and a bad one whose log-ratio is minus
+that; $K$ and $\mu$ are 0.
 """
 WHOLE = (
     "Needs all pairs of an outer step in one forward of one process; a held-out value is that of "
     "the batches it is computed in."
 )
-COLUMNS = ("loss", "paper", "reference", "unit", "reads besides", "divergences")
+UNPAIRED = (
+    "Its rows have one answer and a label, good or bad; of pairs every answer is a row to train "
+    "on. G is of the good ones."
+)
 
 
 def page(found: Sequence[Objective]) -> str:
@@ -62,8 +68,10 @@ def _row(one: Objective) -> str:
     besides = {"moments": "earlier batches", "margins": "scores of the data"}
     besides |= {"divergences": "the reference's distributions", "step": "a draw"}
     besides |= {"sentences": "sentences of the answers"}
+    besides |= {"kl": "prompts with others' answers"}
     read = [told for name, told in besides.items() if name in one.asks]
     read += ["the whole batch"] if one.node.get("whole_batch") else []
+    read += ["labels"] if one.node.get("unpaired") else []
     cells = [f"[{one.name}](#{one.name})", ", ".join(map(_link, one.papers)), reference]
     cells += [one.node["unit"], ", ".join(read), "yes" if one.divergences else ""]
     return f"| {' | '.join(cells)} |"
@@ -82,9 +90,14 @@ def section(one: Objective, seen: Pushes | None) -> str:
     parts += [one.formula] if one.formula else []
     if seen is not None:
         parts += [f"![{one.name}](objectives/{one.name}.svg)", _told(seen)]
-    parts += ["\n".join(f"- `{key.name}: {key.default}` {key.meaning}" for key in one.keys)]
+    parts += ["\n".join(f"- `{key.name}: {_said(key.default)}` {key.meaning}" for key in one.keys)]
     parts += [WHOLE] if one.node.get("whole_batch") else []
+    parts += [UNPAIRED] if one.node.get("unpaired") else []
     return "\n\n".join([*parts, f"Survey (2503.11701): {one.survey}"]) + "\n"
+
+
+def _said(default: Any) -> Any:
+    return "null" if default is None else default
 
 
 def _told(seen: Pushes) -> str:

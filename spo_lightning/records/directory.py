@@ -188,7 +188,10 @@ class RunDir:
 
 
 class MetricsCsv:
-    """metrics.csv: a fixed header, one row per logged step, appended and flushed."""
+    """metrics.csv: a header, one row per logged step, appended and flushed.
+
+    A number that the first row has not, as the step had no row that it is about, widens it.
+    """
 
     def __init__(self, path: Path, header: Sequence[str]):
         self.path = path
@@ -200,6 +203,12 @@ class MetricsCsv:
             self._append(self.header)
 
     def write(self, row: Mapping[str, Any]) -> None:
+        late = [name for name in row if name not in self.header]
+        if late:
+            self.header += late
+            _, *rest = self.path.read_text("utf-8").splitlines()
+            lines = [",".join(self.header), *(line + "," * len(late) for line in rest)]
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
         self._append(["" if row.get(name) is None else row[name] for name in self.header])
 
     def _append(self, cells: Sequence[Any]) -> None:

@@ -139,7 +139,7 @@ def histogram(key: str, title: str, x: str, values: Mapping[str, Sequence[float]
         | {"marker": {"color": colour}}
         for (label, some), colour in zip(values.items(), COLOURS)
     ]
-    return Chart(key, title, data, axes(x, "pairs") | {"barmode": "overlay"})
+    return Chart(key, title, data, axes(x, "rows") | {"barmode": "overlay"})
 
 
 def bars(
@@ -157,7 +157,7 @@ def bars(
         at = [one["start"] + (n + 0.5) * one["width"] for n in range(len(one["bars"]))]
         drawn = {"type": "bar", "x": at, "y": one["bars"], "width": one["width"], "opacity": 0.6}
         data.append(drawn | {"name": plain(label), "marker": {"color": colour}})
-    layout = axes(f"{x}; the last bar holds all above", "pairs") | {"barmode": "overlay"}
+    layout = axes(f"{x}; the last bar holds all above", "rows") | {"barmode": "overlay"}
     if limit is not None:
         layout |= upright(limit, word)
     return Chart(key, title, data, layout)

@@ -46,9 +46,14 @@ def sections(found: Found) -> list[Section]:
         Section("Checks", checks(found), "Of all rows, before any is dropped."),
         Section("Lengths", lengths(found), "Tokens, before max_length cuts them."),
         Section("Margins and subsets", [*margins(found), *subsets(found)]),
-        Section("One pair, token by token", one_pair(found), USES),
+        Section(f"One {noun(found)}, token by token", one_pair(found), USES),
         Section("Rows", browsed(found), "From the first to the last, evenly."),
     ]
+
+
+def noun(found: Found) -> str:
+    """What its rows are: single answers are no pairs."""
+    return "pair" if found["longer"] else "row"
 
 
 def answer(found: Found) -> list[Note]:
@@ -97,8 +102,8 @@ def lengths(found: Found) -> list[Any]:
     (cut, lost, tokens), limit = found["cut"], found["max_length"]
     pairs = some["prompt"]["count"]
     told = (
-        f"max_length={limit} cuts {cut:,} of {pairs:,} pairs ({cut / pairs:.1%}) and {lost:,} of "
-        f"{tokens:,} tokens ({lost / tokens:.1%})."
+        f"max_length={limit} cuts {cut:,} of {pairs:,} {noun(found)}s ({cut / pairs:.1%}) and "
+        f"{lost:,} of {tokens:,} tokens ({lost / tokens:.1%})."
     )
     shares = {name: f"{count:,} ({count / pairs:.1%})" for name, count in found["longer"].items()}
     more = (
@@ -148,14 +153,15 @@ def one_pair(found: Found) -> list[Any]:
     if pair is None:
         return []
     sides = sides_of(found)
-    names = [f"{side}, {n} tokens" for side, n in zip(sides, pair["tokens"])]
+    tokens: dict[str, int] = dict(zip(FIELDS, pair["tokens"]))
+    names = [f"{side}, {tokens[side]} tokens" for side in sides]
     texts = [Text([token(piece) for piece in pair[side]]) for side in sides]
     where = Note(f"{pair['side']}, row {pair['row'] + 1}.")
     return [where, *(Lines(name, text) for name, text in zip(names, texts))]
 
 
 def sides_of(found: Found) -> tuple[str, ...]:
-    """The parts of its pairs; texts have no rejected answer."""
+    """The parts of its pairs; texts have no rejected answer, and labels may all be alike."""
     return tuple(side for side in FIELDS if side in found["lengths"])
 
 
@@ -172,7 +178,7 @@ def browsed(found: Found) -> list[Browsed]:
     rows, marks, sides = [], [], sides_of(found)
     for pair in found["rows"]:
         texts = [text(pair[side], ends=side == "prompt") for side in sides]
-        tokens = pair["tokens"][: len(sides)]
+        tokens = [n for side, n in zip(FIELDS, pair["tokens"]) if side in sides]
         rows.append([f"{pair['side']} {pair['row'] + 1}", *texts, *tokens])
         marks.append(" ".join(marked(pair, found["max_length"])))
     known = set(" ".join(marks).split())
@@ -186,7 +192,7 @@ def marked(pair: Found, limit: int) -> Iterable[str]:
     yield pair["side"]
     if prompt + max(chosen, rejected) >= limit:
         yield "cut"
-    if rejected and chosen != rejected:
+    if chosen and rejected and chosen != rejected:
         yield "chosen" if chosen > rejected else "rejected"
     if any(piece["use"] == "context" for side in FIELDS for piece in pair[side]):
         yield "context"

@@ -94,7 +94,7 @@ def fits(settings: Sequence[Setting], name: str) -> list[Note]:
     import pandas as pd
 
     both = pd.concat([together(setting, name) for setting in settings])
-    if both[0].nunique() < 4:
+    if len(set(both[0])) < 4:
         return []
     left = []
     for degree in (1, 2):

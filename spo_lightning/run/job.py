@@ -1,7 +1,6 @@
 """What a training run is asked for, checked before its stages, and what it leaves to be read."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +46,9 @@ class Job:
 
     def steps(self, train: "Pairs") -> int:
         """Outer steps of preference training."""
-        if self.cfg.max_steps >= 0:
-            return self.cfg.max_steps
-        return math.ceil(self.cfg.epochs * len(train) / self.cfg.batch_size)
+        from spo_lightning.training.feed import outer_steps
+
+        return outer_steps(self.cfg, len(train))
 
     def begin(self, before: "HeldOut", seconds: dict[str, float]) -> None:
         """metrics.json holds the start's numbers as soon as they are known."""
@@ -71,6 +70,7 @@ class Job:
 
 def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: World) -> Job:
     """Everything that can be refused before something slow is begun."""
+    from spo_lightning.losses import asks
     from spo_lightning.models.device import set_threads
     from spo_lightning.models.sources import check_sources
 
@@ -82,6 +82,11 @@ def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: Wo
         from spo_lightning.models.sentences import Sentences
 
         Sentences.of(cfg.loss, world.device)
+    if asks(loss, "kl") and cfg.batch_size < 2:
+        raise UserError(
+            "batch_size=1: this loss reads each prompt with the answer of another row of the "
+            "batch: raise it"
+        )
     goes_on = _checkpoint(cfg, run, world)
     log.info("Run directory: %s", run.path)
     return Job(cfg, run, choices, loss, solver, goes_on, {})
@@ -91,9 +96,10 @@ def refuse_to_compare(cfg: "DictConfig", task: "Task") -> None:
     """What reads a rejected answer, where rows have none."""
     from omegaconf import OmegaConf
 
-    if task.compares:
+    unpaired = cfg.loss.get("unpaired", False)
+    if task.compares and not unpaired:
         return
-    if cfg.loss.get("compares", True):
+    if cfg.loss.get("compares", True) and not unpaired:
         raise UserError(
             f"{cfg.data.path}: the layout {task.layout} has one answer a row, which compares "
             "nothing: name it as data.sft, and pairs as data.path; or train with loss=sft"
@@ -101,9 +107,9 @@ def refuse_to_compare(cfg: "DictConfig", task: "Task") -> None:
     for key in COMPARING:
         value = OmegaConf.select(cfg, key)
         if value:
+            rows = "this loss" if unpaired else cfg.data.path
             raise UserError(
-                f"{key}={value} compares two answers, and {cfg.data.path} has one a row: leave "
-                "it out"
+                f"{key}={value} compares two answers, and {rows} has one a row: leave it out"
             )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spo_lightning.models.scorer import Scorer
     from spo_lightning.records.progress import Stages
     from spo_lightning.sampling.pairing import Places
-    from spo_lightning.training.feed import Feed
+    from spo_lightning.training.feed import Feed, Mismatched
     from spo_lightning.world import World
 
 Next = TypeVar("Next")
@@ -74,6 +74,7 @@ class Referenced(Tokenised):
     held: "Pairs"
     lower: "Pairs | None"  # the lower level's own texts; None: the chosen responses
     feed: "Feed | None"  # the training pairs, where ``train`` has the first chunk only
+    mismatched: "Mismatched"  # prompts with others' answers, where the loss asks for them
 
 
 @dataclass(frozen=True)

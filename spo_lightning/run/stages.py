@@ -103,7 +103,7 @@ def reference(at: known.Tokenised) -> known.Referenced:
     from spo_lightning.cache.tokens import lower_texts
     from spo_lightning.evaluation.ches import without_high_ches
     from spo_lightning.losses import asks
-    from spo_lightning.training.feed import drawn, streamed
+    from spo_lightning.training.feed import Mismatched, drawn, mismatches, streamed
 
     cfg, task, policy, scorer, sets = at.cfg, at.task, at.policy, at.scorer, dict(at.sets)
     if policy.rewards:
@@ -114,6 +114,8 @@ def reference(at: known.Tokenised) -> known.Referenced:
     if task.lower:
         sets["lower level"] = lower_texts(cfg, task, policy.tokenizer)
     referee, feed = Referee(cfg, policy, scorer, at.precision, at.stages), None
+    if asks(loss_of(cfg), "kl"):
+        sets |= mismatches(cfg, sets, referee.block)
     orders, count = drawn(cfg, sets) if task.chunks is None else ({}, 0)
     sets = referee.over(sets, orders, count)
     if task.chunks is not None:
@@ -122,7 +124,9 @@ def reference(at: known.Tokenised) -> known.Referenced:
         scorer.beside = referee.beside()
     scorer.compiled = cfg.hardware.compile  # the probe and the reference have run without
     train, held, lower = sets["train"], sets["held-out"], sets.get("lower level")
-    return grown(known.Referenced, at, train=train, held=held, lower=lower, feed=feed)
+    others = Mismatched(sets.get("mismatched"), sets.get("held-out, mismatched"))
+    found = {"train": train, "held": held, "lower": lower, "feed": feed, "mismatched": others}
+    return grown(known.Referenced, at, **found)
 
 
 def init(job: Job, at: known.Referenced) -> known.Measured:
@@ -141,6 +145,7 @@ def init(job: Job, at: known.Referenced) -> known.Measured:
 
 def training(job: Job, at: known.Measured) -> known.Trained:
     """Preference training under Lightning, from where the run goes on."""
+    from spo_lightning.losses import balanced
     from spo_lightning.records.progress import Within
     from spo_lightning.training.fit import Material, fit
 
@@ -149,10 +154,14 @@ def training(job: Job, at: known.Measured) -> known.Trained:
         alone = grown(known.Measured, at, held=unpaired, stages=Within(at.stages))
         return _held_out(alone, at.rivals).numbers
 
-    given = Material(at.scorer, at.train, at.held, at.lower, at.feed, at.precision, quality)
+    data = (at.train, at.held, at.lower, at.feed, at.mismatched)
+    given, loss = Material(at.scorer, *data, at.precision, quality), job.loss
+    if at.cfg.loss.get("unpaired"):
+        loss, told = balanced(loss, [bool(pair.chosen) for pair in at.train.pairs])
+        log.info("%s", told)
     steps = job.steps(at.train)
     if steps:
-        steps = fit(at.cfg, given, job.loss, job.solver, steps, job.goes_on, job.run, at.stages)
+        steps = fit(at.cfg, given, loss, job.solver, steps, job.goes_on, job.run, at.stages)
     return grown(known.Trained, at, steps=steps)
 
 

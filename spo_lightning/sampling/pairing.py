@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from spo_lightning.cache.shards import cache_of
 from spo_lightning.data.chat import as_asked
+from spo_lightning.data.labels import apart
 from spo_lightning.data.rows import Task
 from spo_lightning.models.generate import Decoding, answers
 from spo_lightning.models.policy import Policy
@@ -40,6 +41,8 @@ def with_pairs(cfg: DictConfig, task: Task, policy: Policy, stages: Stages) -> t
     train, _, ties = sampled(cfg, task, task.train, policy, stages)
     pairs, of, _ = sampled(cfg, task, held, policy, stages)
     counts = {**task.counts, "prompts whose samples the judge ties": ties}
+    if cfg.data.get("unpaired"):
+        train = apart(train)
     return replace(task, train=train, held_out=pairs, counts=counts), Places(held, of)
 
 

@@ -6,6 +6,7 @@ scores a chunk when it is reached.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -14,10 +15,10 @@ from omegaconf import DictConfig
 
 from spo_lightning.cache.reference import Referee
 from spo_lightning.cache.tokens import chunk_encoder, tokens_of
-from spo_lightning.data.batch import epoch_order
+from spo_lightning.data.batch import draws, epoch_order
 from spo_lightning.data.encode import Encoded
 from spo_lightning.data.rows import Chunk, Task
-from spo_lightning.data.sets import Pairs
+from spo_lightning.data.sets import Pairs, mismatched
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,36 @@ def streamed(
     return Feed(first, counts, task.chunks, encode, judge, seed=cfg.seed)
 
 
+def outer_steps(cfg: DictConfig, rows: int) -> int:
+    """How many a run takes."""
+    if cfg.max_steps >= 0:
+        return cfg.max_steps
+    return math.ceil(cfg.epochs * rows / cfg.batch_size)
+
+
+class Mismatched(NamedTuple):
+    """Prompts with others' answers: of training in the order of its draws, and the held-out."""
+
+    train: Pairs | None  # None: the loss does not ask for them
+    held: Pairs | None
+
+
+def mismatches(cfg: DictConfig, sets: Mapping[str, Pairs], block: int) -> dict[str, Pairs]:
+    """What a loss that asks for them reads, without the reference.
+
+    Of training as many as fill whole blocks of the reference's, as a longer run has them there.
+    """
+    train, held, size = sets["train"], sets["held-out"], cfg.batch_size
+    count, found = -(-outer_steps(cfg, len(train)) * size // block) * block, []
+    for rows in draws(len(train), size, cfg.seed, 0):
+        if len(found) >= count:
+            break
+        found += mismatched([train.pairs[row] for row in rows], cfg.max_length)
+    of_held = mismatched(held.pairs, cfg.max_length)
+    some = {"mismatched": found[:count], "held-out, mismatched": of_held}
+    return {name: Pairs(pairs, None, train.pad_id) for name, pairs in some.items()}
+
+
 def drawn(cfg: DictConfig, sets: Mapping[str, Pairs]) -> tuple[dict[str, list[int]], int]:
     """The order in which training draws the rows of its sets, and how many at most; no order
     where it may come to all, as the bench does, whose steps have no end of their own."""
@@ -54,6 +85,8 @@ def drawn(cfg: DictConfig, sets: Mapping[str, Pairs]) -> tuple[dict[str, list[in
     orders = {
         name: epoch_order(len(sets[name]), seed, 0) for name, seed in seeds.items() if name in sets
     }
+    if "mismatched" in sets:
+        orders["mismatched"] = [*range(len(sets["mismatched"]))]
     return orders, steps * cfg.batch_size
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from spo_lightning.data.batch import Microbatches, by_pairs, by_tokens, draws
+from spo_lightning.data.batch import Microbatches, PairBatch, by_pairs, by_tokens, draws
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import UserError
 from spo_lightning.models.scorer import Scorer
@@ -27,7 +27,7 @@ from spo_lightning.training.callbacks.reading import Reading
 from spo_lightning.training.callbacks.recorder import Recorder
 from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.callbacks.start import StartCheck
-from spo_lightning.training.feed import Feed
+from spo_lightning.training.feed import Feed, Mismatched
 from spo_lightning.training.module import Preference
 from spo_lightning.world import World
 
@@ -41,6 +41,7 @@ class Material:
     held: Pairs
     lower: Pairs | None  # the lower level's own texts; None: the chosen responses
     feed: Feed | None  # the training pairs, where ``train`` has the first chunk only
+    mismatched: Mismatched  # prompts with others' answers, where the loss asks for them
     precision: Callable[[], AbstractContextManager]  # of forwards outside Lightning's
     quality: Callable[[], dict[str, float]]  # what the policy's held-out answers come to
 
@@ -75,7 +76,8 @@ class OuterSteps(IterableDataset):
 
     Microbatches have ``micro`` pairs, or are dealt so that none has more than ``tokens`` tokens.
     ``lower``: texts drawn beside the pairs, as many as pairs, for a lower level of its own.
-    ``feed``: where the pairs come from in place of ``pairs``.
+    ``feed``: where the pairs come from in place of ``pairs``. ``mismatched``: prompts of all
+    steps' rows with others' answers, row by row.
     """
 
     def __init__(
@@ -88,9 +90,10 @@ class OuterSteps(IterableDataset):
         tokens: int | None = None,
         lower: Pairs | None = None,
         feed: Feed | None = None,
+        mismatched: Pairs | None = None,
     ):
         self.pairs, self.module, self.seed, self.lower = pairs, module, seed, lower
-        self.feed = feed
+        self.feed, self.mismatched = feed, mismatched
         self.split = partial(by_tokens, limit=tokens) if tokens else partial(by_pairs, limit=micro)
 
     @classmethod
@@ -105,8 +108,9 @@ class OuterSteps(IterableDataset):
         trainer, size = self.module.trainer, self.module.batch_size
         start, stop, lower = self.module.outer_step, trainer.max_steps, self.lower
         beside = None if lower is None else draws(len(lower), size, self.seed + 1, start, stop)
-        for given in self._steps(size, start, stop):
-            mine = given.take(range(size)[trainer.global_rank :: trainer.world_size])
+        own = range(size)[trainer.global_rank :: trainer.world_size]
+        for step, given in enumerate(self._steps(size, start, stop), start):
+            mine = given.take(own)
             sizes = [len(pair) for pair in mine.pairs]
             drawn: list[int] = []
             if lower is not None and beside is not None:
@@ -119,7 +123,15 @@ class OuterSteps(IterableDataset):
                     texts = lower.batch([drawn[place] for place in places])
                     part = replace(part, lower=texts)
                 parts.append(part)
-            yield Microbatches(parts)
+            below = lower is not None or any(pair.chosen for pair in given.pairs)
+            yield Microbatches(parts, self._mismatched(min(step, stop - 1) * size, own), below)
+
+    def _mismatched(self, begin: int, own: Sequence[int]) -> list[PairBatch]:
+        """Of the outer step whose rows begin there, those of this rank."""
+        if self.mismatched is None:
+            return []
+        some = self.mismatched.take([begin + place for place in own])
+        return [some.batch(places) for places in self.split([len(pair) for pair in some.pairs])]
 
     def _steps(self, size: int, start: int, stop: int) -> Iterator[Pairs]:
         """The pairs of every outer step, of all ranks."""
@@ -151,7 +163,8 @@ def fit(
         return steps
     quiet()  # Lightning, which is imported only here
     module = module_of(cfg, given.scorer, loss, solver, steps)
-    data = OuterSteps.of(cfg, module, given.train, given.lower, feed=given.feed)
+    beside = {"feed": given.feed, "mismatched": given.mismatched.train}
+    data = OuterSteps.of(cfg, module, given.train, given.lower, **beside)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
         **_processes(stages.world),
@@ -239,7 +252,7 @@ def _callbacks(
     steps: int,
 ) -> list[Any]:
     looks = (cfg.eval.batch_size, given.precision, stages.world, given.quality)
-    setting = Setting(run.path, given.train, given.held, *looks)
+    setting = Setting(run.path, given.train, given.held, *looks, given.mismatched.held)
     evaluation = Evaluation(setting, epoch=epoch, every=cfg.eval.every_n_steps)
     diagnostics = [
         hydra.utils.instantiate(node, _partial_=True, _convert_="all")(setting)

@@ -3,20 +3,22 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from spo_lightning import losses
 from spo_lightning.data.batch import Microbatches, PairBatch
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.evaluation.totals import Totals
-from spo_lightning.models.scorer import PairLogps, Scorer, reference_logps
+from spo_lightning.models.scorer import Scorer
 from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
+from spo_lightning.solvers.none import NoLower
+from spo_lightning.training.microbatch import Moved, moved_from_reference, problem_of, trainable
 from spo_lightning.training.observation import Observation
 
 BESIDE = 4  # parts of a pass beside a graph that is kept: second order fits in twice the memory
@@ -55,11 +57,12 @@ class Preference(LightningModule):
         self.outer_step = self.pairs_seen = self.num_tokens = 0
         self.solver_state: Any = None
         self.moments_state: dict[str, float] = {}
+        self.ratios = (0.0, 0.0)  # log-ratios of all answers so far: their sum and count
         self.numbers: dict[str, float] = {}
         self.strict_loading = False  # checkpoints hold what trains, not a frozen base
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.scorer.named_parameters() if p.requires_grad}
+        return trainable(self.scorer)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(list(self.trainable().values()))
@@ -76,18 +79,31 @@ class Preference(LightningModule):
         read = sum(part.read for part in batch)
         self.num_tokens += read if self.trainer.world_size == 1 else int(self._over_ranks(read))
         seen = Observation(self.beta, observed, losses.asks(self.loss, "moments"))
-        step = self.solver.step(self._problem(batch, seen), self.solver_state)
+        # without a desirable answer there is no G, and nothing for a solver to remember
+        solver = self.solver if batch.below else NoLower()
+        step = solver.step(self._problem(batch, seen), self.solver_state)
         norm = self._follow(step.direction, step.displacement, seen.objective, batch)
         self.solver_state = step.state
         self.outer_step += 1
         self.pairs_seen += self.batch_size
-        means = {name: value.item() for name, value in self._reduce(seen.totals).means().items()}
+        totals = self._reduce(seen.totals)
+        if seen.moments:
+            total, count = totals.sums.pop("ratio")
+            self.ratios = self.ratios[0] + float(total), self.ratios[1] + float(count)
+        means = totals.numbers()
         if seen.moments:
             now = seen.margins(means, self.batch_size)
             self.moments_state = losses.update(self.moments_state, **now)
         self.numbers = {}
         if observed:
             self.numbers = self._named(means, step.logged, norm)
+
+    @property
+    def moments(self) -> losses.Moments:
+        """What earlier outer steps leave to a loss that follows them."""
+        total, count = self.ratios
+        found = losses.moments_of(self.moments_state)
+        return found._replace(ratio=total / count) if count else found
 
     def observes(self, step: int) -> bool:
         """Whether outer step ``step`` (from 1) is logged; the first always is."""
@@ -101,12 +117,12 @@ class Preference(LightningModule):
 
         def gradient(closure: Callable[[Problem], Terms], theta: Tensors) -> Slope:
             with self._moved_to(theta):
-                return self._gradient(closure, at_once, seen)
+                return self._gradient(closure, at_once, seen, self._kl_of(batch))
 
         def twice(closure: Callable[[Problem], Terms], theta: Tensors) -> Slope:
             smaller = Microbatches([few for part in batch for few in self.scorer.smaller(part)])
             with kernel(), self._moved_to(theta):  # type: ignore[misc]
-                return self._gradient(closure, smaller, seen)
+                return self._gradient(closure, smaller, seen, self._kl_of(batch))
 
         def linearized(theta: Tensors) -> tuple[Slope, Callable[[Tensors], Tensors]] | None:
             nonlocal at_once
@@ -120,14 +136,15 @@ class Preference(LightningModule):
 
         def everywhere(name: str) -> Callable[[Tensors], Any]:
             def evaluated(theta: Tensors) -> Any:
-                found = [getattr(self._part(part, None), name)(theta) for part in batch]
+                kl = self._kl_of(batch)
+                found = [getattr(self._part(part, kl), name)(theta) for part in batch]
                 if isinstance(found[0], tuple):
                     return tuple(torch.cat(column) for column in zip(*found))
                 return torch.cat(found)
 
             return evaluated
 
-        parts = [self._part(part, None) for part in batch]
+        parts = [self._part(part, self._kl_of(batch)) for part in batch]
         return Problem(
             theta=parameters,
             upper=everywhere("upper"),
@@ -139,6 +156,23 @@ class Preference(LightningModule):
             twice=None if kernel is None else twice,
             linearized=linearized,
         )
+
+    def _part(self, part: PairBatch, kl: Moved, seen: Observation | None = None) -> Problem:
+        of = self.scorer, self.loss, self.moments, self.outer_step
+        return problem_of(part, *of, kl, seen)
+
+    def _kl_of(self, batch: Microbatches) -> Moved:
+        """How far the policy has moved on all mismatched rows of the outer step, at least 0: found
+        once in a pass, when it is first asked for, as its theta may not be moved to before."""
+
+        @cache
+        def kl(theta: Tensors) -> Tensor | None:
+            if not batch.mismatched:
+                return None
+            total, rows = moved_from_reference(self.scorer, batch.mismatched, theta)
+            return (self._over_ranks(total) / self._over_ranks(rows)).clamp(min=0)
+
+        return kl
 
     def _fits(self, batch: Microbatches) -> bool:
         """Whether a graph of all lower rows may be kept: there is one part, in one process, and
@@ -154,7 +188,7 @@ class Preference(LightningModule):
         # leaves of its own: the parameters are about to move, which would break the graph
         copies = (t.detach().clone() if t in parameters else t.detach() for t in theta)
         leaves = tuple(copy.requires_grad_() for copy in copies)
-        lower = self._part(part, None).lower(leaves)
+        lower = self._part(part, lambda _: None).lower(leaves)
         mean = lower.sum() / self.batch_size
         slope = torch.autograd.grad(mean, leaves, create_graph=True, materialize_grads=True)
 
@@ -162,44 +196,6 @@ class Preference(LightningModule):
             return torch.autograd.grad(slope, leaves, vector, materialize_grads=True)
 
         return Slope(tuple(s.detach() for s in slope), {"lower": lower.detach().mean()}), product
-
-    def _part(self, part: PairBatch, seen: Observation | None) -> Problem:
-        """One microbatch as a Problem; ``seen`` looks at each pass over both responses."""
-        parameters = tuple(self.trainable().values())
-        reference = reference_logps(part)
-        texts = part.chosen_only if part.lower is None else part.lower
-        start = reference_logps(texts)
-
-        def scored(theta: Tensors, batch: PairBatch) -> PairLogps:
-            if all(mine is given for mine, given in zip(parameters, theta)):
-                return self.scorer(batch)
-            return functional_call(self.scorer, dict(zip(self.trainable(), theta)), (batch,))
-
-        def both(theta: Tensors) -> tuple[Tensor, Tensor]:
-            policy = scored(theta, part)
-            moments = losses.moments_of(self.moments_state)
-            upper = losses.evaluate(self.loss, policy, reference, moments, self.outer_step)
-            apart = policy if part.lower is None else scored(theta, texts)
-            lower = -apart.mean_chosen
-            if seen:
-                seen.look(policy, reference, apart, upper, lower, compared=part.compared)
-            return upper, lower
-
-        def below(theta: Tensors) -> Tensor:
-            return -scored(theta, texts).mean_chosen
-
-        return Problem(
-            theta=parameters,
-            upper=lambda theta: both(theta)[0],
-            lower=below,
-            both=both,
-            value=-start.mean_chosen,
-            size=start.chosen_length,
-            gradient=self._no_nesting,
-        )
-
-    def _no_nesting(self, closure: Callable, theta: Tensors) -> Slope:
-        raise RuntimeError("gradient belongs to the whole outer step, not to one microbatch")
 
     @contextmanager
     def _moved_to(self, theta: Tensors) -> Iterator[None]:
@@ -217,14 +213,18 @@ class Preference(LightningModule):
             _write(parameters, kept)
 
     def _gradient(
-        self, closure: Callable[[Problem], Terms], batch: Microbatches, seen: Observation
+        self,
+        closure: Callable[[Problem], Terms],
+        batch: Microbatches,
+        seen: Observation,
+        kl: Moved,
     ) -> Slope:
         parameters = tuple(self.trainable().values())
         for p in parameters:
             p.grad = None
         watched = Totals()
         for number, part in enumerate(batch):
-            terms = closure(self._part(part, seen))
+            terms = closure(self._part(part, kl, seen))
             summed = torch.stack([term.sum() for term in terms.minimise]).sum()
             seen.close(summed)
             seen.objective = seen.objective + summed.detach()
@@ -323,6 +323,7 @@ class Preference(LightningModule):
             "num_tokens": self.num_tokens,
             "solver": self.solver_state,
             "moments": self.moments_state,
+            "ratios": self.ratios,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -330,6 +331,7 @@ class Preference(LightningModule):
         self.outer_step, self.pairs_seen = ours["outer_step"], ours["pairs_seen"]
         self.num_tokens = ours["num_tokens"]
         self.solver_state, self.moments_state = ours["solver"], ours["moments"]
+        self.ratios = tuple(ours.get("ratios", self.ratios))
 
 
 def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -25,22 +25,24 @@ class Observation:
         apart: PairLogps,
         upper: Tensor,
         lower: Tensor,
-        *,
-        compared: bool,
+        kl: Tensor | None,
     ) -> None:
-        """One microbatch's pass over both responses, or where none is ``compared`` over one;
-        ``apart``: the lower level's own texts, or ``policy``."""
+        """One microbatch's pass over its responses; ``apart``: the lower level's own texts, or
+        ``policy``."""
         if self.moments:
             by_token, summed = policy.mean_gap - reference.mean_gap, policy.gap - reference.gap
             for name, margin in (("", by_token), ("summed_", summed)):
                 seen = margin.detach().double()
                 self.totals.add({f"{name}mean": seen, f"{name}square": seen.square()})
+            ratios = (policy.sums - reference.sums).detach().double()
+            self.totals.add({"ratio": (ratios, policy.counts > 0)})
         if not self.full:
             return
-        self.totals.add(pair_numbers(policy, reference, beta=self.beta, compared=compared))
+        self.totals.add(pair_numbers(policy, reference, beta=self.beta))
         self.totals.add({"loss/upper": upper})
         if not policy.rewards:
             self.totals.add({"loss/lower": lower})
+        self.totals.add({} if kl is None else {"kl": kl})
         self._last = policy, apart, upper
 
     def close(self, objective: Tensor) -> None:

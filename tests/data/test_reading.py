@@ -101,6 +101,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
 def task_of(path, **changed):
     given = {"path": path, "eval_path": None, "eval_fraction": 0.1, "max_rows": None, "seed": 0}
     given |= {"split": "train", "name": None, "revision": None, "separator": None, "by": None}
+    given |= {"unpaired": False}
     given |= {"layout": None, "columns": {}, "pairing": "best_worst"}
     given |= {"sft": None, "summary": False, "stream": False, "chunk_rows": 8}
     return pairs(**given | changed)

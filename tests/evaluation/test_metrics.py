@@ -28,7 +28,9 @@ def test_numbers_of_pairs_equal_their_definitions():
     numbers = pair_numbers(POLICY, REFERENCE, beta=0.1)
     assert numbers.keys() == BY_HAND.keys() | {"nll/chosen"}
     for name, expected in BY_HAND.items():
-        assert numbers[name].tolist() == pytest.approx(expected, abs=1e-12), name
+        values, counted = numbers[name]
+        assert values.tolist() == pytest.approx(expected, abs=1e-12), name
+        assert counted.tolist() == [1, 1, 1]
     total, count = numbers["nll/chosen"]
     assert (total.sum().item(), count.sum().item()) == (pytest.approx(11.5), 11)
 
@@ -37,15 +39,15 @@ def test_accuracy_per_token_and_in_sum_can_differ():
     # the longer chosen answer is less probable in sum and more probable per token
     policy = pairs([-6.0], [-4.0], [6], [2])
     numbers = pair_numbers(policy, None, beta=0.1)
-    assert numbers["preference/accuracy"].item() == 0
-    assert numbers["preference/accuracy_norm"].item() == 1
+    assert numbers["preference/accuracy"][0].item() == 0
+    assert numbers["preference/accuracy_norm"][0].item() == 1
     assert not [name for name in numbers if name.startswith(("rewards", "displacement"))]
 
 
 def test_an_exact_tie_counts_as_not_accurate():
     numbers = pair_numbers(REFERENCE, REFERENCE, beta=0.1)
     for name in ("rewards/accuracies", "displacement/rate"):
-        assert numbers[name].tolist() == [0, 0, 0]
+        assert numbers[name][0].tolist() == [0, 0, 0]
 
 
 def test_totals_are_no_mean_of_means():

@@ -19,7 +19,8 @@ from spo_lightning import losses
 from spo_lightning.losses import Moments
 
 YAMLS = sorted(path.stem for path in CONF.joinpath("loss").glob("*.yaml") if path.stem != "spo")
-HALF = Moments(0.5, 0.25, summed_mean=1.5, summed_spread=4.0, weight=0.9, steps=3)
+HALF = Moments(0.5, 0.25, summed_mean=1.5, summed_spread=4.0, weight=0.9, steps=3, ratio=0.4)
+KL = torch.tensor(0.6, dtype=torch.float64)  # how far a policy has moved, to those that ask
 SOME = {
     "mixture": {"parts": {"dpo": {"weight": 0.7}, "sft": {"weight": 0.2}}},
     "aspo": {"alpha": 0.6},
@@ -56,7 +57,7 @@ def _built(name, keys):
 
 
 def value(name, policy, reference, moments=HALF, **keys):
-    return losses.evaluate(built(name, **keys), policy, reference, moments)
+    return losses.evaluate(built(name, **keys), policy, reference, moments, kl=KL)
 
 
 def soft(z):
@@ -171,6 +172,15 @@ PAIR = {
         soft(k.beta * (v.sw - v.held_sl * pilot(v, k.r2) / v.nl)) / 2
         + soft(k.beta * (v.held_sw * pilot(v, k.r1) / v.nw - v.sl)) / 2
     ),
+    "kto": lambda v, k: (
+        k.desirable_weight * (1 - sig(k.beta * (v.sw - 0.6))) / 2
+        + k.undesirable_weight * (1 - sig(k.beta * (0.6 - v.sl))) / 2
+    ),
+    "bco": lambda v, k: soft(k.beta * v.sw - k.beta * 0.4) / 2 + soft(k.beta * (0.4 - v.sl)) / 2,
+    "apo_zero_unpaired": lambda v, k: (
+        k.desirable_weight * (1 - sig(k.beta * v.sw)) / 2
+        + k.undesirable_weight * sig(k.beta * v.sl) / 2
+    ),
     "alpha_dpo": lambda v, k: soft(
         k.beta * (v.gap - (k.gamma_beta_ratio + k.alpha * (v.held - 0.5) / 0.25))
     ),
@@ -200,6 +210,9 @@ KEYS = {
     "tdpo2": dict(beta=0.3, alpha=0.7),
     "sgdpo": dict(beta=0.3, r1=0.45, r2=0.8),
     "alpha_dpo": dict(beta=1.7, gamma_beta_ratio=0.4, alpha=0.3),
+    "kto": dict(beta=0.3, desirable_weight=1.2, undesirable_weight=0.7),
+    "bco": dict(beta=0.3),
+    "apo_zero_unpaired": dict(beta=0.3, desirable_weight=1.2, undesirable_weight=0.7),
     "aot": dict(beta=0.3, label_smoothing=0.2),
     "aot_unpaired": dict(beta=0.3, label_smoothing=0.2),
 }

@@ -53,6 +53,8 @@ BY_HAND = [
     ("odpo", dict(beta=0.1), 0.969816904, None),  # scores 2 apart
     ("tdpo1", dict(beta=0.1), 0.616343773, None),  # divergences 0.3 and 0.7
     ("tdpo2", dict(beta=0.1, alpha=0.5), 0.607191725, None),
+    # a row with both answers: the mean of 0.475020813 and 0.475020813
+    ("apo_zero_unpaired", dict(beta=0.1), 0.475020813, None),
 ]
 
 

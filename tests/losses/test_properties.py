@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import pairs, random_lengths, random_sums
-from sources import HALF, KEYS, YAMLS, built, facts, node, of_sums, value, with_margins
+from sources import HALF, KEYS, KL, YAMLS, built, facts, node, of_sums, value, with_margins
 
 from spo_lightning import losses
 from spo_lightning.models.scorer import PairLogps
@@ -109,7 +109,7 @@ def test_answers_of_one_token_or_none(name, lengths):
     policy = PairLogps(logps, slot // 2, slot % 2 == 1, len(counts), rows=rows)
     policy = with_margins(policy, [1.0] * len(counts))
     reference = replace(policy, logps=logps.detach() - 0.5)
-    found = losses.evaluate(built(name), policy, reference, HALF)
+    found = losses.evaluate(built(name), policy, reference, HALF, kl=KL)
     (along,) = torch.autograd.grad(found.sum(), logps, allow_unused=True, materialize_grads=True)
     assert found.shape == (len(counts),)
     assert found.isfinite().all() and along.isfinite().all()
@@ -176,4 +176,4 @@ def test_a_loss_that_asks_for_no_reference_needs_none(name):
 
 
 def test_who_follows_earlier_batches_or_draws():
-    assert ASIDE == ["alpha_dpo", "beta_dpo", "sgdpo"]
+    assert ASIDE == ["alpha_dpo", "bco", "beta_dpo", "sgdpo"]

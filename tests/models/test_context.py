@@ -112,7 +112,7 @@ def test_numbers_are_those_of_the_scored_tokens():
     assert count.tolist() == [*map(len, slow)]
     expected = torch.stack([-logps.sum() for logps in slow])
     torch.testing.assert_close(total, expected, rtol=0, atol=1e-10)
-    norms = numbers["preference/accuracy_norm"]
+    norms, _ = numbers["preference/accuracy_norm"]
     means = [
         [slow_logps(lm, Pair(p.prompt, ids, (), -1, edges)).mean() for ids, edges in answers]
         for p in some

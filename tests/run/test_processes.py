@@ -81,6 +81,8 @@ def assert_one_run(two: Path, one: Path):
         ("loss=tdpo2", "model.lora.rank=2"),
         ("loss=sgdpo",),
         ("loss=reward",),
+        ("loss=kto", "solver=penalty"),
+        ("loss=bco", "solver=none"),
     ],
     ids=" ".join,
 )

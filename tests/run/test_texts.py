@@ -15,7 +15,6 @@ from tiny import GATED, slow_logps
 from spo_lightning.data.encode import encode_texts
 from spo_lightning.data.load import load
 from spo_lightning.errors import UserError
-from spo_lightning.evaluation.totals import REJECTED
 from spo_lightning.models.policy import opened
 from spo_lightning.train import train
 
@@ -25,6 +24,10 @@ TINY = (
     *("eval.max_new_tokens=4", "eval.every_n_steps=1", "log.every_n_steps=1", "data=pairs"),
     *("hardware.threads=1", "cache.enabled=false", "data.eval_fraction=0.3", "loss=sft"),
     *("optimizer.lr=1e-2", "model.dtype=float64", "hardware.precision=64-true"),
+)
+REJECTED = (
+    *("logps/rejected", "preference/accuracy", "preference/accuracy_norm"),
+    *("rewards/rejected", "rewards/accuracies", "rewards/margins"),
 )
 SHOWN = ("nll/chosen", "logps/chosen", "rewards/chosen", "displacement/rate", "mass/top10")
 TEXTS = [

@@ -17,7 +17,7 @@ SOLVERS = sorted(path.stem for path in CONF.joinpath("solver").glob("*.yaml"))
 PARTS = ["loss.parts.dpo.weight=1", "loss.parts.sft.weight=0.1"]
 SECOND = ["solver/apply=hypergradient", "solver.apply.order=second"]
 # the others are of the same kinds, and take minutes
-ONE_OF_A_KIND = ("slic", "alpha_dpo", "aot", "odpo")
+ONE_OF_A_KIND = ("slic", "alpha_dpo", "aot", "odpo", "kto")
 
 
 def cases():
@@ -43,13 +43,23 @@ def given(made):
     return replace(found, pairs=some)
 
 
+def answers(made):
+    """Rows of one answer each, of which few are good ones; some batches have none of them."""
+    rows = [
+        replace(p, rejected=()) if n in (1, 6) else replace(p, chosen=())
+        for n, p in enumerate(random_pairs(12))
+    ]
+    return scored(made.lm, rows, shift=lambda number, r: 0.03 if number % 2 else -0.02)
+
+
 @pytest.mark.parametrize(("loss", "solver"), cases())
 def test_a_loss_trains_with_a_solver(loss, solver):
     made, line = policy("gpt2"), words(loss, solver)
     whole = config(*line).loss.get("whole_batch", False)
     watch = Watch(keep=True)
     how = {"steps": 2, "micro": 8 if whole else 3, "whole_batch": whole, "watch": watch}
-    fit = fitted(made, objective(*line), given(made), **how)
+    rows = answers(made) if config(*line).loss.get("unpaired") else given(made)
+    fit = fitted(made, objective(*line), rows, **how)
     for row in fit.numbers:
         assert all(torch.tensor(v).isfinite() for v in row.values()), row
     moved = [(a - b).abs().max() for a, b in zip(*(w.values() for w in watch.parameters))]

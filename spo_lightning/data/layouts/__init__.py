@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from spo_lightning.data.labels import on_its_side
 from spo_lightning.data.layouts import known
 from spo_lightning.data.layouts.compared import check_numbers
 from spo_lightning.data.layouts.file import Asked, File, file_of
@@ -113,7 +114,7 @@ def _fit(layout: Layout, file: File) -> _Fit:
 
 
 def made(file: File, layout: Layout) -> Made:
-    """The layout applied to all rows."""
+    """The layout applied to all rows; labelled ones become pairs, where they are asked for."""
     asked = {k: v for k, v in vars(file.asked).items() if layout.asks(k)}
     odd = _fit(layout, file).odd
     if odd is not None:
@@ -133,17 +134,18 @@ def made(file: File, layout: Layout) -> Made:
             said.update(part.pop("said", ()))
             rows.append(normal(part, raw, file.name(place)))
             places.append(place)
-    labelled: list[Row] = []
-    if layout.gives == LABELLED:
-        labelled = rows
-        found_pairs, alone = paired(labelled)
+    whole: list[Row] = []
+    if layout.gives == LABELLED and not file.asked.unpaired:
+        whole = rows
+        found_pairs, alone = paired(whole)
         if alone:
             left[ALONE] = [places[place] for place in alone]
         places = [places[place] for place in found_pairs]
         rows = list(found_pairs.values())
     dropped = {reason: _dropped(file, at) for reason, at in left.items()}
-    notes = (_line(file, layout, found, rows), *_told(said, dropped))
-    return Made(layout, rows, places, labelled, dropped, notes)
+    pairs = layout.gives == PAIRS or bool(whole)
+    notes = (_line(file, layout, found, rows, pairs), *_told(said, dropped, pairs))
+    return Made(layout, rows, places, whole, dropped, notes)
 
 
 def _read(file: File, layout: Layout, found: Mapping[int, Found]) -> list[tuple[int, Row]]:
@@ -170,27 +172,23 @@ def _read(file: File, layout: Layout, found: Mapping[int, Found]) -> list[tuple[
 
 
 def made_to_train(file: File, layout: Layout) -> Made:
-    """The same, of texts with their answer as the chosen one, against which none stands."""
+    """The same, with the one answer of a row on its side: that of a text is the chosen one."""
     found = made(file, layout)
-    rows = [_chosen(row) for row in found.rows] if layout.gives == TEXTS else found.rows
-    return replace(found, rows=rows)
+    single = layout.gives == TEXTS or (layout.gives == LABELLED and file.asked.unpaired)
+    return replace(found, rows=[on_its_side(row) for row in found.rows] if single else found.rows)
 
 
-def _chosen(text: Row) -> Row:
-    row = {"chosen" if name == "completion" else name: value for name, value in text.items()}
-    return row | ({"plain": _chosen(row["plain"])} if "plain" in row else {})
-
-
-def normalised(raw: Rows, path: str, gives: Sequence[str]) -> Made:
+def normalised(raw: Rows, path: str, gives: Sequence[str], unpaired: bool = False) -> Made:
     """The rows of a place of which no key says how it is read."""
-    file = file_of(path, raw, Asked())
+    file = file_of(path, raw, Asked(unpaired=unpaired))
     if LABELLED not in gives:  # else answers marked as bad would be read as good ones
         for layout in known.layouts().values():
             own = layout.settled(file.groups, file.asked.columns)
             if layout.gives == LABELLED and _fit(own, file).odd is None:
                 told = "says which answers are good, and all would be taken for good"
                 raise UserError(f"{path}: the layout {layout.name} {told}: keep those alone")
-    return made(file, recognised(file, gives))
+    found = recognised(file, gives)
+    return made_to_train(file, found) if unpaired else made(file, found)
 
 
 def _dropped(file: File, places: Sequence[int]) -> Dropped:
@@ -198,7 +196,9 @@ def _dropped(file: File, places: Sequence[int]) -> Dropped:
     return Dropped(len(places), shown)
 
 
-def _line(file: File, layout: Layout, found: Mapping[int, Found], rows: Sequence[Row]) -> str:
+def _line(
+    file: File, layout: Layout, found: Mapping[int, Found], rows: Sequence[Row], pairs: bool
+) -> str:
     """The layout, the columns that it reads, and how many rows there are."""
     needed, more = {}, {}
     for columns in found.values():
@@ -210,14 +210,16 @@ def _line(file: File, layout: Layout, found: Mapping[int, Found], rows: Sequence
             into |= {f"{role}={own}" if own else path: None for path in column.paths}
     form = "messages" if rows and isinstance(rows[0]["prompt"], list) else "text"
     also = f"; also {', '.join(more)}" if more else ""
-    became = f", {len(rows):,} {'texts' if layout.gives == TEXTS else 'pairs'}"
+    word = "pairs" if pairs else "texts" if layout.gives == TEXTS else "answers"
+    became = f", {len(rows):,} {word}"
     return (
         f"Layout: {layout.name} ({', '.join(needed)} as {form}{also}): {len(file.rows):,} rows"
         f"{became if len(rows) != len(file.rows) else ''}"
     )
 
 
-def _told(said: Counter, dropped: Mapping[str, Dropped]) -> list[str]:
+def _told(said: Counter, dropped: Mapping[str, Dropped], pairs: bool) -> list[str]:
     told = [f"{count:,} rows: {reason}" for reason, count in said.items()]
     reasons = ", ".join(f"{reason}: {one.count:,}" for reason, one in dropped.items())
-    return [*told, *([f"Rows that become no pair: {reasons}"] if reasons else [])]
+    lost = "become no pair" if pairs else "are left out"
+    return [*told, *([f"Rows that {lost}: {reasons}"] if reasons else [])]

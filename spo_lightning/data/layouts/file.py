@@ -20,6 +20,7 @@ class Asked:
     separator: str | None = None
     pairing: str = "best_worst"
     seed: int = 0
+    unpaired: bool = False  # labelled answers stay apart
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
-from spo_lightning import losses
+from spo_lightning.data.sets import Pairs
 from spo_lightning.evaluation.groups import PerPair, means_by, places_by
 from spo_lightning.evaluation.held_out import pair_totals
+from spo_lightning.evaluation.totals import Totals
 from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.module import Preference
 
@@ -50,7 +51,7 @@ class Evaluation(Callback):
             name.replace("eval/", f"eval/{group}/")
             for group in places_by(setting.held.groups)
             for name in EVAL_NAMES
-        ]
+        ] + ([] if setting.mismatched is None else ["eval/kl"])
 
     def on_train_start(self, trainer: Trainer, module: Preference) -> None:
         self.clock, self.tokens = time.monotonic(), 0
@@ -76,20 +77,32 @@ class Evaluation(Callback):
         began, held = time.monotonic(), self.setting.held
         each = PerPair() if held.groups else None
         with self.setting.precision():
-            totals = pair_totals(
-                module.scorer,
-                held,
-                batch_size=self.setting.batch_size,
-                loss=module.loss,
-                moments=losses.moments_of(module.moments_state),
-                beta=module.beta,
-                top=True,
-                world=self.setting.world,
-                each=each,
-            )
-        means = {f"eval/{name}": value.item() for name, value in totals.means().items()}
+            kl = self._kl(module)
+            totals = self._totals(module, held, loss=module.loss, kl=kl, top=True, each=each)
+        means = {f"eval/{name}": value for name, value in totals.numbers().items()}
+        means |= {} if kl is None else {"eval/kl": kl.item()}
         if each is not None:
             by = means_by(each.gathered(self.setting.world), held.groups)
             means |= {f"eval/{g}/{name}": v for g, of in by.items() for name, v in of.items()}
         self.clock += time.monotonic() - began  # evaluation is not training's pace
         return means
+
+    def _kl(self, module: Preference) -> torch.Tensor | None:
+        """How far the policy has moved on mismatched rows, at least 0; 0 where there are none."""
+        others = self.setting.mismatched
+        if others is None:
+            return None
+        found = self._totals(module, others, loss=None, kl=None, top=False, each=None)
+        moved = found.numbers().get("displacement/chosen", 0.0)
+        return torch.tensor(max(0.0, moved), dtype=torch.float64, device=module.device)
+
+    def _totals(self, module: Preference, pairs: Pairs, **how: Any) -> Totals:
+        return pair_totals(
+            module.scorer,
+            pairs,
+            batch_size=self.setting.batch_size,
+            moments=module.moments,
+            beta=module.beta,
+            world=self.setting.world,
+            **how,
+        )

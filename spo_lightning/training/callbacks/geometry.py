@@ -65,8 +65,7 @@ class Geometry(Callback):
             with self.precision():
                 policy, reference = module.scorer(part), reference_logps(part)
                 below = policy if part.lower is None else module.scorer(part.lower)
-                moments = losses.moments_of(module.moments_state)
-                beside = reference, moments, module.outer_step
+                beside = reference, module.moments, module.outer_step
                 upper = losses.evaluate(module.loss, policy, *beside)
             four = (policy.chosen, policy.rejected, upper, -below.mean_chosen)
             for total, value in zip(sums, four):

@@ -35,10 +35,11 @@ class Probes(Callback):
     def __init__(
         self, setting: Setting, *, every_n_steps: int, rows: int, share: float, seed: int
     ):
-        if not len(setting.held):
+        good = [pair for pair in setting.held.pairs if pair.chosen]
+        if not good:
             raise UserError("diagnostics.probes is on, and no pair is held out: turn it off")
         self.every, self.setting = every_n_steps, setting
-        made = probe_set(setting.held.pairs[:rows], share, seed)
+        made = probe_set(good[:rows], share, seed)
         self.sets = {kind: Pairs(some, None, setting.held.pad_id) for kind, some in made.items()}
         changes = [f"eval/probe/{kind}_change" for kind in self.sets]
         self.names = [*(f"eval/probe/{kind}" for kind in self.sets), *changes]
@@ -79,7 +80,7 @@ class Probes(Callback):
                     top=False,
                     world=self.setting.world,
                 )
-            found[kind] = -totals.means()["nll/chosen"].item()
+            found[kind] = -totals.numbers()["nll/chosen"]
         return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
+from spo_lightning.evaluation.totals import NAMES
 from spo_lightning.records.checkpoints import former, put
 from spo_lightning.records.directory import MetricsCsv, RunDir
 from spo_lightning.records.progress import Stages
@@ -94,6 +95,7 @@ class Recorder(Callback):
             return
         if self.csv is None:
             names = [name for name in row if name.startswith("train/")]
+            names += [f"train/{name}" for name in NAMES]  # a first batch may have one label alone
             header = list(dict.fromkeys(["step", *names, *EVAL_NAMES, *self.columns]))
             self.csv = MetricsCsv(self.run.path / "metrics.csv", header)
         self.csv.write({"step": step, **row})

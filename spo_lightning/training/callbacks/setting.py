@@ -25,6 +25,7 @@ class Setting:
     precision: Callable[[], AbstractContextManager]  # of forwards outside Lightning's
     world: World = ALONE
     quality: Callable[[], dict[str, float]] = dict  # what the policy's held-out answers come to
+    mismatched: Pairs | None = None  # held-out prompts with others' answers, where asked for
 
 
 def due(step: int, every: int) -> bool:
