@@ -8,7 +8,7 @@ from omegaconf import ListConfig
 FORMS = "a directory, .gguf file, pkg://NAME or hub id"
 CHECKPOINTS = ("model.pretrained", "model.reference", "model.base", "base", "reference")
 DIAGNOSTICS = (
-    *("displacement", "evolution", "geometry", "ches", "overoptimisation", "probes", "quality"),
+    *("displacement", "evolution", "geometry", "ches", "overoptimisation", "quality", "probes"),
 )
 # key -> (what holds, in words)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -108,8 +108,8 @@ def reference(at: known.Tokenised) -> known.Referenced:
     cfg, task, policy, scorer, sets = at.cfg, at.task, at.policy, at.scorer, dict(at.sets)
     if policy.rewards:
         scorer.compiled = cfg.hardware.compile
-        train, held = sets["train"], sets["held-out"]
-        return grown(known.Referenced, at, train=train, held=held, lower=None, feed=None)
+        found = {"train": sets["train"], "held": sets["held-out"], "lower": None, "feed": None}
+        return grown(known.Referenced, at, **found, mismatched=Mismatched(None, None))
     sets["train"] = without_high_ches(cfg, policy, scorer, sets["train"], at.precision, at.stages)
     if task.lower:
         sets["lower level"] = lower_texts(cfg, task, policy.tokenizer)

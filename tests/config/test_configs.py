@@ -307,8 +307,7 @@ def test_experiments_compose_and_train(tmp_path, name):
     composed = config(f"experiment={name}")
     assert composed.max_steps != 0
     sizes = [] if composed.model.config.get("model_type") == "gpt2" else LLAMA
-    rows = ["data.sft_rows=0", "data.prompts=16", "data.eval_prompts=4"]
-    trained(tmp_path, f"experiment={name}", *sizes, *rows)
+    trained(tmp_path, f"experiment={name}", *sizes, *SLIPS)  # which has pairs from the start
 
 
 def leaves(node, key=""):
