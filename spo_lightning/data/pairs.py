@@ -1,6 +1,6 @@
 """Your own preference pairs, in any published layout: files, a saved dataset or a hub id."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -89,7 +89,8 @@ def _listed(path: str | list[str] | dict[str, str | list[str]] | None) -> list[s
     """All places that a key names."""
     if isinstance(path, dict):
         return [one for named in path.values() for one in _listed(named)]
-    return [path] if isinstance(path, str) else list(path or ())
+    some = path if isinstance(path, Sequence) and not isinstance(path, str) else [path]
+    return [one for one in some if isinstance(one, str)]  # what is no place, Place refuses
 
 
 def _meant(separator: str | None) -> str | None:
