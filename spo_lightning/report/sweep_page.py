@@ -148,6 +148,7 @@ def ranking(sweep: Sweep) -> list[Table]:
     head = ["rank", "setting", "seeds", "capability"]
     for name in sweep.names:
         head += [name, "±"]
+    head.append("training, seconds")
     rows = []
     for place, setting in enumerate(sweep.ranked, 1):
         word = {None: "", True: "kept", False: "lost"}[kept(setting)]
@@ -156,6 +157,8 @@ def ranking(sweep: Sweep) -> list[Table]:
             values = [*setting.values(name).values()]
             mean, half = interval(values) if values else (None, None)
             row += [mean, half if half == half else None]
+        took = [run.seconds["training"] for run in setting.runs if "training" in run.seconds]
+        row.append(sum(took) / len(took) if took else None)
         rows.append(row)
     return [Table("ranking", head, rows, digits=3)]
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import SMALL, command, end, start
 
 from spo_lightning.config import knobs
@@ -273,6 +274,17 @@ def test_questions_are_found_by_name(tmp_path):
         tmp_path, "--config-name", "two_axes", "--cfg", "hydra", "-p", "hydra.sweep.dir"
     )
     assert done.code == 0 and done.out.strip() == "outputs/two_axes"
+
+
+def test_the_sweep_of_losses_has_them_all():
+    root = Path(__file__).parents[2]
+    params = yaml.safe_load((root / "sweeps/losses.yaml").read_text())["hydra"]["sweeper"][
+        "params"
+    ]
+    left_out = {"odpo", "aspo", "mixture", "reward", "spo"}
+    assert {*params["loss"].split(",")} | left_out == {
+        path.stem for path in (root / "conf/loss").glob("*.yaml")
+    }
 
 
 @pytest.mark.slow
