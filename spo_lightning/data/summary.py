@@ -194,10 +194,13 @@ def longer(pairs: Sequence[Pair]) -> dict[str, int]:
 
 
 def columns(rows: Sequence[Row]) -> dict[str, str]:
-    """What stands in each column of the rows, and in how many of them."""
+    """What stands in each column of the rows, and in how many of them; of messages that were made
+    of text the text is no column."""
     kinds: dict[str, Counter[str]] = {}
     for row in rows:
         for name, value in row.items():
+            if name == "plain":
+                continue
             kind = {str: "text", list: "messages"}.get(type(value), type(value).__name__)
             kinds.setdefault(name, Counter())[kind if name in FIELDS else "value"] += 1
     told = {}

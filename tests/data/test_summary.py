@@ -177,3 +177,9 @@ def test_nothing_is_left(monkeypatch):
 def test_it_is_plain_json():
     found = asdict(summed(TRAIN, HELD, layout="trl", notes=("n",)))
     assert json.loads(json.dumps(found))["checks"][0]["count"] == 1
+
+
+def test_text_beside_messages_is_no_column():
+    text = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    turns = {name: [{"role": "user", "content": said}] for name, said in text.items()}
+    assert summary.columns([{**turns, "plain": text}] * 2) == dict.fromkeys(text, "messages")
