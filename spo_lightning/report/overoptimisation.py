@@ -76,7 +76,8 @@ def over_likelihood(settings: Sequence[Setting], name: str) -> Chart:
         if stop is not None and stop in both.index:
             x, y = ([float(both[side][stop])] for side in (0, 1))
             said = [f"{setting.name}, alarm at step {stop}"]
-            data.append(series("", x, y, "markers", GREY, mark="circle-open", texts=said))
+            ring = series("", x, y, "markers", GREY, mark="circle-open", texts=said)
+            data.append(ring | {"showlegend": False})
     title, axis = f"{name} over the likelihood of the chosen answers", f"{name}, {unit(name)}"
     return lines("overoptimisation_likelihood", title, unit(LIKELY), axis, data)
 
@@ -121,7 +122,8 @@ def over_steps(settings: Sequence[Setting], name: str) -> Chart:
         stop = first_alarm(setting)
         if stop is not None and stop in curve.index:
             ring = {"mark": "circle-open", "texts": [f"{setting.name}, alarm"]}
-            data.append(series("", [stop], [float(curve[stop])], "markers", GREY, **ring))
+            at = series("", [stop], [float(curve[stop])], "markers", GREY, **ring)
+            data.append(at | {"showlegend": False})
     key = f"overoptimisation_{name.replace('/', '_')}"
     return lines(key, f"{name} as training goes on", "outer step", unit(name), data)
 
