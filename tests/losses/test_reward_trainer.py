@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import peer
 import pytest
 import torch
 from fitting import fitted, objective
@@ -40,15 +41,8 @@ def encoded(made):
 
 
 def trl_trainer(made, rows, directory, coefficient):
-    trl = pytest.importorskip("trl")
-    if trl.__version__ != "1.16.0":
-        pytest.skip(f"the peer is TRL 1.16.0, not {trl.__version__}")
+    trl = peer.trl()
     from datasets import Dataset
-    from torch.utils.data import SequentialSampler
-
-    class InOrder(trl.RewardTrainer):
-        def _get_train_sampler(self, dataset=None):
-            return SequentialSampler(dataset or self.train_dataset)
 
     made.lm.set_attn_implementation("sdpa")
     settings = trl.RewardConfig(
@@ -72,7 +66,7 @@ def trl_trainer(made, rows, directory, coefficient):
         seed=0,
     )
     given = {"model": made.lm, "args": settings, "processing_class": made.tokenizer}
-    return InOrder(train_dataset=Dataset.from_list(rows), **given)
+    return peer.in_order(trl.RewardTrainer)(train_dataset=Dataset.from_list(rows), **given)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import peer
 import pytest
 import torch
 from fitting import fitted, objective, scored
@@ -76,15 +77,8 @@ def encoded(rows):
 
 def trl_trainer(rows, directory, loss_type="sigmoid"):
     """TRL's trainer over ``rows`` in the given order."""
-    trl = pytest.importorskip("trl")
-    if trl.__version__ != "1.16.0":
-        pytest.skip(f"the peer is TRL 1.16.0, not {trl.__version__}")
+    trl = peer.trl()
     from datasets import Dataset
-    from torch.utils.data import SequentialSampler
-
-    class InOrder(trl.DPOTrainer):
-        def _get_train_sampler(self, dataset=None):
-            return SequentialSampler(dataset or self.train_dataset)
 
     policy = opened()
     settings = trl.DPOConfig(
@@ -112,7 +106,7 @@ def trl_trainer(rows, directory, loss_type="sigmoid"):
         seed=0,
     )
     columns = [{name: row[name] for name in ("prompt", *SIDES)} for row in rows]
-    return InOrder(
+    return peer.in_order(trl.DPOTrainer)(
         model=policy.lm,
         ref_model=opened().lm,
         args=settings,

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from functools import partial
 
+import peer
 import pytest
 import torch
 from fitting import SOLVERS, Watch, fitted, objective, scored, snapshot
@@ -217,9 +218,7 @@ STEPS, SIZE, LR = 10, 4, 3e-3
 
 def trl_trainer(rows, directory, loss_type):
     """TRL's KTO trainer over ``rows`` in the given order."""
-    trl = pytest.importorskip("trl")
-    if trl.__version__ != "1.16.0":
-        pytest.skip(f"the peer is TRL 1.16.0, not {trl.__version__}")
+    trl = peer.trl()
     from datasets import Dataset
 
     how = {"bf16": False, "use_cpu": True, "report_to": [], "disable_tqdm": True}
