@@ -85,19 +85,40 @@ FORKS.set_forkserver_preload(
 )
 
 
-def forked(cwd: Path, *words: object, timeout: float = 120, **env: str) -> Ended:
-    """``train``, run to its end in a fork of a process that has imported the libraries."""
-    with tempfile.TemporaryDirectory() as place:
-        out, err = Path(place, "out"), Path(place, "err")
-        out.touch()
-        err.touch()
-        how = (cwd, [str(word) for word in words], environment(**env), out, err)
-        process = FORKS.Process(target=_train, args=how)
-        process.start()
-        process.join(timeout)
-        process.kill()
-        process.join()
-        return Ended(process.exitcode, out.read_text(), err.read_text())
+@dataclass(frozen=True)
+class Fork:
+    """``train``, begun in a fork of a process that has imported the libraries.
+
+    Forks are begun and ended by one thread: to begin one, multiprocessing asks after all others,
+    and of two threads that ask after the same one, one gets its exit code and the other 255.
+    """
+
+    process: multiprocessing.process.BaseProcess
+    place: tempfile.TemporaryDirectory
+
+    @classmethod
+    def begin(cls, cwd: Path, *words: object, **env: str) -> "Fork":
+        place = tempfile.TemporaryDirectory()
+        files = [Path(place.name, name) for name in ("out", "err")]
+        for file in files:
+            file.touch()
+        how = (cwd, [str(word) for word in words], environment(**env), *files)
+        fork = cls(FORKS.Process(target=_train, args=how), place)
+        fork.process.start()
+        return fork
+
+    def end(self, timeout: float = 120) -> Ended:
+        self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
+        with self.place as place:
+            said = (Path(place, name).read_text() for name in ("out", "err"))
+            return Ended(self.process.exitcode, *said)
+
+
+def forked(cwd: Path, *words: object, **env: str) -> Ended:
+    """``train``, run to its end in a fork."""
+    return Fork.begin(cwd, *words, **env).end()
 
 
 def _train(cwd: Path, words: list[str], env: dict[str, str], out: Path, err: Path) -> None:

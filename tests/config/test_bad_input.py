@@ -5,12 +5,12 @@ What stays in the run directory is train.log and status.json, which says ``faile
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, command, forked
+from conftest import SMALL, Fork, command
 from safetensors.torch import save_file
 
 LEFT = {"train.log", "status.json"}
@@ -378,14 +378,14 @@ def _base(case: Case) -> tuple[str, ...]:
     return ()
 
 
-def run_case(home: Path, case: Case):
+def begin(home: Path, case: Case):
     place = home / "runs" / case.name.replace(" ", "_")
     own = any("hydra.run.dir" in word for word in case.words)
     where = () if own else (f"hydra.run.dir={place}",)
     given = [*_base(case), *case.words, *where]
     if case in TOKENS:  # the case names its data itself
         given = [word for word in given if word not in ("data=slips",)]
-    return forked(home, *given), place
+    return Fork.begin(home, *given), place
 
 
 @pytest.fixture(scope="module")
@@ -394,9 +394,10 @@ def ended(home, request):
     selected = [getattr(item, "callspec", None) for item in request.session.items]
     cases = [spec.params["case"] for spec in selected if spec and "case" in spec.params]
     cases = [case for case in cases if case in ALL]
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda case: run_case(home, case), cases)
-        return dict(zip((case.name for case in cases), found))
+    begun = ((case.name, *begin(home, case)) for case in cases)
+    # the next one has begun before a pair is handed out
+    two = pairwise(chain(begun, [None]))
+    return {name: (fork.end(), place) for (name, fork, place), _ in two}
 
 
 def marked(case: Case):
