@@ -380,6 +380,7 @@ def test_a_truncated_checkpoint_gives_one_line(tmp_path, cache):
     assert numbers(tmp_path)["steps"] == 1  # what the run had stays
 
 
+@pytest.mark.slow
 def test_a_cut_checkpoint_costs_the_steps_since_the_one_before(tmp_path, cache, whole):
     """As after a kill, which leaves both."""
     process = begun(tmp_path, cache, "checkpoint.every_n_steps=2", steps=6)
@@ -427,6 +428,7 @@ def files_of_at_most(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_no_room_for_a_checkpoint(tmp_path, cache, whole):
     process = begun(tmp_path, cache, steps=3)
     process.kill()

@@ -64,6 +64,7 @@ def address_space(size: int):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.mark.slow
 def test_what_ends_one_job_leaves_the_others_alone(tmp_path, cache):
     """A bad value, a kill and a lack of memory; then all that can be completed is."""
     sizes = "model.config.intermediate_size=48,100000000"  # 12 GB a matrix
