@@ -53,17 +53,17 @@ def test_the_page_says_what_the_code_does(kind):
         assert found.double is not None and found.double <= 1e-5
 
 
-@pytest.mark.page  # not in CI yet: it has not been seen to its end on one machine
+@pytest.mark.page  # all of it is six minutes of two cores: when transformers moves, not in CI
 @pytest.mark.timeout(3600)
 def test_the_whole_page():
-    """But for what takes too long: on another machine it may not, or something else may."""
+    """But for what asks for time or a library that another machine may not have."""
     told = list(verdicts(kinds(), jobs=2))
     found = {v.kind: row(v) for v in told}
     assert found.keys() == ROWS.keys()
-    late = {name for rows in (found, ROWS) for name, line in rows.items() if "too long" in line}
-    assert {name: found[name] for name in found if name not in late} == {
-        name: ROWS[name] for name in ROWS if name not in late
-    }
+    wanting = ("too long", "No module named", "library but it was not found")
+    for name, line in found.items():
+        if not any(why in line or why in ROWS[name] for why in wanting):
+            assert line == ROWS[name]
     assert all(v.right or v.how in (REFUSED, UNBUILT) for v in told)
 
 
