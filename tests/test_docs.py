@@ -149,7 +149,8 @@ def as_in_a_command():
 
 def jobs(overrides: list[str]) -> list[list[str]]:
     """The words of a sweep's first job and of its last, or of the one run."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    parsed = OverridesParser.create(GlobalHydra.instance().config_loader())
+    parsed = parsed.parse_overrides(overrides)
     split = BasicSweeper.split_arguments(parsed, None)[0]
     return [list(split[0]), *([list(split[-1])] if len(split) > 1 else [])]
 

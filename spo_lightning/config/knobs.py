@@ -109,7 +109,7 @@ READ_ALWAYS = (
 STUDY_READS = ("experiment", "seed", "study", "sweep")
 # what stands here goes to a constructor, which knows its own keys
 OPEN = (
-    *("model.config.", "optimizer.", "loss.", "solver.", "solvers.", "data.", "logger."),
+    *("model.config.", "optimizer.", "solver.", "solvers.", "data.", "logger."),
     *("judge.", "strategy."),
 )
 

@@ -8,6 +8,15 @@ from omegaconf import DictConfig, OmegaConf
 from spo_lightning.config.ranges import DIAGNOSTICS
 from spo_lightning.errors import UserError
 
+FIELDS = ("{prompt}", "{first}", "{second}")  # of a ranker's question
+# what a ranker has nothing for: key, values refused, why
+RANKER: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("data.stream", bool, "its questions are made before training: leave it out"),
+    *(
+        (f"diagnostics.{name}.every_n_steps", bool, "it answers with a letter: leave it out")
+        for name in ("quality", "probes")
+    ),
+]
 # what a reward model has nothing for: key, values refused, why
 REWARDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("model.reference", lambda v: v is not None, "rewards have no reference: leave it out"),
@@ -27,10 +36,9 @@ REWARDS: list[tuple[str, Callable[[Any], bool], str]] = [
 
 def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
     """``touched``: the keys that the command line names."""
-    if OmegaConf.select(cfg, "loss.whole_batch") and "max_steps" in cfg:
-        _check_whole_batch(cfg)
-    if OmegaConf.select(cfg, "loss.rewards") and "max_steps" in cfg:
-        _check_rewards(cfg)
+    for key, check in OF_A_RUN.items():
+        if OmegaConf.select(cfg, key) and "max_steps" in cfg:
+            check(cfg)
     if OmegaConf.select(cfg, "loss.language") is not None:
         _check_similarity(cfg)
     if "max_steps" in cfg and OmegaConf.select(cfg, "data.unpaired") is not None:
@@ -83,10 +91,31 @@ def _check_rewards(cfg: DictConfig) -> None:
             "a reward model is trained with solver=none: the others keep the likelihood of "
             "answers, and it has none"
         )
-    for key, refused, why in REWARDS:
+    _refuse(cfg, REWARDS, "a reward model")
+
+
+def _check_ranker(cfg: DictConfig) -> None:
+    lacking = [field for field in FIELDS if field not in cfg.loss.template]
+    if lacking:
+        raise UserError(f"loss.template lacks {lacking[0]}: the model has to be shown it")
+    _refuse(cfg, RANKER, "a ranker")
+
+
+def _refuse(
+    cfg: DictConfig, rules: list[tuple[str, Callable[[Any], bool], str]], kind: str
+) -> None:
+    for key, refused, why in rules:
         value = OmegaConf.select(cfg, key)
         if refused(value):
-            raise UserError(f"{key}={value} does not go with a reward model: {why}")
+            raise UserError(f"{key}={value} does not go with {kind}: {why}")
+
+
+# what the loss's yaml says -> what a training run's other keys are asked then
+OF_A_RUN = {
+    "loss.whole_batch": _check_whole_batch,
+    "loss.rewards": _check_rewards,
+    "loss.template": _check_ranker,
+}
 
 
 def _check_unpaired(cfg: DictConfig) -> None:

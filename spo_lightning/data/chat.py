@@ -63,6 +63,16 @@ def as_asked(prompt: str | list[Row], text: str) -> Any:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
+def shown(text: Any) -> str:
+    """A prompt or answer as one text: messages are joined."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(
+        f"{turn['role']}: {turn.get('content') or json.dumps(turn.get('tool_calls', ''))}"
+        for turn in text
+    )
+
+
 def readable(row: Row, tokenizer: Any) -> Row:
     """The row as plain text where it has one, and the tokenizer no chat template."""
     return row | row.get("plain", {}) if tokenizer.chat_template is None else row

@@ -21,6 +21,7 @@ class Pairs:
     references: Sequence[Tensor] | None
     pad_id: int
     groups: Sequence[Sequence[str]] = ()  # of each held-out pair, where there are any
+    orders: bool = False  # rows 2n and 2n + 1 ask about the same two answers, in either order
 
     def __len__(self) -> int:
         return len(self.pairs)

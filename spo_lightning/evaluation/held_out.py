@@ -1,7 +1,6 @@
 """A model and held-out rows in, numbers out: the same rows before and after training."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from spo_lightning import losses
+from spo_lightning.data.chat import shown
 from spo_lightning.data.sets import Pairs
 from spo_lightning.evaluation import groups
 from spo_lightning.evaluation.totals import Totals, pair_numbers, wilson
@@ -22,6 +22,7 @@ from spo_lightning.world import Turn, World
 
 RIVALS, MINE = 1_000, 2_000  # added to the seed of the init's and of the policy's own samples
 ACCURACY = "rewards/accuracies"
+ORDERS = "preference/accuracy"
 TOP = 10  # most probable next tokens whose entropy and mass are reported
 
 
@@ -98,10 +99,13 @@ def pair_scores(
         )
     parts = each.gathered(stages.world)
     means, by = totals.numbers(), groups.means_by(parts, pairs.groups)
+    of = groups.places_by(pairs.groups)
     if scorer.reading.reward:
-        sizes = {group: len(some) for group, some in groups.places_by(pairs.groups).items()}
-        means = _with_interval(means, len(pairs))
-        by = {group: _with_interval(some, sizes[group]) for group, some in by.items()}
+        means = _with_interval(means, ACCURACY, len(pairs))
+        by = {group: _with_interval(some, ACCURACY, len(of[group])) for group, some in by.items()}
+    if pairs.orders:
+        means |= _of_orders(pairs, parts, [*parts])
+        by = {group: some | _of_orders(pairs, parts, of[group]) for group, some in by.items()}
     moved = (
         [it[name][0] / beta if it.get(name, (0, 0))[1] else None for it in parts.values()]
         for name in ("rewards/chosen", "rewards/rejected")
@@ -109,9 +113,25 @@ def pair_scores(
     return PairScores(means, by, *moved)
 
 
-def _with_interval(numbers: dict[str, float], count: int) -> dict[str, float]:
-    low, high = wilson(numbers[ACCURACY], count)
-    return {**numbers, f"{ACCURACY}_low": low, f"{ACCURACY}_high": high}
+def _with_interval(numbers: dict[str, float], name: str, count: int) -> dict[str, float]:
+    low, high = wilson(numbers[name], count)
+    return {**numbers, f"{name}_low": low, f"{name}_high": high}
+
+
+def _of_orders(
+    pairs: Pairs, parts: Mapping[int, dict[str, groups.Part]], places: Sequence[int]
+) -> dict[str, float]:
+    """How often a ranker names the better answer, a pair's share being that of its two orders (a
+    tie is half), and how often the orders name different answers."""
+    odds: dict[int, list[float]] = {}
+    for place in places:
+        chosen, rejected = (parts[place][f"logps/{side}"][0] for side in ("chosen", "rejected"))
+        odds.setdefault(pairs.pairs[place].row // 2, []).append(chosen - rejected)
+    right = sum(sum((z > 0) + (z == 0) / 2 for z in some) / len(some) for some in odds.values())
+    numbers = _with_interval({ORDERS: right / len(odds)}, ORDERS, len(odds))
+    both = [some for some in odds.values() if len(some) == 2]
+    against = {"orders/contradict": sum(a * b < 0 for a, b in both) / len(both)} if both else {}
+    return numbers | against
 
 
 class Answers(NamedTuple):
@@ -160,8 +180,8 @@ def held_out(
     stages: Stages,
 ) -> HeldOut:
     """All held-out numbers of a policy, over all rows and in the groups that they and the column
-    ``by`` make; of a reward model those of pairs alone. ``rivals``: the init's samples, for
-    win_rate."""
+    ``by`` make; without rows, of what ranks and answers nothing, those of pairs alone.
+    ``rivals``: the init's samples, for win_rate."""
     scores = None
     if len(pairs):
         scores = pair_scores(
@@ -172,7 +192,7 @@ def held_out(
             precision=precision,
             stages=stages,
         )
-    if policy.rewards:
+    if not rows:
         found = (scores.means, scores.by) if scores else ({}, {})
         return HeldOut(*found, Answers([], [], {}), scores)
     greedy = greedy_answers(policy, rows, task, how, stages)
@@ -289,13 +309,3 @@ def said(answer: Any) -> str:
         return answer
     turns = [turn for turn in answer if turn["role"] == "assistant"]
     return "\n".join(turn.get("content") or "" for turn in turns)
-
-
-def shown(text: Any) -> str:
-    """A prompt or answer as one text: messages are joined."""
-    if isinstance(text, str):
-        return text
-    return "\n".join(
-        f"{turn['role']}: {turn.get('content') or json.dumps(turn.get('tool_calls', ''))}"
-        for turn in text
-    )

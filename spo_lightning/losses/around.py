@@ -19,12 +19,6 @@ from torch.nn import functional as F
 from spo_lightning.losses.given import Beside, Loss
 from spo_lightning.models.scorer import PairLogps
 
-# what a yaml says of its loss, for others to read
-FACTS = (
-    *("unit", "whole_batch", "compares", "unpaired", "rewards", "smooths"),
-    *("similarity", "language"),
-)
-
 LARGEST = 40.0  # exponent: e^40 and its square are numbers in float32
 # log-ratios in, the scores that a loss sees in their place out; 0 stays 0
 Divergence = Callable[[Tensor], Tensor]
@@ -111,16 +105,22 @@ def mixture(
 def assembled(loss: partial) -> Loss:
     """The loss of a yaml, which has all of the yaml's keys, with the options among them around it.
 
-    A key that is neither the function's nor an option or a fact is refused with a TypeError.
+    What is said of the loss in words, or as true or false, and its function does not take is a
+    fact, for others to read. A number that nobody takes and a key that the function lacks are
+    refused with a TypeError.
     """
-    keys = {name: it for name, it in loss.keywords.items() if name not in FACTS}
+    own = inspect.signature(loss.func).parameters
+    keys = dict(loss.keywords)
     alpha, wpo = keys.pop("ld_alpha", 1.0), keys.pop("wpo", False)
     divergence = keys.pop("divergence", partial(reverse_kl))
     if "parts" in keys:
         keys |= _mixed(keys.pop("parts"))
     if loss.keywords.get("smooths") and not keys["label_smoothing"]:
         raise ValueError("label_smoothing=0 has no logarithm, which this loss takes: 1e-3 or more")
+    keys = {n: it for n, it in keys.items() if n in own or not _is_fact(it)}
     inspect.signature(loss.func).bind_partial(**keys)
+    for name in (n for n, it in own.items() if it.kind is it.KEYWORD_ONLY and n not in keys):
+        raise TypeError(f"{loss.func.__name__} needs the key {name}")
     made = partial(loss.func, **keys)
     if divergence.func is not reverse_kl:
         made = partial(divergent, losses=(made,), divergence=divergence)
@@ -129,6 +129,10 @@ def assembled(loss: partial) -> Loss:
             raise ValueError(f"loss.ld_alpha={alpha} is of losses on sums, and this is on means")
         made = partial(desensitised, losses=(made,), alpha=alpha)
     return partial(weighted, losses=(made,)) if wpo else made
+
+
+def _is_fact(value: Any) -> bool:
+    return value is None or isinstance(value, bool | str)
 
 
 def _mixed(parts: Mapping[str, partial]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-r"""Losses of a reward model: a reward stands where other losses have an answer's log-probability.
+r"""Losses of what ranks answers and writes none.
 
-In formulas $r_w$, $r_l$ are the rewards of the chosen and of the rejected answer.
+Of a reward model a reward stands where other losses have an answer's log-probability: in formulas
+$r_w$, $r_l$ of the chosen and of the rejected answer. A ranker reads both answers in one prompt,
+and the log-probabilities $\ell_w$, $\ell_l$ are those of their names.
 """
 
 from torch import Tensor
 
-from spo_lightning.losses.terms import _logistic
+from spo_lightning.losses.terms import _logistic, _smoothed
 from spo_lightning.models.scorer import PairLogps
 
 
@@ -35,3 +37,14 @@ def reward(
         + label_smoothing * flipped
         + center_rewards_coefficient * centred
     )
+
+
+def ranker(policy: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    r"""Bradley-Terry on the log-odds of the two names, one of which the model gives to the better
+    answer: the pairwise ranker of RSO (Liu et al. 2023, 2309.06657) and SLiC.
+
+    ``label_smoothing`` is the share of flipped labels assumed.
+
+    $-(1-\epsilon)\log\sigma(\beta z) - \epsilon\log\sigma(-\beta z)$
+    """
+    return _smoothed(beta * policy.gap, label_smoothing)

@@ -25,6 +25,7 @@ from spo_lightning.world import ALONE, World
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+TEMPLATE = "ranker_template"  # in tokenizer_config.json
 OWN = {"auto": IMPLEMENTATION, "flex": FLEX}  # batches without padding
 
 
@@ -50,6 +51,17 @@ class Policy:
     def rewards(self) -> bool:
         """Whether it is a reward model, which gives numbers for answers and writes none."""
         return gives_rewards(self.lm)
+
+    @property
+    def template(self) -> str | None:
+        """Of a ranker: how it is asked which of two answers is better. Its tokenizer keeps it."""
+        return self.tokenizer.init_kwargs.get(TEMPLATE)
+
+    def is_asked(self, template: str | None) -> None:
+        """From now on it is asked like this; None: it is no ranker."""
+        kept = self.tokenizer.init_kwargs
+        kept.pop(TEMPLATE, None)
+        kept |= {} if template is None else {TEMPLATE: template}
 
     def start(self) -> Any:
         """A context in which the policy is its own start: new adapters off, those of a checkpoint

@@ -18,7 +18,8 @@ policy, summed over their $n_w$, $n_l$ tokens; $s_w$, $s_l$ the same less the re
 $\bar h = s_w/n_w - s_l/n_l$. $\sigma$ is the sigmoid.
 
 Any loss can be trained with any solver: `loss=X solver=Y`; a [reward model](reward-models.md) has
-none. What can stand around it:
+none. Of a [ranker](reward-models.md#rankers) the answers are the names of two answers in its
+prompt. What can stand around it:
 
 - `loss/divergence=forward_kl`, `js` or `alpha` (2309.16240): log-ratios $s$ become $f'(e^s)$, and
   0 stays 0. Only losses of the margin have it: those that hold each log-ratio to a target ask for

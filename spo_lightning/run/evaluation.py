@@ -70,21 +70,21 @@ def policy(at: Read) -> Opened:
 
     precision = precision_of(at.cfg.hardware, at.world.device)
     found = opened(at.cfg.checkpoint, at.cfg, at.world.device, rewards=True)
-    if found.rewards:
-        _refuse_likelihoods(at)
+    if found.rewards or found.template is not None:
+        _refuse_likelihoods(at, "a reward model" if found.rewards else "a ranker")
     if at.cfg.base is not None and at.cfg.reference is None and not found.adapted:
         raise UserError(f"base has no effect: {at.cfg.checkpoint} holds no adapters; leave it out")
     return grown(Opened, at, policy=found, precision=precision)
 
 
-def _refuse_likelihoods(at: Read) -> None:
-    """What a reward model has none of."""
+def _refuse_likelihoods(at: Read, kind: str) -> None:
+    """What has none that compare with another's, and answers nothing."""
     name = at.cfg.checkpoint
     if at.cfg.reference is not None:
-        raise UserError(f"reference has no effect: {name} is a reward model; leave it out")
+        raise UserError(f"reference has no effect: {name} is {kind}; leave it out")
     if at.task.samples:
         raise UserError(
-            f"{name} is a reward model, and this data samples its pairs from a policy: name "
+            f"{name} is {kind}, and this data samples its pairs from a policy: name "
             "pairs, data=pairs data.path=FILE"
         )
 
@@ -105,6 +105,7 @@ def reference(at: Opened) -> Compared:
 def pairs(at: Compared) -> Tokenised:
     """The held-out pairs; where the data samples them, from the reference, or none without one."""
     from spo_lightning.cache.tokens import encoded
+    from spo_lightning.data.ranking import questions, to_letters
     from spo_lightning.data.sets import Pairs
     from spo_lightning.evaluation.groups import groups_of_pairs
     from spo_lightning.models.rewards import to_reward
@@ -116,11 +117,16 @@ def pairs(at: Compared) -> Tokenised:
     if at.task.samples:
         theirs = at.reference
         rows = [] if theirs is None else sampled(cfg, at.task, rows, theirs, at.stages)[0]
+    template = at.policy.template
+    if template is not None:
+        rows = questions(rows, template, tokenizer)
     found = encoded(cfg, tokenizer, rows, "held-out").pairs if rows else []
     logits = cfg.hardware.logits_mib * FLOATS
     held = Pairs(found, None, tokenizer.pad_token_id, groups_of_pairs(found, rows, cfg.eval.by))
     if at.policy.rewards:
         held = to_reward(held, at.policy.lm)
+    if template is not None:
+        held = to_letters(held)
     scorer = scorer_of(at.policy, longest_of(held.pairs), share=True, logits=logits)
     return grown(Tokenised, at, scorer=scorer, held=held)
 
@@ -143,6 +149,8 @@ def measured(at: Tokenised) -> Measured:
     from spo_lightning.evaluation.held_out import held_out
     from spo_lightning.models.generate import Decoding
 
+    ranks = at.policy.rewards or at.policy.template is not None
+    rows = [] if ranks else at.task.held_out
     beta: Any = 1.0 if at.policy.rewards else at.cfg.loss.beta  # rewards as the head gives them
     how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": beta}
     how |= {
@@ -151,7 +159,7 @@ def measured(at: Tokenised) -> Measured:
         "precision": at.precision,
         "stages": at.stages,
     }
-    found = held_out(at.policy, at.scorer, at.task, at.task.held_out, at.held, **how)
+    found = held_out(at.policy, at.scorer, at.task, rows, at.held, **how)
     return grown(Measured, at, numbers=found.told)
 
 

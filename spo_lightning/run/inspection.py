@@ -34,6 +34,7 @@ def inspect(cfg: Any) -> "Summary":
 
     from spo_lightning.cache.tokens import encoded
     from spo_lightning.data.chat import remarks
+    from spo_lightning.data.ranking import of_questions
     from spo_lightning.data.summary import summary
     from spo_lightning.models.policy import tokenizer_of
 
@@ -44,6 +45,10 @@ def inspect(cfg: Any) -> "Summary":
         task, tokenizer, held = at.task, at.policy.tokenizer, at.task.held_out
     else:
         tokenizer = tokenizer_of(cfg.model.pretrained, cfg.model)
+    template = OmegaConf.select(cfg, "loss.template")
+    if template is not None:
+        task = of_questions(replace(task, held_out=held), template, tokenizer)
+        held = task.held_out
     boundless: Any = OmegaConf.merge(cfg, {"max_length": sys.maxsize})
 
     def uncut(rows: "list[Row]") -> "Encoded":

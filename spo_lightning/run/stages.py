@@ -69,6 +69,7 @@ def pairs(at: known.Opened) -> known.Paired:
 def tokens(at: known.Paired) -> known.Tokenised:
     """Token ids of both sides, adapters, and how batches of such rows are read."""
     from spo_lightning.cache.tokens import of_both_sides
+    from spo_lightning.data.ranking import of_questions, to_letters
     from spo_lightning.data.sets import Pairs
     from spo_lightning.evaluation.groups import groups_of_pairs
     from spo_lightning.models.policy import adapt, to_rewards
@@ -76,8 +77,12 @@ def tokens(at: known.Paired) -> known.Tokenised:
     from spo_lightning.models.sentences import Sentences
     from spo_lightning.models.sharing import scorer_of_run
 
-    sides = of_both_sides(at.cfg, at.task, at.policy.tokenizer)
-    rewards, places = at.cfg.loss.get("rewards", False), at.places
+    template, task, places = at.cfg.loss.get("template"), at.task, at.places
+    at.policy.is_asked(template)
+    if template is not None:
+        task = of_questions(task, template, at.policy.tokenizer)
+    sides = of_both_sides(at.cfg, task, at.policy.tokenizer)
+    rewards = at.cfg.loss.get("rewards", False)
     policy = to_rewards(at.policy, at.cfg.seed) if rewards else at.policy
     policy = adapt(policy, **at.cfg.model.lora, seed=at.cfg.seed)
     pad = policy.tokenizer.pad_token_id
@@ -85,15 +90,18 @@ def tokens(at: known.Paired) -> known.Tokenised:
     if "similarity" in at.cfg.loss:
         split = Sentences.of(at.cfg.loss, at.world.device)
         sets = {name: split(some, policy.tokenizer) for name, some in sets.items()}
-    if rewards:  # which answers nothing
+    if rewards:
         sets = {name: to_reward(pairs, policy.lm) for name, pairs in sets.items()}
+    if template is not None:
+        sets = {name: to_letters(pairs) for name, pairs in sets.items()}
+    if rewards or template is not None:  # what ranks answers nothing
         places = replace(places, rows=[])
     rows = [pair for pairs in sets.values() for pair in pairs.pairs]
-    scorer = scorer_of_run(at.cfg, policy, rows, streamed=at.task.chunks is not None)
-    of = groups_of_pairs(sets["held-out"].pairs, at.task.held_out, at.cfg.eval.get("by"))
+    scorer = scorer_of_run(at.cfg, policy, rows, streamed=task.chunks is not None)
+    of = groups_of_pairs(sets["held-out"].pairs, task.held_out, at.cfg.eval.get("by"))
     sets["held-out"] = replace(sets["held-out"], groups=of)
     counts = sides["train"].counts
-    more = {"policy": policy, "places": places, "scorer": scorer, "sets": sets}
+    more = {"policy": policy, "places": places, "scorer": scorer, "sets": sets, "task": task}
     return grown(known.Tokenised, at, **more, counts=counts)
 
 
@@ -136,7 +144,7 @@ def init(job: Job, at: known.Referenced) -> known.Measured:
     if job.goes_on is not None:
         job.goes_on.refuse_another(at.scorer)
     rivals = None
-    if not at.policy.rewards:
+    if at.places.rows:
         rivals = rivals_of(at.cfg, at.policy, at.task, at.places.rows, at.stages)
     before = _held_out(at, rivals)
     job.begin(before, at.seconds)
@@ -185,7 +193,8 @@ def report(job: Job, at: known.Ended) -> known.Ended:
     """What the run leaves to be read: numbers, answers before and after, a table."""
     from spo_lightning.evaluation.held_out import side_by_side
 
-    rows = side_by_side(at.task, at.places.rows, at.places.of, at.held, at.before, at.after)
+    rows, of = at.places.rows, at.places.of
+    rows = side_by_side(at.task, rows, of, at.held, at.before, at.after) if rows else []
     job.end(at.after, at.steps, rows)
     return at
 

@@ -123,6 +123,7 @@ def two_sentences(v, weight):
 
 PAIR = {
     "reward": lambda v, k: bradley_terry(v.lw, v.ll, v.margin, k),
+    "ranker": lambda v, k: smoothed(k.beta * (v.lw - v.ll), k),
     "sft": lambda v, k: v.nll,
     "dpo": lambda v, k: smoothed(k.beta * v.h, k),
     "rso_sigmoid_norm": lambda v, k: math.log1p(math.exp(-k.beta * v.h)),
@@ -194,6 +195,7 @@ BATCH = {
 # keys with which every term of a loss counts; where there are none its yaml's
 KEYS = {
     "reward": dict(beta=0.7, label_smoothing=0.2, margin=True, center_rewards_coefficient=0.01),
+    "ranker": dict(beta=0.7, label_smoothing=0.2),
     "dpo": dict(beta=0.3, label_smoothing=0.2),
     "robust": dict(beta=0.3, label_smoothing=0.2),
     "slic": dict(beta=0.3, alpha=0.2),

@@ -3,17 +3,21 @@
 import inspect
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs import pairs, random_lengths, random_sums
+from pairs import CONF, pairs, random_lengths, random_sums
 from sources import HALF, KEYS, KL, YAMLS, built, facts, node, of_sums, value, with_margins
 
 from spo_lightning import losses
 from spo_lightning.models.scorer import PairLogps
 
+ROOT = CONF.parent
+FILES = (*sorted(ROOT.glob("spo_lightning/**/*.py")), *sorted(CONF.glob("*/*.yaml")))
+SOURCES = "\n".join(path.read_text("utf-8") for path in FILES)
 FEW = settings(max_examples=8, deadline=None)
 SEEDS = st.integers(0, 10_000)
 # the others take none through what they follow, or draw
@@ -151,18 +155,33 @@ def test_unit_says_what_the_margin_is_measured_in(name):
 
 
 def test_every_yaml_is_another_loss():
-    values = {name: loss_of(name, *drawn(7)).mean().item() for name in YAMLS}
-    assert len({round(v, 9) for v in values.values()}) == len(YAMLS), values
+    """Of log-probabilities: a reward model's is a ranker's, of other numbers."""
+    read = [name for name in YAMLS if not node(name).get("rewards")]
+    values = {name: loss_of(name, *drawn(7)).mean().item() for name in read}
+    assert len({round(v, 9) for v in values.values()}) == len(read), values
 
 
 @pytest.mark.parametrize("name", YAMLS)
 def test_every_knob_stands_in_the_yaml(name):
-    loss, around = built(name), {"wpo", "ld_alpha", "divergence", "parts", *losses.FACTS}
-    knobs = {key for key in node(name) if not key.startswith("_")} - around
-    parameters = inspect.signature(loss.func).parameters.values()
+    around = {"wpo", "ld_alpha", "divergence", "parts"}
+    said = {key for key in node(name) if not key.startswith("_")} - around
+    parameters = inspect.signature(built(name).func).parameters.values()
     made = {"losses", "weights"} if "parts" in node(name) else set()
-    assert knobs | made == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    taken = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert taken <= said | made
     assert all(p.default is p.empty for p in parameters)
+    for fact in said - taken:  # which somebody reads
+        assert re.search(rf"loss\.{fact}\b|loss\.get\(\"{fact}\"|\"{fact}\"\)", SOURCES), fact
+
+
+def test_a_fact_needs_no_list_and_a_typo_is_refused():
+    """What a yaml says of its loss, and what nobody can have meant."""
+    made = losses.assembled(partial(losses.sft, beta=0.1, unit="token", sung=True, tune=None))
+    assert made.keywords == {"beta": 0.1}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'betaa'"):
+        losses.assembled(partial(losses.sft, beta=0.1, betaa=0.2))
+    with pytest.raises(TypeError, match="sft needs the key beta"):
+        losses.assembled(partial(losses.sft, unit="token"))
 
 
 @pytest.mark.parametrize("name", YAMLS)
