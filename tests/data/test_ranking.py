@@ -53,7 +53,7 @@ def test_letters_of_a_real_tokenizer():
         assert len(pair.chosen) == len(pair.rejected) == 1 and pair.chosen != pair.rejected
 
 
-@pytest.mark.parametrize("family", ["chatml", "gemma", "mistral"])
+@pytest.mark.parametrize("family", ["chatml", "gemma", "qwen3"])
 def test_of_a_chat_a_question_is_a_user_turn(family):
     """After the header that the template gives an assistant."""
     tokenizer = tokenizer_of(family)

@@ -20,7 +20,8 @@ FOUND = {one.name: one for one in objectives([CONF])}
 def test_the_page_in_docs_is_what_the_command_writes(tmp_path):
     """Pictures to a pixel, as their numbers are rounded."""
     files = written([*FOUND.values()], tmp_path)
-    assert (DOCS / "objectives.md").read_text("utf-8") == files[0].read_text("utf-8")
+    stale = "python -m spo_lightning.objectives --output docs writes it anew"
+    assert (DOCS / "objectives.md").read_text("utf-8") == files[0].read_text("utf-8"), stale
     assert {path.name for path in files[1:]} == {p.name for p in DOCS.glob("objectives/*.svg")}
     for path in files[1:]:
         here, there = (points(path), points(DOCS / "objectives" / path.name))

@@ -80,7 +80,7 @@ def test_eval_finds_the_numbers_of_the_run(run):
 
 
 def test_it_is_asked_in_both_orders(run):
-    """What is preferred turns round with the answers, whoever is named first; what is alike is not asked."""
+    """What is preferred turns round with the answers; what is alike is not asked about."""
     ranker = saved()
     asked = [(row["prompt"], row["chosen"], row["rejected"]) for row in ROWS[5:11]]
     turned = [(prompt, other, one) for prompt, one, other in asked]
