@@ -34,6 +34,16 @@ REWARDS: list[tuple[str, Callable[[Any], bool], str]] = [
 ]
 
 
+# what the yaml of a mixture's part says -> why it is none
+APART = {
+    "unpaired": "its rows have one answer and a label, and those of a mixture have two",
+    "whole_batch": "it needs all pairs of a step at once, and a mixture judges each by itself",
+    "rewards": "it reads the rewards of a head, and a mixture log-probabilities",
+    "template": "it reads questions about two answers, and a mixture the answers",
+    "language": "it reads sentences, which are looked for where it is the loss",
+}
+
+
 def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
     """``touched``: the keys that the command line names."""
     for key, check in OF_A_RUN.items():
@@ -43,6 +53,15 @@ def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
         _check_similarity(cfg)
     if "max_steps" in cfg and OmegaConf.select(cfg, "data.unpaired") is not None:
         _check_unpaired(cfg)
+    _check_parts(cfg, touched)
+
+
+def _check_parts(cfg: DictConfig, touched: Sequence[str]) -> None:
+    """Parts of a mixture that do not go with others, and keys of those that do not count."""
+    for name, part in (OmegaConf.select(cfg, "loss.parts") or {}).items():
+        for key, why in APART.items():
+            if part.weight > 0 and part.get(key) is not None:
+                raise UserError(f"loss.parts.{name}.weight={part.weight}: {why}; take it alone")
     for key in touched:
         part, _, knob = key.rpartition(".")
         while part.count(".") > 2:

@@ -106,6 +106,8 @@ def _made(title: str, raw: Rows, layout: str | None, asked: Asked, stream: bool)
     made = layouts.made_to_train(file, found)
     if not made.rows:
         texts = "; data.layout=sft reads them as texts" if found.gathered else ""
+        if found.gives == LABELLED and not asked.unpaired:
+            texts = "; loss=kto trains on answers one by one, data.unpaired=true looks at them so"
         wanted = "is left" if asked.unpaired else "becomes a pair"
         raise UserError(f"{title}: no row {wanted}; {made.notes[-1]}{texts}")
     return made

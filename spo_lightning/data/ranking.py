@@ -27,6 +27,9 @@ def questions(rows: Sequence[Row], template: str, tokenizer: Any) -> list[Row]:
     """
     found = []
     for row in (readable(row, tokenizer) for row in rows):
+        if "chosen" not in row or "rejected" not in row:
+            told = "rows have one answer each, and a ranker compares two"
+            raise UserError(f"{told}: name rows of prompt, chosen and rejected")
         prompt, *answers = (
             _text(row[name], tokenizer) for name in ("prompt", "chosen", "rejected")
         )

@@ -1,5 +1,6 @@
 """The stages of an evaluation, top to bottom: a checkpoint's held-out numbers."""
 
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from spo_lightning.data.sets import Pairs
     from spo_lightning.models.policy import Policy
     from spo_lightning.models.scorer import Scorer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ def data(at: Begun) -> Read:
     from spo_lightning.evaluation.groups import check
 
     task = load_to_look(at.cfg.data)
+    if task.unpaired and not at.cfg.data.unpaired:
+        told = "rows have a label each, and pairs are made of them; data.unpaired=true measures"
+        log.info("%s: %s every answer by itself, as loss=kto does", at.cfg.data.path, told)
     check(task.held_out, at.cfg.eval.by)
     task = replace(task, held_out=task.held_out[: at.cfg.eval.max_rows])
     if not task.held_out:

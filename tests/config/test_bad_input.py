@@ -57,6 +57,7 @@ def rows(name: str, *more: str) -> tuple[str, ...]:
     return ("data=pairs", f"data.path={name}.jsonl", "data.eval_fraction=0", *more)
 
 
+MIXED = ("loss=mixture", "data=slips")
 DATA = [
     Case("missing file", rows("absent"), "absent.jsonl: no such file"),
     Case("empty file", rows("empty"), "empty.jsonl: the file is empty"),
@@ -267,6 +268,11 @@ KNOBS += [
         ("loss=mixture", "loss.parts.dpo.weight=1", "loss.parts.ipo.beta=0.2"),
         "loss.parts.ipo.beta has no effect: loss.parts.ipo.weight is 0",
     ),
+    Case("a part of labels", (*MIXED, "loss.parts.kto.weight=1"), "one answer and a label, and"),
+    Case("a part of a batch", (*MIXED, "loss.parts.aot.weight=1"), "needs all pairs of a step"),
+    Case("a part of sentences", (*MIXED, "loss.parts.aspo.weight=1"), "it reads sentences, which"),
+    Case("a part of rewards", (*MIXED, "loss.parts.reward.weight=1"), "the rewards of a head"),
+    Case("a part of questions", (*MIXED, "loss.parts.ranker.weight=1"), "it reads questions"),
 ]
 # the constructors of losses, solvers and models refuse these: torch is imported first
 BUILT = [

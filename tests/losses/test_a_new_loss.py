@@ -1,5 +1,7 @@
-"""The example loss of docs/extending.md, put into the package as two files and nothing else: tests,
-page, command line and sweep have it."""
+"""The example loss of docs/extending.md, put into the package as two files and nothing else.
+
+Tests, page, command line and sweep have it.
+"""
 
 import os
 import re

@@ -174,7 +174,7 @@ def test_a_longer_run_begins_as_a_short_one(tmp_path):
         ),
         (ROWS, ("diagnostics.ches.every_n_steps=1",), "compares two answers, and this loss has"),
         (ROWS, ("data.drop_high_ches=0.1",), "drop_high_ches=0.1 compares two answers, and this"),
-        ([{**TEXTS[0], "label": True}] * 3, ("loss=dpo",), "no row becomes a pair"),
+        ([{**TEXTS[0], "label": True}] * 3, ("loss=dpo",), "data.unpaired=true looks at them so"),
     ],
 )
 def test_refusals(rows, words, says, tmp_path):

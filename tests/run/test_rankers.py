@@ -31,6 +31,8 @@ SETTINGS = {"dtype": "float32", "attention": "auto", "trust_remote_code": False}
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp("rankers")
     (where / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+    (where / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return where
 
 
@@ -142,6 +144,7 @@ def test_a_key_that_it_has_nothing_for(word, says):
     [
         (("reference=run/model",), "reference has no effect: run/model is a ranker; leave it out"),
         (("data=arithmetic", "~data.path"), "run/model is a ranker, and this data samples"),
+        (("data.path=texts.jsonl",), "rows have one answer each, and a ranker compares two: name"),
     ],
 )
 def test_an_evaluation_that_is_refused(words, says):
