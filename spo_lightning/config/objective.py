@@ -1,6 +1,7 @@
 """What a loss asks of other keys in; out comes nothing, or one line that refuses."""
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -53,7 +54,16 @@ def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
         _check_similarity(cfg)
     if "max_steps" in cfg and OmegaConf.select(cfg, "data.unpaired") is not None:
         _check_unpaired(cfg)
+    _check_words(cfg)
     _check_parts(cfg, touched)
+
+
+def _check_words(cfg: DictConfig) -> None:
+    """A fact that is nearly one that is read here, and would go unread."""
+    for key, value in (cfg.get("loss") or {}).items():
+        near = get_close_matches(str(key), APART, 1, cutoff=0.8)
+        if near and key not in APART and isinstance(value, bool | str):
+            raise UserError(f"loss.{key}={value}: nobody reads it; {near[0]} is meant")
 
 
 def _check_parts(cfg: DictConfig, touched: Sequence[str]) -> None:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from pairs import CONF, pairs, random_lengths, random_sums
 from sources import HALF, KEYS, KL, YAMLS, built, facts, node, of_sums, value, with_margins
 
 from spo_lightning import losses
+from spo_lightning.config.objective import check_loss
+from spo_lightning.errors import UserError
 from spo_lightning.models.scorer import PairLogps
 
 ROOT = CONF.parent
@@ -182,6 +185,9 @@ def test_a_fact_needs_no_list_and_a_typo_is_refused():
         losses.assembled(partial(losses.sft, beta=0.1, betaa=0.2))
     with pytest.raises(TypeError, match="sft needs the key beta"):
         losses.assembled(partial(losses.sft, unit="token"))
+    misspelt = OmegaConf.create({"loss": {"beta": 0.1, "whole_bacth": True}})
+    with pytest.raises(UserError, match="loss.whole_bacth=True: nobody reads it; whole_batch is"):
+        check_loss(misspelt, [])
 
 
 @pytest.mark.parametrize("name", YAMLS)

@@ -85,6 +85,8 @@ def test_eval_of_it(ran):
     for name in ("logps/chosen", "logps/rejected", "nll/chosen"):
         assert told[name] == pytest.approx(final[name], rel=1e-9)
     assert not {*OF_TWO} & told.keys()
+    done = command(where, *words[:-1], *more, module=("-m", "spo_lightning.eval"))
+    assert "data.unpaired=true measures every answer by itself" in done.out
 
 
 def test_inspect_shows_rows(ran):

@@ -36,6 +36,7 @@ OBJECTIVES = {
     "running_min": ("loss=spo", "solver/value=running_min", "solver.margin=0.01"),
     "alpha_dpo": ("loss=alpha_dpo",),
     "reward": ("loss=reward", "loss.label_smoothing=0.1"),
+    "ranker": ("loss=ranker", "solver=penalty"),
     "beta_dpo": ("loss=beta_dpo", "micro_batch_size=4"),
     "sgdpo": ("loss=sgdpo",),
     "tdpo1": ("loss=tdpo1",),
