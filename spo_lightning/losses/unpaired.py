@@ -52,7 +52,8 @@ def bco(
     beta: float,
 ) -> Tensor:
     r"""A classifier of good and bad answers by their reward, against the mean of all rewards. Jung
-    et al. 2024 (2404.04656), without its density ratio of the prompts.
+    et al. 2024 (2404.04656), without its density ratio of the prompts: that weighs bad answers by
+    a classifier on embeddings of their prompts, so it needs a second model.
 
     The mean is over all answers of earlier outer steps, 0 in the first.
 

@@ -29,7 +29,7 @@ prompt. What can stand around it:
 - `loss.wpo=true` (WPO, 2406.11827): pairs weigh as much as their answers are the policy's own. Of
   all on pairs but AOT.
 - `loss=mixture loss.parts.dpo.weight=1 loss.parts.sft.weight=0.1`: a sum, each part with its own
-  keys.
+  keys. Of losses on pairs that judge each by itself.
 
 `solver=penalty` adds for every pair, at weight 1, a hinge on what its chosen answer lost:
 $\beta\max(0, -s_w)$ for losses on sums (unit sequence), $\max(0, -\bar s_w)$ for losses on means
