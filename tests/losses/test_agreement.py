@@ -44,13 +44,19 @@ def batch_differences(name, drawn):
         there = at.tolist(), reference.tolist(), lengths.tolist(), margins
         return torch.tensor(rewritten(name, *there, **keys), dtype=torch.float64)
 
+    def slope(by):
+        """Of the fourth order: at the odds of an almost certain answer the second order's own
+        error is 6e-7."""
+        near, far = (again(policy + n * by) - again(policy - n * by) for n in (1, 2))
+        return (8 * near - far) / (12 * STEP)
+
     slopes = torch.zeros_like(policy)
     # where no pair sees another, all of one side move at once
     every = torch.eye(len(policy)) if name in BATCH else torch.ones(1, len(policy))
     for rows in every.double():
         for side in range(2):
             by = STEP * torch.stack([rows * (side == 0), rows * (side == 1)], 1)
-            moved = (again(policy + by) - again(policy - by)) / (2 * STEP)
+            moved = slope(by)
             slopes[:, side] += moved.sum() * rows if name in BATCH else moved
     return (
         (found - again(policy)) / found.abs().clamp(min=1),
@@ -64,4 +70,4 @@ def test_against_an_independent_rewrite(name):
         pytest.skip(f"{name} has no definition of its own in tests/losses/sources.py yet")
     of_values, of_gradients = differences(name)
     print(f"| {name} | {of_values:.1e} | {of_gradients:.1e} | {', '.join(moves(name))} |")
-    assert of_values < 1e-10 and of_gradients < 1e-6
+    assert of_values < 1e-10 and of_gradients < 1e-8
