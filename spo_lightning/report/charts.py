@@ -16,6 +16,7 @@ from spo_lightning.report.style import COLOURS, STYLE, saved
 GREY = "#808080"  # what is compared with; readable on white and on black
 DASHES = ("solid", "dash", "dot", "dashdot")  # tell more lines apart than there are colours
 MOST_LABELS = 24  # in a legend; page.js has the same number
+LABEL, LETTERS = 14, 40  # of a name at the end of a line: px high, letters at most
 WRAPPED = 60  # letters of a text beside a point
 # matplotlib's words for plotly's
 STILL_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
@@ -120,6 +121,34 @@ def lines(
     return Chart(key, title, data, layout)
 
 
+def labelled(key: str, title: str, x: str, y: str, data: Sequence[Mapping[str, Any]]) -> Chart:
+    """Series with their names at their ends, for more of them than a legend tells apart."""
+    ends = sorted(data, key=lambda one: one["y"][-1])
+    low, top = (pick(v for one in data for v in one["y"]) for pick in (min, max))
+    first, last = (pick(v for one in data for v in one["x"]) for pick in (min, max))
+    gap, beside = (top - low) / len(data), (last - first) / 20
+    names = [one["name"][:LETTERS] for one in ends]
+    layout = axes(x, y) | {"margin": {"r": 15 + 6 * max(map(len, names))}}
+    layout["xaxis"]["range"] = [first, last + beside]
+    layout["yaxis"]["range"] = [low - gap, top + gap]
+    layout["annotations"] = [
+        {"text": name, "x": one["x"][-1], "y": one["y"][-1]}
+        | {"axref": "x", "ayref": "y", "ax": last + beside, "ay": place, "xanchor": "left"}
+        | {"arrowhead": 0, "arrowwidth": 0.5, "arrowcolor": one["line"]["color"]}
+        | {"font": {"size": 10, "color": one["line"]["color"]}}
+        for name, one, place in zip(names, ends, spread([one["y"][-1] for one in ends], gap, top))
+    ]
+    return Chart(key, title, data, layout, 100 + LABEL * len(data))
+
+
+def spread(rising: Sequence[float], gap: float, top: float) -> list[float]:
+    """The values, moved so that neighbours are ``gap`` apart and none is above ``top``."""
+    found: list[float] = []
+    for value in rising:
+        found.append(max(value, found[-1] + gap) if found else value)
+    return [min(v, top - gap * left) for v, left in zip(found, reversed(range(len(found))))]
+
+
 def heat(
     key: str, title: str, x: str, y: str, columns: Sequence[str], rows: Sequence[str], z: Any
 ) -> Chart:
@@ -178,13 +207,16 @@ def still(chart: Chart, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**STYLE, "text.parse_math": False}):
-        figure = Figure(figsize=(6.2, 4.2), layout="constrained")
+        # a chart of many rows or names is as high as on the page
+        figure = Figure(figsize=(6.2, max(4.2, chart.high / 80)), layout="constrained")
         axis = figure.subplots()
         across, up = (chart.layout[name]["title"]["text"] for name in ("xaxis", "yaxis"))
         title = "\n".join(textwrap.wrap(chart.title, 80))
         axis.set(title=title, xlabel=html.unescape(across), ylabel=html.unescape(up))
         for one in chart.data:
             STILLS[one["type"]](axis, one)
+        for label in (it for it in chart.layout.get("annotations", ()) if "ax" in it):
+            _still_label(axis, label)
         for upright, word in zip(*(chart.layout.get(n, ()) for n in ("shapes", "annotations"))):
             axis.axvline(upright["x0"], color=upright["line"]["color"], linestyle=":", linewidth=1)
             at = axis.get_xaxis_transform()
@@ -202,6 +234,14 @@ def _still_series(axis: Any, one: Mapping[str, Any]) -> None:
     ring = {"mfc": "none", "markersize": 8} if "open" in mark else {"markersize": 5}
     label = html.unescape(one["name"])[:WRAPPED]
     axis.plot(one["x"], one["y"], drawn, color=one["marker"]["color"], label=label, **ring)
+
+
+def _still_label(axis: Any, one: Mapping[str, Any]) -> None:
+    colour = one["font"]["color"]
+    how = {"va": "center", "fontsize": 6, "color": colour, "annotation_clip": False}
+    how["arrowprops"] = {"arrowstyle": "-", "relpos": (0, 0.5), "linewidth": 0.4, "color": colour}
+    text = html.unescape(one["text"])
+    axis.annotate(text, (one["x"], one["y"]), (one["ax"], one["ay"]), **how)
 
 
 def _still_histogram(axis: Any, one: Mapping[str, Any]) -> None:

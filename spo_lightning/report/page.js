@@ -14,7 +14,7 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink, family: "system-ui, sans-serif", size: 12 },
       xaxis: { ...layout.xaxis, ...axis }, yaxis: { ...layout.yaxis, ...axis },
-      margin: { l: 60, r: 15, t: 15, b: 50 },
+      margin: { l: 60, r: 15, t: 15, b: 50, ...layout.margin },
       legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" },
     };
   }
@@ -23,8 +23,9 @@
     const { data, layout, high } = drawings[place.dataset.chart];
     const width = printing ? 470 : place.clientWidth;
     const label = 60 + 7 * Math.max(...data.map(({ name }) => (name ?? "").length));  // px
-    const lines = data.length > 1 ? Math.ceil(data.length / Math.max(1, Math.floor((width - 75) / label))) : 0;
-    const whole = { ...themed(layout), height: high + 20 * Math.min(lines, 24), showlegend: data.length > 1 && data.length <= 24 };
+    const showlegend = data.length > 1 && data.length <= 24;
+    const lines = showlegend ? Math.ceil(data.length / Math.max(1, Math.floor((width - 75) / label))) : 0;
+    const whole = { ...themed(layout), height: high + 20 * lines, showlegend };
     if (printing) whole.width = width;
     return Plotly.react(place, data, whole, { responsive: true, displayModeBar: false }).then(() => place.classList.add("drawn"));
   }

@@ -67,6 +67,14 @@ class Setting:
         values = [*self.values(number).values()]
         return sum(values) / len(values) if values else None
 
+    def curve(self, name: str) -> Any:
+        """A column of metrics.csv, the mean over seeds at steps that all of them logged; None
+        where none did."""
+        import pandas as pd
+
+        every = [c for run in self.runs if (c := run.curves.get(name)) is not None]
+        return pd.concat(every, axis=1, join="inner").mean(axis=1) if every else None
+
 
 @dataclass(frozen=True)
 class Sweep:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from spo_lightning.report import paper
-from spo_lightning.report.charts import GREY, Chart, heat, lines, nth, series, unit
+from spo_lightning.report.charts import GREY, Chart, heat, labelled, lines, nth, series, unit
 from spo_lightning.report.settings import CAPABILITY, Setting, Sweep
 from spo_lightning.report.style import COLOURS
 
 CURVES = ("logps/chosen", "logps/rejected", "displacement/chosen", "rewards/margins", "loss")
-MOST_LINES = 24  # settings in a chart of curves: more cannot be told apart
+MOST_LINES = 24  # settings in a chart of curves with a legend: more cannot be told apart
+MOST_LABELLED = 60  # with a name at the end of each line; of still more, the best MOST_LINES
 
 
 def points(part: paper.Part, number: int) -> list[Chart]:
@@ -112,20 +113,20 @@ def beats(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def curves(sweep: Sweep) -> list[Chart]:
-    """Small multiples: a chart per number, a line per setting: the mean over the seeds, at steps
-    that all of them logged."""
-    import pandas as pd
-
-    chosen = sweep.ranked[:MOST_LINES] or sweep.settings[:MOST_LINES]
+    """Small multiples: a chart per number, a line per setting."""
+    chosen = sweep.ranked or sweep.settings
+    if len(chosen) > MOST_LABELLED:
+        chosen = chosen[:MOST_LINES]
+    draw = lines if len(chosen) <= MOST_LINES else labelled
     found = []
     for name in CURVES:
-        data = []
-        for n, setting in enumerate(chosen):
-            every = [c for r in setting.runs if (c := r.curves.get(f"train/{name}")) is not None]
-            if every:
-                mean = pd.concat(every, axis=1, join="inner").mean(axis=1)
-                data.append(series(setting.name, mean.index.tolist(), mean.tolist(), **nth(n)))
+        means = [(setting.name, setting.curve(f"train/{name}")) for setting in chosen]
+        data = [
+            series(label, mean.index.tolist(), mean.tolist(), **nth(n))
+            for n, (label, mean) in enumerate(means)
+            if mean is not None and len(mean)
+        ]
         if data:
             key = f"curves_{name.replace('/', '_')}"
-            found.append(lines(key, f"train/{name}", "outer step", unit(name), data))
+            found.append(draw(key, f"train/{name}", "outer step", unit(name), data))
     return found

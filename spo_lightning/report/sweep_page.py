@@ -33,6 +33,12 @@ FRONT = (
 CURVES = (
     "On the training pairs; means over seeds at each logged step. Losses of objectives differ."
 )
+OWN = (
+    "Whether each setting lowered the loss that it trains on, on held-out rows; it does not "
+    "compare them. A loss that follows earlier batches, or how far the policy has moved, is "
+    "another one at every look."
+)
+OWN_HEAD = ("setting", "at first", "at last", "change", "lowest", "at step")
 NUMBERS = ("number", "meaning")
 JOBS = ("run", "state", "seconds, all stages", "displacement alarm at step", "error")
 
@@ -55,6 +61,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("Over the grid", heats(sweep), "An empty field has no run."),
         Section("Quality against displacement", front(sweep), FRONT),
         Section("Curves", curves(sweep), CURVES),
+        Section("Own loss", own_loss(sweep), OWN),
         Section("Over-optimisation", overoptimisation.blocks(sweep), overoptimisation.ABOUT),
         Section(
             "Pair by pair, with the best setting",
@@ -173,6 +180,19 @@ def differences(sweep: Sweep) -> list[Any]:
         return []
     table = Table("differences", [f"{sweep.ranked[0].name}, minus", *sweep.names], rows)
     return [table, Note("* the 95% interval does not hold zero.")]
+
+
+def own_loss(sweep: Sweep) -> list[Table]:
+    """Held-out loss of each setting over its looks; none where it was looked at once."""
+    rows = []
+    for setting in sweep.settings:
+        curve = setting.curve("eval/loss")
+        if curve is not None and len(curve) > 1:
+            first, last, lowest = (
+                float(it) for it in (curve.iloc[0], curve.iloc[-1], curve.min())
+            )
+            rows.append([setting.name, first, last, last - first, lowest, int(curve.idxmin())])
+    return [Table("own_loss", OWN_HEAD, rows)] if rows else []
 
 
 def starred(apart: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ from spo_lightning.records.directory import CHOICES
 from spo_lightning.report import page, paper, sweep_charts, sweep_page
 from spo_lightning.report.__main__ import main as report_main
 from spo_lightning.report.build import build, content, found
+from spo_lightning.report.charts import spread
 from spo_lightning.report.page import Note, Table, visible
 from spo_lightning.report.reading import POINTS, read, runs_of
 from spo_lightning.report.watch import serve
@@ -26,6 +27,7 @@ COLUMNS = (
     *("train/logps/chosen", "train/logps/rejected", "train/rewards/margins", "train/loss"),
     *("train/displacement/chosen", "train/displacement/rate", "train/displacement/alarm"),
     *("train/learning_rate", "train/ches/mean", "eval/mass/top10", "eval/displacement/chosen"),
+    "eval/loss",
 )
 HOSTILE = {
     "script": "</script><script>window.harmed=1</script><img src=x onerror=harmed=1>",
@@ -53,7 +55,7 @@ def written(
         writer.writerow(["step", *COLUMNS])
         for step in range(1, steps + 1):
             late = step / steps
-            held = ["", ""] if step % 50 else [1 - late / 10, -late]
+            held = ["", "", ""] if step % 50 else [1 - late / 10, -late, 0.7 - late / 5]
             numbers = [
                 -2 - late,
                 -3 - 2 * late,
@@ -387,6 +389,38 @@ def test_a_sweep(tmp_path):
     assert (tmp_path / "sweep/report.html").exists() is False
     assert [p.name for p in build([tmp_path / "sweep"])] == ["report.html", "table.md", "figures"]
     assert (tmp_path / "sweep/figures/heat_win_rate.svg").exists()
+
+
+def test_more_settings_than_a_legend_tells_apart(tmp_path):
+    for beta in range(30):
+        config = {"loss": {"beta": beta}}
+        written(tmp_path / f"sweep/{beta}", final=FINAL, config=config)
+    found = blocks([tmp_path / "sweep"])
+    (chart,) = [c for c in found["Curves"] if c.key == "curves_displacement_chosen"]
+    told = chart.layout["annotations"]
+    names = {f"loss.beta={beta}" for beta in range(30)}
+    assert {one["name"] for one in chart.data} == {one["text"] for one in told} == names
+    places = [one["ay"] for one in told]
+    apart = [b - a for a, b in zip(places, places[1:])]
+    assert min(apart) == pytest.approx(0.99 / 30) and max(places) < 0
+    (table,) = found["Own loss"]
+    row = [0.6, 0.5, -0.1, 0.5, 100]
+    assert all(own[1:] == pytest.approx(row) for own in table.rows) and len(table.rows) == 30
+    build([tmp_path / "sweep"])
+    still = (tmp_path / "sweep/figures/curves_displacement_chosen.svg").read_text()
+    assert all(f"<!-- {name} -->" in still for name in names)
+    for beta in range(30, 61):
+        config = {"loss": {"beta": beta}}
+        written(tmp_path / f"sweep/{beta}", final=FINAL, config=config)
+    (chart,) = [
+        c for c in blocks([tmp_path / "sweep"])["Curves"] if c.key == "curves_displacement_chosen"
+    ]
+    assert len(chart.data) == 24 and "annotations" not in chart.layout
+
+
+def test_names_at_the_ends_of_lines_by_hand():
+    assert spread([0, 0, 0.5, 5], 1, 5) == [0, 1, 2, 5]
+    assert spread([4.9, 5, 5], 1, 5) == [3, 4, 5]
 
 
 def test_a_map_says_what_it_averages(tmp_path):
