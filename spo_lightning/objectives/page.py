@@ -10,7 +10,7 @@ from spo_lightning.objectives.picture import RANGE, Pushes, pushes, svg
 HEAD = r"""# All objectives
 
 Written by `python -m spo_lightning.objectives --output docs`, from the yamls in `conf/loss` and
-the functions that they name.
+the functions that they name. [How far each agrees with its sources](objectives-checked.md).
 
 $\ell_w$, $\ell_l$ are the log-probabilities of the chosen and the rejected answer under the
 policy, summed over their $n_w$, $n_l$ tokens; $s_w$, $s_l$ the same less the reference's
