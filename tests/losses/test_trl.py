@@ -1,4 +1,5 @@
-"""Our log-probabilities and a DPO trajectory against TRL 1.16's own, on real pairs and weights."""
+"""Our log-probabilities and ten steps of each loss against TRL 1.16's own, on real pairs and
+weights."""
 
 import math
 from functools import partial
@@ -8,6 +9,8 @@ import peer
 import pytest
 import torch
 from fitting import fitted, objective, scored
+from sources import facts
+from test_peers import SAME
 
 from spo_lightning import losses
 from spo_lightning.data.batch import draws
@@ -18,7 +21,7 @@ from spo_lightning.models.scorer import reference_logps
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MODEL, DATA = SHARED / "models/stories260k", SHARED / "data/gsm8k"
-LENGTH, BETA, STEPS, SIZE, LR, CLIP = 512, 0.1, 20, 4, 3e-4, 1.0
+LENGTH, BETA, STEPS, SIZE, LR, CLIP = 512, 0.1, 10, 4, 1e-4, 1.0
 
 pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="needs ../shared, which is absent")
 
@@ -75,7 +78,7 @@ def encoded(rows):
     return found.pairs
 
 
-def trl_trainer(rows, directory, loss_type="sigmoid"):
+def trl_trainer(rows, directory, loss_type="sigmoid", **more):
     """TRL's trainer over ``rows`` in the given order."""
     trl = peer.trl()
     from datasets import Dataset
@@ -104,6 +107,7 @@ def trl_trainer(rows, directory, loss_type="sigmoid"):
         report_to=[],
         disable_tqdm=True,
         seed=0,
+        **more,
     )
     columns = [{name: row[name] for name in ("prompt", *SIDES)} for row in rows]
     return peer.in_order(trl.DPOTrainer)(
@@ -149,37 +153,48 @@ def test_values_at_the_start(encoded):
         assert abs(first["train/rewards/margins"]) < 1e-5
 
 
-def test_a_dpo_trajectory_equals_trls(rows, encoded, tmp_path):
+SEEN = ("dpo", "aot")  # the others are of the same kinds, and take minutes together
+
+
+@pytest.mark.parametrize(
+    ("theirs", "name", "keys", "settings"),
+    [
+        pytest.param(*case, marks=[] if case[1] in SEEN else [pytest.mark.slow], id=case[1])
+        for case in SAME
+    ],
+)
+def test_a_trajectory_equals_trls(theirs, name, keys, settings, rows, encoded, tmp_path):
     steps = draws(100, SIZE, 0, 0)
     order = [row for _ in range(STEPS) for row in next(steps)]
-    trainer = trl_trainer([rows[i] for i in order], tmp_path)
+    trainer = trl_trainer([rows[i] for i in order], tmp_path, theirs, **settings)
     trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]
-    made = opened()
+    made, whole = opened(), facts(name)[1]
+    words = [f"loss.{key}={value}" for key, value in {"beta": BETA, **keys}.items()]
     fit = fitted(
         made,
-        objective("loss=dpo", f"loss.beta={BETA}", "solver=none"),
+        objective(f"loss={name}", *words, "solver=none"),
         scored(made.lm, encoded),
         steps=STEPS,
         batch_size=SIZE,
-        micro=2,
+        micro=SIZE if whole else 2,
+        whole_batch=whole,
         clip_norm=CLIP,
         optimizer=partial(torch.optim.AdamW, lr=LR, weight_decay=0.0),
     )
     assert len(logged) == len(fit.numbers) == STEPS
-    ours, theirs = (
-        [row[name] for row in of] for of, name in ((fit.numbers, "train/loss"), (logged, "loss"))
-    )
-    assert ours == pytest.approx(theirs, abs=1e-4)
-    assert min(ours) < 0.6  # it has moved
-    for name, tolerance in (
+    for key, tolerance in (
+        ("loss", 1e-4),
         ("rewards/chosen", 1e-3),
         ("rewards/margins", 1e-3),
         ("grad_norm", 1e-2),
         ("logps/chosen", 1e-2),
     ):
-        mine = [row[f"train/{name}"] for row in fit.numbers]
-        assert mine == pytest.approx([row[name] for row in logged], abs=tolerance), name
+        mine, its = [row[f"train/{key}"] for row in fit.numbers], [row[key] for row in logged]
+        off = max(abs(a - b) / max(1, abs(b)) for a, b in zip(mine, its, strict=True))
+        print(f"{name} {key}: {off:.1e} in {STEPS} steps, from {mine[0]:.4f} to {mine[-1]:.4f}")
+        assert off < tolerance, key  # of numbers above 1 as a share of them
+    assert max(abs(row["rewards/margins"]) for row in logged) > 0.02  # it has moved
     assert [row["train/num_tokens"] for row in fit.numbers] == [
         row["num_tokens"] for row in logged
     ]
