@@ -128,7 +128,7 @@ def labelled(key: str, title: str, x: str, y: str, data: Sequence[Mapping[str, A
     first, last = (pick(v for one in data for v in one["x"]) for pick in (min, max))
     gap, beside = (top - low) / len(data), (last - first) / 20
     names = [one["name"][:LETTERS] for one in ends]
-    layout = axes(x, y) | {"margin": {"r": 15 + 6 * max(map(len, names))}}
+    layout: dict[str, Any] = axes(x, y) | {"margin": {"r": 15 + 6 * max(map(len, names))}}
     layout["xaxis"]["range"] = [first, last + beside]
     layout["yaxis"]["range"] = [low - gap, top + gap]
     layout["annotations"] = [

@@ -21,7 +21,7 @@ from spo_lightning.models.scorer import reference_logps
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MODEL, DATA = SHARED / "models/stories260k", SHARED / "data/gsm8k"
-LENGTH, BETA, STEPS, SIZE, LR, CLIP = 512, 0.1, 10, 4, 1e-4, 1.0
+LENGTH, BETA, STEPS, SIZE, LR, CLIP = 512, 0.1, 10, 4, 3e-5, 1.0
 
 pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="needs ../shared, which is absent")
 
