@@ -51,6 +51,11 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     ),
     ("cache.", lambda c: not c.cache.get("enabled", True), "cache.enabled is false"),
     ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
+    (
+        "eval.judge.",
+        lambda c: not OmegaConf.select(c, "eval.judge.every_n_steps"),
+        "eval.judge.every_n_steps is 0",
+    ),
     ("optimizer.", lambda c: c.get("max_steps") == 0, "max_steps is 0: nothing is trained"),
     (
         "optimizer.bf16",
@@ -101,6 +106,7 @@ STREAM: list[tuple[str, Callable[[Any], bool], str]] = [
     ("hardware.devices", lambda v: v > 1, "the file is read by one process: set it to 1"),
 ]
 READ_ALWAYS = (
+    "eval.judge.every_n_steps",
     *("model.lora.rank", "sft.max_steps", "cache.enabled"),
     *("model.lora.fresh", "model.lora.merge"),  # adapters of a checkpoint need no rank
     *(f"diagnostics.{d}.every_n_steps" for d in DIAGNOSTICS),
@@ -277,6 +283,15 @@ def _check_looks(cfg: DictConfig) -> None:
         raise UserError(
             f"{key}={looks}: it reads held-out numbers, so it must be a multiple of {other} "
             f"({evaluated}), and that above 0"
+        )
+    wins, quality = "eval.judge.every_n_steps", "diagnostics.quality.every_n_steps"
+    counted = [key for key in (wins, quality) if OmegaConf.select(cfg, key)]
+    if len(counted) > 1:
+        raise UserError(f"{wins} and {quality} both count wins, of other prompts: leave one out")
+    monitor = OmegaConf.select(cfg, "checkpoint.monitor")
+    if str(monitor).startswith("eval/win_rate") and not counted:
+        raise UserError(
+            f"checkpoint.monitor={monitor}: nothing counts wins in training: set {wins}"
         )
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from spo_lightning import losses
@@ -14,6 +13,7 @@ from spo_lightning.data.chat import shown
 from spo_lightning.data.sets import Pairs
 from spo_lightning.evaluation import groups
 from spo_lightning.evaluation.totals import Totals, pair_numbers, wilson
+from spo_lightning.evaluation.wins import Against, Judged
 from spo_lightning.models.generate import Decoding, answers
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.scorer import Scorer, reference_logps
@@ -33,6 +33,7 @@ class PairScores(NamedTuple):
     by: groups.Numbers
     chosen_delta: list[float | None]  # [N]
     rejected_delta: list[float | None]
+    parts: list[dict[str, groups.Part]]  # what each pair adds to every sum and count
 
 
 @torch.no_grad()
@@ -106,11 +107,11 @@ def pair_scores(
     if pairs.orders:
         means |= _of_orders(pairs, parts, [*parts])
         by = {group: some | _of_orders(pairs, parts, of[group]) for group, some in by.items()}
-    moved = (
+    chosen, rejected = (
         [it[name][0] / beta if it.get(name, (0, 0))[1] else None for it in parts.values()]
         for name in ("rewards/chosen", "rewards/rejected")
     )
-    return PairScores(means, by, *moved)
+    return PairScores(means, by, chosen, rejected, [*parts.values()])
 
 
 def _with_interval(numbers: dict[str, float], name: str, count: int) -> dict[str, float]:
@@ -158,6 +159,8 @@ class HeldOut(NamedTuple):
     by: groups.Numbers  # the same of each group of rows, where there are any
     answers: Answers
     scores: PairScores | None
+    rewards: bool  # of a reward model
+    judged: Judged | None  # sampled answers against their rivals
 
     @property
     def told(self) -> dict[str, Any]:
@@ -175,13 +178,13 @@ def held_out(
     beta: float,
     by: str | None,
     how: Decoding,
-    rivals: Sequence[str] | None,
+    against: Against | None,
     precision: Callable[[], AbstractContextManager],
     stages: Stages,
 ) -> HeldOut:
     """All held-out numbers of a policy, over all rows and in the groups that they and the column
     ``by`` make; without rows, of what ranks and answers nothing, those of pairs alone.
-    ``rivals``: the init's samples, for win_rate."""
+    ``against``: what a win is counted against."""
     scores = None
     if len(pairs):
         scores = pair_scores(
@@ -194,16 +197,12 @@ def held_out(
         )
     if not rows:
         found = (scores.means, scores.by) if scores else ({}, {})
-        return HeldOut(*found, Answers([], [], {}), scores)
+        return HeldOut(*found, Answers([], [], {}), scores, policy.rewards, None)
     greedy = greedy_answers(policy, rows, task, how, stages)
-    mine = None if rivals is None else samples(policy, rows, task, how, MINE, stages)
+    won = None if against is None else judged(policy, rows, task, how, against, stages)
 
     def numbers(places: Sequence[int], texts: dict[str, float], pairs: dict) -> dict[str, float]:
-        found = {**texts, **pairs}
-        if rivals is not None and mine is not None:
-            theirs = [rivals[place] for place in places]
-            found["win_rate"] = win_rate(task.judge, [mine[place] for place in places], theirs)
-        return found
+        return {**texts, **pairs, **(won.numbers(places) if won else {})}
 
     told = {}
     for group, places in groups.places_by(groups.groups_of(rows, by)).items():
@@ -211,16 +210,28 @@ def held_out(
         pairs_of = scores.by.get(group, {}) if scores else {}
         told[group] = numbers(places, text_numbers(task, *some), pairs_of)
     whole = numbers(range(len(rows)), greedy.numbers, scores.means if scores else {})
-    return HeldOut(whole, told, greedy, scores)
+    return HeldOut(whole, told, greedy, scores, False, won)
 
 
-def rivals_of(
-    cfg: DictConfig, policy: Policy, task: Any, rows: Sequence[dict], stages: Stages
-) -> list[str] | None:
-    """The samples that a win is counted against; None where the data has no judge."""
-    if task.judge is None:
-        return None
-    return samples(policy, rows, task, Decoding.of(cfg, seed=cfg.seed), RIVALS, stages)
+def judged(
+    policy: Policy,
+    rows: Sequence[dict],
+    task: Any,
+    how: Decoding,
+    against: Against,
+    stages: Stages,
+) -> Judged:
+    """The policy's samples against the rivals' answers; the first process asks the judge."""
+    mine = samples(policy, rows, task, how, MINE, stages)
+    theirs, judge = against.texts, against.judge
+    verdicts = stages.world.once(lambda: judge.compare(rows, mine, theirs))
+    alone = policy.tokenizer, {"add_special_tokens": False, "verbose": False}
+    lengths = [[len(ids) for ids in _ids(texts, *alone)] for texts in (mine, theirs)]
+    return Judged(mine, theirs, verdicts, [*zip(*lengths)])
+
+
+def _ids(texts: Sequence[str], tokenizer: Any, how: dict[str, Any]) -> list[list[int]]:
+    return tokenizer([*texts], **how)["input_ids"] if texts else []
 
 
 def samples(
@@ -257,12 +268,6 @@ def text_numbers(task: Any, rows: Sequence[dict], texts: Sequence[str]) -> dict[
             references=[said(row["chosen"]) for row in rows if "chosen" in row],
         )
     return {name: float(value) for name, value in numbers.items()}
-
-
-def win_rate(judge: Callable[[str], float], mine: Sequence[str], theirs: Sequence[str]) -> float:
-    """Share of prompts on which my sample beats theirs under the judge; ties count half."""
-    scores = [(judge(a), judge(b)) for a, b in zip(mine, theirs)]
-    return sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in scores) / len(scores)
 
 
 def side_by_side(

@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.yaml, status.json, metrics.csv, metrics.json, samples.jsonl."""
+"""What a run leaves behind: config.yaml, status.json, metrics.csv and .json, rows as .jsonl."""
 
 import csv
 import html
@@ -181,10 +181,11 @@ class RunDir:
         if self.writes:
             write_text(self.path / "metrics.json", json.dumps(numbers, indent=1) + "\n")
 
-    def note_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    def note_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """``samples.jsonl``, ``pairs.jsonl``."""
         if self.writes:
-            write_text(self.path / "samples.jsonl", text)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(self.path / name, text)
 
 
 class MetricsCsv:

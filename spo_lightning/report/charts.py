@@ -34,6 +34,8 @@ UNITS = {
     "preference": "share of pairs",
     "exact_match": "share of prompts",
     "win_rate": "share of prompts, ties half",
+    "judge": "share of prompts",
+    "tokens": "tokens, mean",
     "entropy": "bits",
     "mass": "probability",
     "loss/lower": "nats per token",

@@ -68,6 +68,7 @@ class Browsed:
     rows: Sequence[Sequence[Cell | Text]]
     marks: Sequence[str]  # of each row, apart by spaces
     menu: Mapping[str, str]
+    digits: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ ENDED_BADLY = ("failed", "interrupted", "died")
 LAST_LINES = 200  # of train.log
 TEXTS = ("prompt", "reference", "chosen", "rejected", "before", "after")  # of a sample
 DELTAS = ("chosen_delta", "rejected_delta")
+PAIR_TEXTS = ("prompt", "chosen", "rejected", "answer", "rival")  # of a row of pairs.jsonl
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,7 @@ def read(path: Path, name: str, job: Mapping[str, str]) -> Run:
     problems: list[str] = []
 
     def content(file: str) -> bytes:
-        place = path / file
-        # a link may lead to a file that is not the run's
-        if not place.is_file() or not place.resolve().is_relative_to(path.resolve()):
-            return b""
-        try:
-            return place.read_bytes()
-        except OSError as error:
-            problems.append(f"{file}: unreadable ({error.strerror})")
-            return b""
+        return _content(path, file, problems.append)
 
     def text(file: str) -> str:
         return private(content(file).decode("utf-8", "replace"))
@@ -149,12 +142,34 @@ def read(path: Path, name: str, job: Mapping[str, str]) -> Run:
         choices=_texts(choices) or _texts(metrics.get("choices")),
         curves=curves,
         alarm=alarm,
-        samples=_samples(text("samples.jsonl"), problems.append),
+        samples=[*map(_sample, _rows(text("samples.jsonl"), "samples.jsonl", problems.append))],
         log="\n".join(text("train.log").splitlines()[-LAST_LINES:]),
         state=state,
         error=error,
         problems=problems,
     )
+
+
+def pairs_of(run: Run, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Rows of pairs.jsonl, which a page of one run alone reads: texts and numbers."""
+    content = _content(run.path, "pairs.jsonl", tell)
+    rows = _rows(private(content.decode("utf-8", "replace")), "pairs.jsonl", tell)
+    return [
+        {name: row[name] for name in PAIR_TEXTS if isinstance(row.get(name), str)} | _numbers(row)
+        for row in rows
+    ]
+
+
+def _content(path: Path, file: str, tell: Callable[[str], None]) -> bytes:
+    place = path / file
+    # a link may lead to a file that is not the run's
+    if not place.is_file() or not place.resolve().is_relative_to(path.resolve()):
+        return b""
+    try:
+        return place.read_bytes()
+    except OSError as error:
+        tell(f"{file}: unreadable ({error.strerror})")
+        return b""
 
 
 def _parsed(text: str) -> Any:
@@ -240,11 +255,11 @@ def _thinned(curve: Any) -> Any:
     return curve.iloc[sorted({*range(0, len(curve), every), len(curve) - 1})]
 
 
-def _samples(text: str, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def _rows(text: str, file: str, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = [_parsed(line) for line in text.split("\n") if line.strip()]
-    found = [_sample(row) for row in rows if isinstance(row, dict)]
+    found = [row for row in rows if isinstance(row, dict)]
     if len(found) < len(rows):
-        tell(f"samples.jsonl: {len(rows) - len(found)} unreadable row(s) left out")
+        tell(f"{file}: {len(rows) - len(found)} unreadable row(s) left out")
     return found
 
 

@@ -5,8 +5,16 @@ from itertools import cycle
 from typing import Any
 
 from spo_lightning.report.charts import GREY, Chart, histogram, lines, series, unit
-from spo_lightning.report.page import Folded, Note, Samples, Section, Table
-from spo_lightning.report.reading import ALARM, DELTAS, LAST_LINES, TEXTS, Run
+from spo_lightning.report.page import Browsed, Folded, Note, Samples, Section, Table
+from spo_lightning.report.reading import (
+    ALARM,
+    DELTAS,
+    LAST_LINES,
+    PAIR_TEXTS,
+    TEXTS,
+    Run,
+    pairs_of,
+)
 from spo_lightning.report.style import COLOURS
 
 WORST = 20  # pairs in the table of those that lost most
@@ -37,6 +45,12 @@ GROUPED = (
 )  # numbers of groups of held-out rows that the table shows
 PROBABILITY = ("logps", "mass", "displacement_rate", "displacement")  # charts that come first
 SPLITS = ("train", "eval")
+KINDS = {  # of pairs: how the menu calls them, and which they are
+    "wrong": ("margin below 0", lambda row: row.get("rewards/margins", 0) < 0),
+    "won": ("answer won", lambda row: row.get("verdict", 0) > 0.5),
+    "lost": ("answer lost", lambda row: row.get("verdict", 1) < 0.5),
+    "displaced": ("chosen answer lost probability", lambda row: row.get("rewards/chosen", 0) < 0),
+}
 ABOUT = (
     "A margin may grow while the chosen answers lose probability (displacement): then the mass "
     "goes to answers that nobody chose. A dotted line marks the step of the alarm."
@@ -52,6 +66,7 @@ def sections(run: Run) -> list[Section]:
         Section("Before and after", [*told(run), *numbers(run)], "Held-out numbers."),
         Section("Where the probability goes", [*goes, *balance(run)], ABOUT),
         Section("Pair by pair", [*spread(run), *lost(run)], "Held-out pairs: change in nats."),
+        Section("Every pair", every_pair(run), "Numbers after training, as pairs.jsonl has them."),
         Section(
             "Samples",
             [Samples(run.samples)] if run.samples else [],
@@ -196,6 +211,26 @@ def lost(run: Run) -> list[Any]:
     )
     head = [*TEXTS, "chosen, nats", "rejected, nats"]
     return [Note(note), Table("lost", head, cells, digits=2)]
+
+
+def every_pair(run: Run) -> list[Any]:
+    """To be sorted by any number and searched."""
+    problems: list[str] = []
+    rows = pairs_of(run, problems.append)
+    names = dict.fromkeys(name for row in rows for name in row)
+    texts = [name for name in PAIR_TEXTS if name in names]
+    head = ["row", *texts, *(name for name in names if name not in ("row", *texts))]
+    marks = [[mark for mark, (_, holds) in KINDS.items() if holds(row)] for row in rows]
+    known = {mark for some in marks for mark in some}
+    menu = {mark: told for mark, (told, _) in KINDS.items() if mark in known}
+    cells = [[int(row[n]) if n in row and _whole(n) else row.get(n) for n in head] for row in rows]
+    notes = [Note(problem, alarm=True) for problem in problems]
+    told = [*map(" ".join, marks)]
+    return [*notes, Browsed("every", head, cells, told, menu, digits=2)] if rows else notes
+
+
+def _whole(name: str) -> bool:
+    return name == "row" or name.startswith("tokens/")
 
 
 def others(run: Run) -> list[Chart]:

@@ -2,15 +2,19 @@
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning.errors import UserError
 from spo_lightning.records.progress import Stages, Stop, quiet
+from spo_lightning.run.judging import against, chosen
 from spo_lightning.run.record import Begun, Opened, Read, Stage, grown, walk
 from spo_lightning.world import World
 
 if TYPE_CHECKING:
     from spo_lightning.data.sets import Pairs
+    from spo_lightning.evaluation.held_out import HeldOut
+    from spo_lightning.evaluation.wins import Against
     from spo_lightning.models.policy import Policy
     from spo_lightning.models.scorer import Scorer
 
@@ -19,10 +23,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Compared(Opened):
-    """The model that it is compared with, and its samples."""
+    """The model that it is compared with, and the answers."""
 
     reference: "Policy | None"  # None: what needs one is left out
-    rivals: list[str] | None  # None: the data has no judge, or there is no reference
+    against: "Against | None"  # None: nothing is judged
 
 
 @dataclass(frozen=True)
@@ -31,26 +35,31 @@ class Tokenised(Compared):
 
     scorer: "Scorer"
     held: "Pairs"
+    rows: list[dict]  # of text, that the pairs were made of
+    of: list[int]  # for each of them the held-out row that it belongs to
 
 
 @dataclass(frozen=True)
 class Measured(Tokenised):
     """What eval.json holds."""
 
-    numbers: dict[str, Any]
+    found: "HeldOut"
 
 
 def evaluate(cfg: Any, world: World) -> dict[str, Any]:
     """The held-out numbers of ``checkpoint``, against ``reference`` where there is one."""
+    from spo_lightning.evaluation.rivals import check_rival
     from spo_lightning.models.sources import check
 
     for where in (cfg.checkpoint, cfg.reference, cfg.base):
         if where is not None:
             check(where)
+    check_rival(cfg.eval.rival)
+    chosen(cfg)
     stages = Stages(lambda *_: None, Stop(), "Run the command again.", world)
     stages.stop.install()
     quiet()
-    return walk(STAGES, Begun(cfg, world, stages, {})).numbers
+    return walk(STAGES, Begun(cfg, world, stages, {})).found.told
 
 
 def data(at: Begun) -> Read:
@@ -96,16 +105,17 @@ def _refuse_likelihoods(at: Read, kind: str) -> None:
 
 
 def reference(at: Opened) -> Compared:
-    """The reference, if one is named, and its samples."""
-    from spo_lightning.evaluation.held_out import rivals_of
+    """The reference, if one is named, and the answers that the policy's are judged against."""
     from spo_lightning.models.policy import check_same_tokens, opened
 
-    if at.cfg.reference is None:
-        return grown(Compared, at, reference=None, rivals=None)
-    theirs = opened(at.cfg.reference, at.cfg, at.world.device)
-    check_same_tokens(at.policy.tokenizer, theirs.tokenizer, at.cfg.reference)
-    rivals = rivals_of(at.cfg, theirs, at.task, at.task.held_out, at.stages)
-    return grown(Compared, at, reference=theirs, rivals=rivals)
+    theirs = None
+    if at.cfg.reference is not None:
+        theirs = opened(at.cfg.reference, at.cfg, at.world.device)
+        check_same_tokens(at.policy.tokenizer, theirs.tokenizer, at.cfg.reference)
+    rivals = None
+    if not (at.policy.rewards or at.policy.template is not None):
+        rivals = against(at, at.cfg, theirs, at.task.held_out)
+    return grown(Compared, at, reference=theirs, against=rivals)
 
 
 def pairs(at: Compared) -> Tokenised:
@@ -120,9 +130,11 @@ def pairs(at: Compared) -> Tokenised:
     from spo_lightning.sampling.pairing import sampled
 
     cfg, rows, tokenizer = at.cfg, at.task.held_out, at.policy.tokenizer
+    of = list(range(len(rows)))
     if at.task.samples:
         theirs = at.reference
-        rows = [] if theirs is None else sampled(cfg, at.task, rows, theirs, at.stages)[0]
+        none = [], [], 0
+        rows, of, _ = none if theirs is None else sampled(cfg, at.task, rows, theirs, at.stages)
     template = at.policy.template
     if template is not None:
         rows = questions(rows, template, tokenizer)
@@ -134,7 +146,7 @@ def pairs(at: Compared) -> Tokenised:
     if template is not None:
         held = to_letters(held)
     scorer = scorer_of(at.policy, longest_of(held.pairs), share=True, logits=logits)
-    return grown(Tokenised, at, scorer=scorer, held=held)
+    return grown(Tokenised, at, scorer=scorer, held=held, rows=rows, of=of)
 
 
 def scored(at: Tokenised) -> Tokenised:
@@ -161,19 +173,35 @@ def measured(at: Tokenised) -> Measured:
     how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": beta}
     how |= {
         "by": at.cfg.eval.by,
-        "rivals": at.rivals,
+        "against": at.against,
         "precision": at.precision,
         "stages": at.stages,
     }
     found = held_out(at.policy, at.scorer, at.task, rows, at.held, **how)
-    return grown(Measured, at, numbers=found.told)
+    return grown(Measured, at, found=found)
+
+
+def told(at: Measured) -> Measured:
+    """Every pair's numbers, beside the output."""
+    from spo_lightning.evaluation.each_pair import each_pair, lines, place_of
+    from spo_lightning.records.directory import write_text
+
+    cfg = at.cfg
+    rows = each_pair(at.rows, at.of, at.held, at.found, cfg.eval.pairs)
+    if rows and cfg.eval.pairs != "off" and at.world.first:
+        place = place_of(Path(cfg.output))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_text(place, "".join(lines(rows)))
+        log.info("Every pair's numbers: %s", place)
+    return at
 
 
 STAGES = [
     Stage("data", data, "a pass over the rows", "begins again"),
     Stage("policy", policy, "a model's load", "begins again"),
-    Stage("reference: samples", reference, "a model's load and answers", "begins again"),
+    Stage("reference: samples", reference, "loads and answers of models", "begins again"),
     Stage("pairs", pairs, "a pass over the rows", "begins again"),
     Stage("reference", scored, "a forward of every pair", "begins again"),
     Stage("held-out", measured, "forwards and answers", "begins again"),
+    Stage("each pair", told, "nothing", "begins again"),
 ]

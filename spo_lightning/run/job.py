@@ -12,6 +12,7 @@ from spo_lightning.records import checkpoints, loggers
 from spo_lightning.records.directory import RunDir, cut_after
 from spo_lightning.records.progress import quiet
 from spo_lightning.records.summary import run_table
+from spo_lightning.run import judging
 from spo_lightning.world import World
 
 if TYPE_CHECKING:
@@ -56,11 +57,20 @@ class Job:
         self.numbers.update({**first, "steps": 0, "seconds": seconds})
         self.run.note_metrics(self.numbers)
 
-    def end(self, after: "HeldOut", steps: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """What is left to be read: numbers, answers before and after, a table in the terminal."""
+    def end(
+        self,
+        after: "HeldOut",
+        steps: int,
+        samples: Sequence[Mapping[str, Any]],
+        pairs: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """What is left to be read: numbers, answers before and after, every pair's numbers, a
+        table in the terminal."""
         self.numbers.update({"final": after.told, "steps": steps})
         self.run.note_metrics(self.numbers)
-        self.run.note_samples(samples)
+        self.run.note_rows("samples.jsonl", samples)
+        if pairs:
+            self.run.note_rows("pairs.jsonl", pairs)
         if self.run.writes:
             loggers.tell(self.run.path, self.numbers, samples)
         log.info("\n%s\n", run_table(self.numbers))
@@ -70,11 +80,14 @@ class Job:
 
 def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: World) -> Job:
     """Everything that can be refused before something slow is begun."""
+    from spo_lightning.evaluation.rivals import START, check_rival
     from spo_lightning.losses import asks
     from spo_lightning.models.device import set_threads
     from spo_lightning.models.sources import check_sources
 
     check_sources(cfg.model)
+    check_rival(cfg.eval.get("rival", START))
+    judging.chosen(cfg)
     set_threads(cfg.hardware)
     quiet()
     loss, solver = objective(cfg)

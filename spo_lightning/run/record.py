@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spo_lightning.data.rows import Task
     from spo_lightning.data.sets import Pairs
     from spo_lightning.evaluation.held_out import HeldOut
+    from spo_lightning.evaluation.wins import Against
     from spo_lightning.models.policy import Policy
     from spo_lightning.models.scorer import Scorer
     from spo_lightning.records.progress import Stages
@@ -79,10 +80,10 @@ class Referenced(Tokenised):
 
 @dataclass(frozen=True)
 class Measured(Referenced):
-    """The held-out numbers before training, and the start's samples that a win is counted by."""
+    """The held-out numbers before training, and what a win is counted against."""
 
     before: "HeldOut"
-    rivals: list[str] | None  # None: the data has no judge
+    against: "Against | None"  # None: nothing is judged
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """The stages of sampling, top to bottom: prompts to answers, judged, to a file of pairs."""
 
-import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo_lightning.config.build import built
 from spo_lightning.errors import UserError
 from spo_lightning.records.progress import Stages, Stop, quiet
 from spo_lightning.run import stages as shared
+from spo_lightning.run.judging import called, judge_of
 from spo_lightning.run.record import Begun, Opened, Read, Stage, grown, walk
 from spo_lightning.sampling.record import record_of
 from spo_lightning.world import World
@@ -51,16 +50,6 @@ def refuse_output(cfg: Any) -> None:
         raise UserError(f"output={output}: there is a file, and not of this command: name another")
 
 
-def called(node: Any, where: str) -> Any:
-    """A judge or strategy, its keys checked before anything slow."""
-    made = built(node)
-    try:
-        inspect.signature(made.func).bind_partial(**made.keywords)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}; see conf/{where} for its keys") from error
-    return made
-
-
 def prompts(at: Read) -> Read:
     """The rows to be answered, each prompt once: of a file, or the data's own."""
     from spo_lightning.models.device import set_threads
@@ -75,22 +64,12 @@ def prompts(at: Read) -> Read:
 
 def sampled(at: Opened) -> Drawn:
     """Every prompt's answers, judged."""
-    from spo_lightning.judges.local import Asked
-    from spo_lightning.models.policy import opened
     from spo_lightning.sampling.draw import draw
 
-    cfg, device = at.cfg, at.world.device
-    asked = Asked(
-        at.task,
-        at.policy,
-        lambda where: opened(where, cfg.model, device),
-        at.precision,
-        at.stages,
-        cfg.eval.batch_size,
-        cfg.max_length,
-    )
-    judge = called(cfg.judge, "judge")(asked)
-    return grown(Drawn, at, record=draw(cfg, at.policy, at.task.train, judge, at.stages))
+    judge = judge_of(at, at.cfg.model)
+    if judge is None:
+        raise UserError("judge=task: this data has none: choose answer, function or likelihood")
+    return grown(Drawn, at, record=draw(at.cfg, at.policy, at.task.train, judge, at.stages))
 
 
 def chosen(at: Drawn) -> Chosen:

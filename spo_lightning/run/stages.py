@@ -11,6 +11,7 @@ from spo_lightning.config.knobs import warm_start_steps
 from spo_lightning.errors import UserError
 from spo_lightning.run import record as known
 from spo_lightning.run.job import Job, loss_of
+from spo_lightning.run.judging import against
 from spo_lightning.run.record import grown
 
 log = logging.getLogger(__name__)
@@ -138,36 +139,53 @@ def reference(at: known.Tokenised) -> known.Referenced:
 
 
 def init(job: Job, at: known.Referenced) -> known.Measured:
-    """Held-out numbers before training, and the samples that later ones are held against."""
-    from spo_lightning.evaluation.held_out import rivals_of
-
+    """Held-out numbers before training, and the answers that later ones are held against."""
     if job.goes_on is not None:
         job.goes_on.refuse_another(at.scorer)
     rivals = None
     if at.places.rows:
-        rivals = rivals_of(at.cfg, at.policy, at.task, at.places.rows, at.stages)
+        rivals = against(at, at.cfg.model, at.policy, at.places.rows)
+    looks = at.cfg.eval.get("judge", {}).get("every_n_steps")
+    if looks and rivals is None:
+        raise UserError(
+            f"eval.judge.every_n_steps={looks}: nothing is judged: name a judge, judge=..."
+        )
     before = _held_out(at, rivals)
     job.begin(before, at.seconds)
-    return grown(known.Measured, at, before=before, rivals=rivals)
+    return grown(known.Measured, at, before=before, against=rivals)
 
 
 def training(job: Job, at: known.Measured) -> known.Trained:
     """Preference training under Lightning, from where the run goes on."""
+    from spo_lightning.evaluation.held_out import judged
     from spo_lightning.losses import balanced
+    from spo_lightning.models.generate import Decoding
     from spo_lightning.records.progress import Within
     from spo_lightning.training.fit import Material, fit
 
     def quality() -> dict[str, float]:
         unpaired = replace(at.held, pairs=[], references=None)
         alone = grown(known.Measured, at, held=unpaired, stages=Within(at.stages))
-        return _held_out(alone, at.rivals).numbers
+        return _held_out(alone, at.against).numbers
+
+    def wins() -> dict[str, float]:
+        rows = at.places.rows[: at.cfg.eval.judge.rows]
+        how = Decoding.of(at.cfg, seed=at.cfg.seed)
+        assert at.against is not None
+        some = at.against._replace(texts=at.against.texts[: len(rows)])
+        found = judged(at.policy, rows, at.task, how, some, Within(at.stages))
+        return found.numbers(range(len(rows)))
 
     data = (at.train, at.held, at.lower, at.feed, at.mismatched)
-    given, loss = Material(at.scorer, *data, at.precision, quality), job.loss
+    given, loss = Material(at.scorer, *data, at.precision, quality, wins), job.loss
     if at.cfg.loss.get("unpaired"):
         loss, told = balanced(loss, [bool(pair.chosen) for pair in at.train.pairs])
         log.info("%s", told)
     steps = job.steps(at.train)
+    looks = at.cfg.eval.get("judge", {}).get("every_n_steps")
+    if looks and at.against is not None:
+        rows = min(at.cfg.eval.judge.rows, len(at.places.rows))
+        log.info("In training: %s", at.against.told(rows, steps // looks))
     if steps:
         steps = fit(at.cfg, given, loss, job.solver, steps, job.goes_on, job.run, at.stages)
     return grown(known.Trained, at, steps=steps)
@@ -175,7 +193,7 @@ def training(job: Job, at: known.Measured) -> known.Trained:
 
 def final(at: known.Trained) -> known.Ended:
     """The held-out numbers of the same rows, after training."""
-    return grown(known.Ended, at, after=_held_out(at, at.rivals))
+    return grown(known.Ended, at, after=_held_out(at, at.against))
 
 
 def save(job: Job, at: known.Ended) -> known.Ended:
@@ -191,19 +209,23 @@ def save(job: Job, at: known.Ended) -> known.Ended:
 
 def report(job: Job, at: known.Ended) -> known.Ended:
     """What the run leaves to be read: numbers, answers before and after, a table."""
+    from spo_lightning.evaluation.each_pair import each_pair
     from spo_lightning.evaluation.held_out import side_by_side
 
     rows, of = at.places.rows, at.places.of
     rows = side_by_side(at.task, rows, of, at.held, at.before, at.after) if rows else []
-    job.end(at.after, at.steps, rows)
+    how, pairs = at.cfg.eval.get("pairs", "texts"), []
+    if how != "off":
+        pairs = each_pair(at.task.held_out, of, at.held, at.after, how)
+    job.end(at.after, at.steps, rows, pairs)
     return at
 
 
-def _held_out(at: known.Referenced, rivals: list[str] | None) -> "known.HeldOut":
+def _held_out(at: known.Referenced, rivals: "known.Against | None") -> "known.HeldOut":
     from spo_lightning.evaluation.held_out import held_out
     from spo_lightning.models.generate import Decoding
 
     how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": at.cfg.loss.beta}
-    how |= {"rivals": rivals, "precision": at.precision, "stages": at.stages}
+    how |= {"against": rivals, "precision": at.precision, "stages": at.stages}
     how |= {"by": at.cfg.eval.get("by")}
     return held_out(at.policy, at.scorer, at.task, at.places.rows, at.held, **how)

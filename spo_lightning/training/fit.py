@@ -23,6 +23,7 @@ from spo_lightning.records.directory import RunDir, without_secrets
 from spo_lightning.records.progress import Stages, quiet
 from spo_lightning.training import bf16
 from spo_lightning.training.callbacks.evaluation import Evaluation
+from spo_lightning.training.callbacks.quality import Quality
 from spo_lightning.training.callbacks.reading import Reading
 from spo_lightning.training.callbacks.recorder import Recorder
 from spo_lightning.training.callbacks.setting import Setting
@@ -44,6 +45,7 @@ class Material:
     mismatched: Mismatched  # prompts with others' answers, where the loss asks for them
     precision: Callable[[], AbstractContextManager]  # of forwards outside Lightning's
     quality: Callable[[], dict[str, float]]  # what the policy's held-out answers come to
+    wins: Callable[[], dict[str, float]]  # how often a few of them are preferred
 
 
 class GoesOn(NamedTuple):
@@ -259,6 +261,10 @@ def _callbacks(
         for node in cfg.diagnostics.values()
         if node.every_n_steps > 0
     ]
+    judged = OmegaConf.select(cfg, "eval.judge.every_n_steps")
+    if judged:
+        alone = replace(setting, quality=given.wins)
+        diagnostics.append(Quality(alone, every_n_steps=judged))
     recorder = Recorder(
         run,
         stages,

@@ -131,7 +131,7 @@ def test_every_other_file_says_which_it_is(full):
         while True:
             file.write(bytes(1024))
     with pytest.raises(CannotWrite, match="cannot write .*/samples.jsonl: No space left"):
-        kept.note_samples([{"prompt": "p" * 10000}])
+        kept.note_rows("samples.jsonl", [{"prompt": "p" * 10000}])
     with pytest.raises(CannotWrite, match="cannot write .*/metrics.csv: No space left"):
         for step in range(10000):
             rows.write({"step": step})

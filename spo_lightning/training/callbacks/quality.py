@@ -1,19 +1,25 @@
 """What held-out answers come to as training goes on: exact match, ROUGE, win rate."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 
+from spo_lightning.errors import Interrupted
 from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.module import Preference
 
 
 class Quality(Callback):
-    """``eval/exact_match``, ``eval/win_rate`` and the like, as far as the data allows: the numbers
-    of a run's end, at each ``every_n_steps``-th outer step."""
+    """``eval/exact_match``, ``eval/win_rate`` and the like, as far as data and judge allow: the
+    numbers of a run's end, or those that ``setting.quality`` is, at each ``every_n_steps``-th
+    outer step."""
 
-    names = [f"eval/{name}" for name in ("exact_match", "rouge1", "rouge2", "rougeL", "win_rate")]
+    names = [
+        *(f"eval/{name}" for name in ("exact_match", "rouge1", "rouge2", "rougeL", "win_rate")),
+        *("eval/win_rate_low", "eval/win_rate_high", "eval/win_rate_controlled"),
+    ]
 
     def __init__(self, setting: Setting, *, every_n_steps: int):
         self.setting, self.every = setting, every_n_steps
@@ -25,6 +31,7 @@ class Quality(Callback):
             return
         devices = [module.device] if module.device.type == "cuda" else []
         # answers are drawn from a stream of their own; training's goes on as if nobody had looked
-        with torch.random.fork_rng(devices):
+        # a signal that ends a judge's work is the recorder's to obey, which saves first
+        with torch.random.fork_rng(devices), suppress(Interrupted):
             found = self.setting.quality()
-        module.numbers |= {f"eval/{name}": value for name, value in found.items()}
+            module.numbers |= {f"eval/{name}": value for name, value in found.items()}

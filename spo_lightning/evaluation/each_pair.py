@@ -1,0 +1,98 @@
+"""Held-out pairs and what each adds to the numbers in, a row per pair out: ``pairs.jsonl``."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo_lightning.evaluation.held_out import HeldOut, shown
+
+if TYPE_CHECKING:
+    from spo_lightning.data.batch import Pair
+    from spo_lightning.data.sets import Pairs
+
+TEXTS = ("prompt", "chosen", "rejected")
+NUMBERS = ("logps", "reference", "rewards")  # of the chosen and of the rejected answer
+
+
+def each_pair(
+    rows: Sequence[Mapping[str, Any]], of: Sequence[int], held: "Pairs", found: HeldOut, how: str
+) -> list[dict[str, Any]]:
+    """``rows``: what the pairs were made of, counted from 1. ``of``: for each of them the place of
+    its prompt among those that were answered. ``how``: ``texts``, or ``ids`` for hashes of them.
+    """
+    if found.scores is None:
+        return []
+    references = held.references or [None] * len(held)
+    told = []
+    for pair, scored, added in zip(held.pairs, references, found.scores.parts):
+        row = rows[pair.row]
+        texts = {name: shown(row[name]) for name in TEXTS if name in row}
+        numbers = {name: total for name, (total, count) in added.items() if count}
+        numbers |= {} if scored is None or found.rewards else _sums(pair, scored)
+        told.append(
+            {
+                "row": pair.row + 1,
+                **(texts if how == "texts" else {name: hashed(t) for name, t in texts.items()}),
+                **_lengths(pair, found.rewards),
+                **{n: numbers.get(n) for name in NUMBERS for n in _sides(name)},
+                "rewards/margins": numbers.get("rewards/margins"),
+                **_verdict(found, of[pair.row], how),
+            }
+        )
+    return told
+
+
+def _verdict(found: HeldOut, place: int, how: str) -> dict[str, Any]:
+    """Of the answers to the pair's prompt: 1 where the policy's is better than its rival."""
+    if found.judged is None:
+        return {}
+    texts = {"answer": found.judged.answers[place], "rival": found.judged.rivals[place]}
+    if how != "texts":
+        texts = {name: hashed(text) for name, text in texts.items()}
+    return {**texts, "verdict": found.judged.verdicts.wins[place]}
+
+
+def _sides(name: str) -> tuple[str, str]:
+    return f"{name}/chosen", f"{name}/rejected"
+
+
+def _sums(pair: "Pair", scored: Any) -> dict[str, float]:
+    """The reference's log-probabilities of the answers that the pair has."""
+    good = sum(map(len, pair.scored[0]))
+    sums = zip(_sides("reference"), (scored[:good], scored[good:]))
+    return {name: some.double().sum().item() for name, some in sums if len(some)}
+
+
+def _lengths(pair: "Pair", rewards: bool) -> dict[str, int]:
+    """Tokens; a reward is read at one more, just past the answer's last."""
+    answers = (len(ids) - bool(rewards and ids) for ids in (pair.chosen, pair.rejected))
+    return {f"tokens/{name}": n for name, n in zip(TEXTS, (len(pair.prompt), *answers))}
+
+
+def hashed(text: str) -> str:
+    """What stands for a text that is not to be shown."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def lines(told: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    return (json.dumps(row, ensure_ascii=False) + "\n" for row in told)
+
+
+def place_of(output: Path) -> Path:
+    """``pairs.jsonl`` beside ``eval.json``; named after the output where that has another name, or
+    where a file of the user's has this one."""
+    place = output.with_name("pairs.jsonl")
+    if output.name == "eval.json" and (not place.exists() or _ours(place)):
+        return place
+    return output.with_suffix(".pairs.jsonl")
+
+
+def _ours(place: Path) -> bool:
+    try:
+        with place.open(encoding="utf-8") as file:
+            first = file.readline()
+        return not first or {"row", "tokens/prompt"} <= json.loads(first).keys()
+    except (OSError, ValueError, AttributeError):
+        return False

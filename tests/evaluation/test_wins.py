@@ -1,0 +1,80 @@
+"""Win rates against hand-worked numbers, and length control against a truth that is known."""
+
+import numpy as np
+import pytest
+
+from spo_lightning.evaluation.wins import Judged, Verdicts, _fitted, rates
+
+
+def test_ties_count_half_and_the_silent_do_not_count():
+    wins = [1.0, 0.5, 0.0, None, 1.0]
+    lengths = [(5, 3), (2, 2), (3, 7), (9, 9), (2, 4)]
+    found = Judged("abcde", "vwxyz", Verdicts(wins, [True, False, None, None, None]), lengths)
+    numbers = found.numbers(range(5))
+    assert numbers["win_rate"] == 2.5 / 4
+    assert (numbers["tokens/answer"], numbers["tokens/rival"]) == (3.0, 4.0)
+    assert numbers["judge/silent"] == pytest.approx(0.2)
+    assert numbers["judge/contradicting"] == 0.5
+    assert numbers["win_rate_low"] < 2.5 / 4 < numbers["win_rate_high"]
+    assert found.numbers([0, 4])["win_rate"] == 1.0
+    assert found.numbers([3]) == {"judge/silent": 1.0}
+    even = rates([1.0, 0.0], [3, 3], [3, 3])  # no length differs: nothing is controlled for
+    assert "win_rate_controlled" not in even
+
+
+def test_the_interval_is_the_bootstraps():
+    """Of a share of 200 it is that of the binomial, which is known."""
+    wins = [1.0] * 120 + [0.0] * 80
+    found = rates(wins, [1] * 200, [1] * 200)
+    spread = 1.96 * (0.6 * 0.4 / 200) ** 0.5
+    assert found["win_rate_low"] == pytest.approx(0.6 - spread, abs=0.01)
+    assert found["win_rate_high"] == pytest.approx(0.6 + spread, abs=0.01)
+    assert rates(wins, [1] * 200, [1] * 200) == found
+
+
+@pytest.mark.parametrize("strength", [0.05, 1.0, 100.0])
+def test_the_regression_is_at_its_least(strength):
+    """No neighbour is lower, at kinks of the penalty and away from them."""
+    chance = np.random.default_rng(0)
+    x, won = np.tanh(chance.normal(0.5, 1, 60)), chance.choice([0.0, 0.5, 1.0], 60)
+    weights = np.stack([np.ones(60), chance.multinomial(60, np.full(60, 1 / 60))])
+
+    def cost(at, weights):
+        score = at[0] + at[1] * x
+        losses = np.logaddexp(0, score) - won * score
+        return np.abs(at).sum() + strength * (weights * losses).sum()
+
+    for found, some in zip(_fitted(x, won, weights.astype(float), np.array([strength])), weights):
+        near = [found + step * chance.normal(size=2) for step in (1e-1, 1e-2, 1e-3, 1e-4) * 50]
+        assert min(cost(at, some) for at in near) >= cost(found, some) - 1e-9
+    if strength == 100.0:
+        assert abs(found).min() > 1e-3
+
+
+def test_without_a_penalty_it_is_the_plain_one():
+    """Two lengths, so two shares, which a logistic regression meets exactly."""
+    x = np.array([0.0] * 40 + [0.5] * 40)
+    won = np.array([1.0] * 10 + [0.0] * 30 + [1.0] * 30 + [0.0] * 10)
+    (level, slope) = _fitted(x, won, np.ones((1, 80)), np.array([1e9]))[0]
+    assert 1 / (1 + np.exp(-level)) == pytest.approx(0.25, abs=1e-6)
+    assert 1 / (1 + np.exp(-(level + slope / 2))) == pytest.approx(0.75, abs=1e-6)
+
+
+@pytest.mark.parametrize("better", [0.0, 0.8])
+def test_length_alone_raises_the_raw_rate_and_not_the_controlled_one(better):
+    """A judge that loves length, of answers that are longer and ``better`` by so much. The truth
+    is what it would say at equal length."""
+    truth, inside, raw = 1 / (1 + np.exp(-better)), 0, []
+    for seed in range(20):
+        chance = np.random.default_rng(seed)
+        theirs = chance.integers(20, 120, 300)
+        mine = np.maximum(1, theirs + chance.normal(30, 30, 300).round().astype(int))
+        x = np.tanh((mine - theirs) / (mine - theirs).std())
+        likes = chance.random(300) < 1 / (1 + np.exp(-(better + 2.0 * x)))
+        found = rates([*map(float, likes)], [*map(int, mine)], [*map(int, theirs)])
+        raw.append(found["win_rate"])
+        low, high = found["win_rate_controlled_low"], found["win_rate_controlled_high"]
+        inside += low <= truth <= high
+        assert high - low < 0.35
+    assert min(raw) > truth + 0.1
+    assert inside >= 17  # of 20, where 19 are expected
