@@ -1,0 +1,201 @@
+"""Chat requests in, replies out: an endpoint of OpenAI's protocol, asked nothing twice.
+
+Every reply is kept on the disk as it comes, under a name made of what was asked, so that a run
+that was stopped goes on where it was. The key comes from the environment and enters no file.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spo_lightning.errors import UserError
+
+BUSY = (408, 409, 425, 429)  # and 500 or more: asked again
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds; the wait doubles from try to try
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back."""
+
+    text: str
+    top: Mapping[str, float] | None  # log-probabilities of the first token's likeliest
+    tokens: tuple[int, int]  # read and written, as the endpoint counts them
+
+    @classmethod
+    def of(cls, found: Any) -> "Reply":
+        """Of the protocol's answer; raises where it is none."""
+        choice, usage = found["choices"][0], found.get("usage") or {}
+        counts = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
+        top = None
+        if choice.get("logprobs"):
+            first = choice["logprobs"]["content"][0]
+            top = {one["token"]: float(one["logprob"]) for one in first["top_logprobs"]}
+        return cls(str(choice["message"]["content"] or ""), top, (int(counts[0]), int(counts[1])))
+
+
+class Busy(Exception):
+    """No reply this time; ``wait``: seconds that the endpoint asked for."""
+
+    def __init__(self, why: str, wait: float | None = None):
+        super().__init__(why)
+        self.wait = wait
+
+
+@dataclass
+class Endpoint:
+    """``key``: of the Authorization header, or None. ``cache``: None keeps nothing."""
+
+    base_url: str
+    key: str | None
+    timeout: float
+    retries: int
+    concurrency: int
+    requests_per_minute: float | None
+    dollars: tuple[float | None, float | None]  # per million tokens read and written
+    cache: Path | None
+    stages: Any
+    _halt: threading.Event = field(default_factory=threading.Event, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _next: float = field(default=0.0, init=False)  # when the next request may begin
+
+    def replies(self, bodies: Sequence[Mapping[str, Any]]) -> tuple[list[Reply], str]:
+        """A reply to each, and what they took in words."""
+        names = [self._name(body) for body in bodies]
+        found = {name: kept for name in dict.fromkeys(names) if (kept := self._kept(name))}
+        wanted = {n: body for n, body in zip(names, bodies) if n not in found}
+        before = len(found)
+        self._halt.clear()
+        with (
+            ThreadPoolExecutor(self.concurrency) as pool,
+            self.stages.stage("judging", before + len(wanted), done=before) as advance,
+        ):
+            places = {pool.submit(self._reply, n, body): n for n, body in wanted.items()}
+            try:
+                for future in as_completed(places):
+                    found[places[future]] = future.result()
+                    advance(1, self._told([found[n] for n in wanted if n in found]))
+            except BaseException:
+                self._halt.set()
+                for future in places:  # those on their way come to their end, and are kept
+                    future.cancel()
+                raise
+        told = self._told([found[name] for name in wanted])
+        return [found[name] for name in names], f"{told}, {before} of earlier runs"
+
+    def _told(self, new: Sequence[Reply]) -> str:
+        counts = [sum(reply.tokens[side] for reply in new) for side in (0, 1)]
+        told = f"{len(new)} requests, {counts[0]:,} tokens read and {counts[1]:,} written"
+        prices = [0.0 if price is None else price for price in self.dollars]
+        if any(prices):
+            told += f", ${sum(c * p for c, p in zip(counts, prices)) / MILLION:.4f}"
+        return told
+
+    def _name(self, body: Mapping[str, Any]) -> str:
+        asked = json.dumps([self.base_url, body], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()
+
+    def _place(self, name: str) -> Path | None:
+        return self.cache and self.cache / name[:2] / f"{name}.json"
+
+    def _kept(self, name: str) -> Reply | None:
+        place = self._place(name)
+        if place is None or not place.exists():
+            return None
+        try:
+            kept = json.loads(place.read_text(encoding="utf-8"))
+            return Reply(kept["text"], kept["top"], (kept["tokens"][0], kept["tokens"][1]))
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return None  # asked again
+
+    def _reply(self, name: str, body: Mapping[str, Any]) -> Reply:
+        from spo_lightning.records.disk import write_text
+
+        why = "stopped"
+        for tried in range(self.retries + 1):
+            self._wait_for_turn()
+            if self._halt.is_set():
+                break
+            try:
+                reply = self._asked(body)
+            except Busy as error:
+                why, wait = str(error), error.wait
+                if tried < self.retries:
+                    self._halt.wait(min(wait or FIRST_WAIT * 2**tried, LONGEST_WAIT))
+                continue
+            place = self._place(name)
+            if place is not None:
+                kept = {"asked": body, "text": reply.text, "top": reply.top}
+                place.parent.mkdir(parents=True, exist_ok=True)
+                write_text(place, json.dumps(kept | {"tokens": reply.tokens}, ensure_ascii=False))
+            return reply
+        raise UserError(
+            f"{self.base_url} gave no reply in {self.retries + 1} tries ({why}): see that it runs "
+            "there, then give the same command again; what was judged is kept"
+        )
+
+    def _wait_for_turn(self) -> None:
+        if self.requests_per_minute is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._next = max(self._next, now) + 60 / self.requests_per_minute
+            wait = self._next - 60 / self.requests_per_minute - now
+        self._halt.wait(max(wait, 0))
+
+    def _asked(self, body: Mapping[str, Any]) -> Reply:
+        """One request."""
+        import requests
+
+        url = f"{self.base_url.rstrip('/')}/chat/completions"
+        head = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+        try:
+            found = requests.post(url, json=body, headers=head, timeout=self.timeout)
+        except ValueError as error:  # no address, or a key that no header can hold
+            raise UserError(f"judge.base_url={self.base_url}: {self._public(error)}") from error
+        except requests.RequestException as error:
+            raise Busy(type(error).__name__) from error
+        if found.status_code in BUSY or found.status_code >= 500:
+            raise Busy(f"status {found.status_code}", _seconds(found.headers.get("Retry-After")))
+        if not found.ok:
+            said = self._public(found.text)
+            raise UserError(
+                f"{url} answers {found.status_code} ({said}): see judge.model, judge.base_url and "
+                "the variable that judge.key_from names"
+            )
+        try:
+            return Reply.of(found.json())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Busy("a reply that is none of the protocol") from error
+
+    def _public(self, said: Any) -> str:
+        """The begin of a message, without the key."""
+        text = str(said) if self.key is None else str(said).replace(self.key, "<removed>")
+        return " ".join(text[:300].split())
+
+
+def key_of(variable: str | None) -> str | None:
+    """The value of an environment variable; one that is named must be there."""
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise UserError(
+            f"judge.key_from={variable}: no such environment variable: export it, or null where "
+            "the endpoint asks for no key"
+        )
+    return os.environ[variable]
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return max(0.0, float(text or ""))
+    except ValueError:
+        return None
