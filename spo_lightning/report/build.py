@@ -20,7 +20,8 @@ def found(directories: Sequence[Path]) -> list[Run]:
     runs = runs_of(directories)
     if not runs:
         where = ", ".join(map(str, directories))
-        raise UserError(f"no run (status.json, metrics.json or metrics.csv) in {where}")
+        marks = "status.json, metrics.json or metrics.csv"
+        raise UserError(f"no run ({marks}) and no eval.json in {where}")
     return runs
 
 

@@ -18,6 +18,7 @@ from spo_lightning.records.directory import CHOICES, private, without_secrets
 POINTS = 400  # of a curve at most; a longer one is thinned
 ALARM = "train/displacement/alarm"
 MARKS = ("status.json", "metrics.json", "metrics.csv")  # a run has one of them
+EVALUATED = "eval.json"  # what `eval` leaves alone, in a directory that is no run's
 SWEEP = "sweep.json"
 ENDED_BADLY = ("failed", "interrupted", "died")
 LAST_LINES = 200  # of train.log
@@ -73,6 +74,8 @@ def runs_of(directories: Sequence[Path]) -> list[Run]:
         jobs = _jobs(top)
         places = {path.parent for name in MARKS for path in top.rglob(name)}
         inside = {p for p in places if "checkpoints" not in p.relative_to(top).parts}
+        if not inside and (top / EVALUATED).exists():
+            inside = {top}
         for path in sorted(inside | jobs.keys(), key=natural):
             name = str(path.relative_to(top)) if path != top else path.absolute().name
             if path.resolve() not in found:
@@ -124,12 +127,13 @@ def read(path: Path, name: str, job: Mapping[str, str]) -> Run:
         return found if isinstance(found, dict) else {}
 
     status = {key: str(v) for key, v in loaded("status.json").items() if v is not None}
-    metrics = loaded("metrics.json")
+    alone = not any((path / name).exists() for name in MARKS) and (path / EVALUATED).exists()
+    metrics = {"final": loaded(EVALUATED)} if alone else loaded("metrics.json")
     final = _numbers(metrics.get("final"))
     config, choices = _config(text("config.yaml"), problems.append)
     state = job.get("state") or status.get("state") or ("finished" if final else "unknown")
     error = status.get("error") or (job.get("error") if state in ENDED_BADLY else None)
-    curves, alarm = _curves(content("metrics.csv"), problems.append)
+    curves, alarm = ({}, None) if alone else _curves(content("metrics.csv"), problems.append)
     return Run(
         path=path,
         name=name,

@@ -10,7 +10,6 @@ from spo_lightning.report.reading import (
     ALARM,
     DELTAS,
     LAST_LINES,
-    PAIR_TEXTS,
     TEXTS,
     Run,
     pairs_of,
@@ -45,6 +44,9 @@ GROUPED = (
 )  # numbers of groups of held-out rows that the table shows
 PROBABILITY = ("logps", "mass", "displacement_rate", "displacement")  # charts that come first
 SPLITS = ("train", "eval")
+PAIR_COLUMNS = (  # of pairs.jsonl that come first
+    *("prompt", "chosen", "rejected", "rewards/margins", "verdict", "answer", "rival"),
+)
 KINDS = {  # of pairs: how the menu calls them, and which they are
     "wrong": ("margin below 0", lambda row: row.get("rewards/margins", 0) < 0),
     "won": ("answer won", lambda row: row.get("verdict", 0) > 0.5),
@@ -218,8 +220,8 @@ def every_pair(run: Run) -> list[Any]:
     problems: list[str] = []
     rows = pairs_of(run, problems.append)
     names = dict.fromkeys(name for row in rows for name in row)
-    texts = [name for name in PAIR_TEXTS if name in names]
-    head = ["row", *texts, *(name for name in names if name not in ("row", *texts))]
+    first = [name for name in ("row", *PAIR_COLUMNS) if name in names]
+    head = [*first, *(name for name in names if name not in first)]
     marks = [[mark for mark, (_, holds) in KINDS.items() if holds(row)] for row in rows]
     known = {mark for some in marks for mark in some}
     menu = {mark: told for mark, (told, _) in KINDS.items() if mark in known}

@@ -117,3 +117,14 @@ def test_the_page_browses_them(run):
         assert cells[:2] == [row["row"], row["prompt"]]
         assert cells[margin] == row["rewards/margins"]
         assert ("wrong" in mark.split()) == (row["rewards/margins"] < 0)
+
+
+def test_the_page_of_an_evaluation(run, tmp_path):
+    (tmp_path / "eval.json").write_text(json.dumps({"nll/chosen": 0.5, "by": {"a": {"x": 1.0}}}))
+    (tmp_path / "pairs.jsonl").write_text(Path("run/pairs.jsonl").read_text())
+    blocks = {s.title: s.blocks for s in content([tmp_path], found([tmp_path]))[1]}
+    (browsed,) = blocks["Every pair"]
+    assert len(browsed.rows) == 6
+    told, table, *_ = blocks["Before and after"]
+    assert table.rows == [["nll/chosen", None, 0.5, None, "nats per token"]]
+    assert "state finished" in told.text

@@ -42,7 +42,7 @@ def test_the_regression_is_at_its_least(strength):
     def cost(at, weights):
         score = at[0] + at[1] * x
         losses = np.logaddexp(0, score) - won * score
-        return np.abs(at).sum() + strength * (weights * losses).sum()
+        return abs(at[1]) + strength * (weights * losses).sum()
 
     for found, some in zip(_fitted(x, won, weights.astype(float), np.array([strength])), weights):
         near = [found + step * chance.normal(size=2) for step in (1e-1, 1e-2, 1e-3, 1e-4) * 50]
@@ -60,7 +60,16 @@ def test_without_a_penalty_it_is_the_plain_one():
     assert 1 / (1 + np.exp(-(level + slope / 2))) == pytest.approx(0.75, abs=1e-6)
 
 
-@pytest.mark.parametrize("better", [0.0, 0.8])
+def test_a_few_verdicts_leave_the_controlled_rate_unsure():
+    chance = np.random.default_rng(3)
+    wins = [float(one) for one in chance.random(24) < 0.55]
+    found = rates(wins, [*map(int, chance.integers(5, 50, 24))], [20] * 24)
+    assert found["win_rate_controlled_high"] - found["win_rate_controlled_low"] > 0.25
+    all_won = rates([1.0] * 24, [*range(24)], [10] * 24)
+    assert all_won["win_rate_controlled_low"] > 0.999
+
+
+@pytest.mark.parametrize("better", [0.0, 0.3, 0.8])
 def test_length_alone_raises_the_raw_rate_and_not_the_controlled_one(better):
     """A judge that loves length, of answers that are longer and ``better`` by so much. The truth
     is what it would say at equal length."""

@@ -32,7 +32,8 @@ def labelled():
         ((most, count),) = votes.most_common(1)
         if count > 1:
             asked = f"{row['instruction']}\n{row['input']}\n"
-            yield {"prompt": asked}, row["response1"], row["response2"], (0.5, 1.0, 0.0)[most]
+            one, two = (str(row[f"response{n}"]) for n in (1, 2))  # one of them is a boolean
+            yield {"prompt": asked}, one, two, (0.5, 1.0, 0.0)[most]
 
 
 def agreement(found: Verdicts, labels):
@@ -43,8 +44,8 @@ def agreement(found: Verdicts, labels):
 @pytest.mark.slow
 @pytest.mark.skipif(not PANDALM.exists(), reason="../shared/data is not beside the checkout")
 def test_local_judges_against_hand_labels(capsys):
-    """A longer answer is preferred more often than chance; what a model of children's stories
-    finds likelier tells next to nothing. Neither comes near to what people agree in."""
+    """Of 999 rows the majority class is right in 47%, the longer answer in 61% (kappa 0.30), the
+    one that a model of children's stories finds likelier in 49% (kappa 0.07)."""
     rows, one, two, labels = map(list, zip(*labelled()))
     majority = max(Counter(labels).values()) / len(labels)
     settings = SimpleNamespace(dtype="float32", attention="auto", trust_remote_code=False)
@@ -62,17 +63,19 @@ def test_local_judges_against_hand_labels(capsys):
         told[name] = agreement(judge.compare(rows, one, two), labels)
     with capsys.disabled():
         print(f"\n{len(rows)} rows:", {n: [round(v, 3) for v in some] for n, some in told.items()})
-    assert told["longer"][0] > told["shorter"][0]
-    assert told["longer"][1] > 0.05 and abs(told["stories260k"][1]) < told["longer"][1] + 0.2
+    assert len(rows) == 999 and told["longer"] == pytest.approx((0.611, 0.303), abs=1e-3)
+    assert told["longer"][0] > majority > told["shorter"][0]
+    assert told["stories260k"] == pytest.approx((0.486, 0.072), abs=5e-3)
 
 
 @pytest.mark.slow
 def test_a_killed_command_asks_nothing_twice(tmp_path):
     policy(dtype="float32", num_hidden_layers=1).save(tmp_path / "model", merge=False, card="")
-    rows = [{"prompt": f"{n}:", "chosen": "c" * n, "rejected": "r"} for n in range(2, 42)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    rows = [{"chosen": "c" * n, "rejected": "r"} for n in range(2, 42)]
     for name in ("train", "held"):
-        (tmp_path / f"{name}.jsonl").write_text(text.replace(":", f" {name}"))
+        named = [{"prompt": f"{name} {number}", **row} for number, row in enumerate(rows)]
+        text = "".join(json.dumps(row) + "\n" for row in named)
+        (tmp_path / f"{name}.jsonl").write_text(text)
 
     def slowly(first, second):
         time.sleep(0.1)

@@ -43,7 +43,7 @@ def test_a_directory_without_a_finished_run_is_refused_and_kept(tmp_path):
     (tmp_path / "study/table.md").write_text("mine")
     done = command(tmp_path, "study", module=MODULE)
     assert (done.code, done.out) == (2, "")
-    wanted = "error: no run (status.json, metrics.json or metrics.csv) in study"
+    wanted = "error: no run (status.json, metrics.json or metrics.csv) and no eval.json in study"
     assert done.err.strip() == wanted
     assert (tmp_path / "study/table.md").read_text() == "mine"
 
