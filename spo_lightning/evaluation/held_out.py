@@ -225,13 +225,9 @@ def judged(
     mine = samples(policy, rows, task, how, MINE, stages)
     theirs, judge = against.texts, against.judge
     verdicts = stages.world.once(lambda: judge.compare(rows, mine, theirs))
-    alone = policy.tokenizer, {"add_special_tokens": False, "verbose": False}
-    lengths = [[len(ids) for ids in _ids(texts, *alone)] for texts in (mine, theirs)]
-    return Judged(mine, theirs, verdicts, [*zip(*lengths)])
-
-
-def _ids(texts: Sequence[str], tokenizer: Any, how: dict[str, Any]) -> list[list[int]]:
-    return tokenizer([*texts], **how)["input_ids"] if texts else []
+    alone: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    both = (policy.tokenizer([*texts], **alone)["input_ids"] for texts in (mine, theirs))
+    return Judged(mine, theirs, verdicts, [(len(a), len(b)) for a, b in zip(*both)])
 
 
 def samples(

@@ -30,6 +30,7 @@ from spo_lightning.world import ALONE
 
 log = logging.getLogger(__name__)
 
+FOLLOWED = ("instruction_id_list", "kwargs")  # columns that judge=instructions goes by
 FIRST_SEED = 1_000_003  # of parts: seed * this + number
 
 
@@ -46,7 +47,7 @@ def prompts(cfg: Any, task: Any) -> list[dict]:
             if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
                 raise UserError(f"{found.named(at)}: no 'prompt': add one")
         found = [in_turns(row, chat=cfg.data.chat, system=cfg.data.system) for row in found]
-    kept = ("prompt", *data.KEPT)
+    kept = ("prompt", *data.KEPT, *FOLLOWED)
     distinct: dict[str, dict] = {}
     for row in found:
         plain = {key: row[key] for key in kept if row.get(key) is not None}

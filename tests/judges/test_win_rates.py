@@ -209,3 +209,38 @@ def test_math_verify_compares_values():
     rows.append({"prompt": "p"})
     texts = ["it is 0.5", "48 + 24 = 72. #### 72", "$\\frac{6}{8}$", "three: 3", "1"]
     assert verifier(SimpleNamespace())(rows, texts) == [1.0, 1.0, 1.0, 0.0, None]  # type: ignore
+
+
+def test_ifevals_checks_follow_its_columns(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from types import SimpleNamespace
+
+    from spo_lightning.judges.verifier import instructions
+    from spo_lightning.sampling.draw import prompts
+
+    rows = [
+        {
+            "prompt": "Say it without commas, in lowercase.",
+            "instruction_id_list": ["punctuation:no_comma", "change_case:english_lowercase"],
+            "kwargs": [{}, {}],
+        },
+        {
+            "prompt": "At least 3 words.",
+            "instruction_id_list": ["length_constraints:number_words"],
+            "kwargs": [{"relation": "at least", "num_words": 3}],
+        },
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = composed("sample", f"prompts.path={path}")
+    from spo_lightning.data.rows import Task
+
+    read = prompts(cfg, Task(train=[], held_out=[]))
+    judge = instructions(SimpleNamespace())  # type: ignore[arg-type]
+    both = [read[0], read[0], read[0], read[1], read[1], {"prompt": "p"}]
+    plain = "the children went home and the door was open"
+    texts = [plain, "Well, no", plain.replace(" and", ", and"), "one two", "one two three", "x"]
+    assert judge(both, texts) == [1.0, 0.0, 0.5, 0.0, 1.0, None]
+    wrong = {**read[1], "instruction_id_list": ["nothing:such"]}
+    with pytest.raises(UserError, match="IFEval has no instruction nothing:such"):
+        judge([wrong], ["a"])
