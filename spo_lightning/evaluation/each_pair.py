@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning.evaluation.held_out import HeldOut, shown
+from spo_lightning.evaluation.wins import Judged
 
 if TYPE_CHECKING:
     from spo_lightning.data.batch import Pair
@@ -33,25 +34,24 @@ def each_pair(
         numbers |= {} if scored is None or found.rewards else _sums(pair, scored)
         told.append(
             {
-                "row": pair.row + 1,
+                # a ranker is asked about a row twice, once in each order
+                "row": (pair.row // 2 if held.orders else pair.row) + 1,
                 **(texts if how == "texts" else {name: hashed(t) for name, t in texts.items()}),
                 **_lengths(pair, found.rewards),
                 **{n: numbers.get(n) for name in NUMBERS for n in _sides(name)},
                 "rewards/margins": numbers.get("rewards/margins"),
-                **_verdict(found, of[pair.row], how),
+                **({} if found.judged is None else _verdict(found.judged, of[pair.row], how)),
             }
         )
     return told
 
 
-def _verdict(found: HeldOut, place: int, how: str) -> dict[str, Any]:
+def _verdict(judged: Judged, place: int, how: str) -> dict[str, Any]:
     """Of the answers to the pair's prompt: 1 where the policy's is better than its rival."""
-    if found.judged is None:
-        return {}
-    texts = {"answer": found.judged.answers[place], "rival": found.judged.rivals[place]}
+    texts = {"answer": judged.answers[place], "rival": judged.rivals[place]}
     if how != "texts":
         texts = {name: hashed(text) for name, text in texts.items()}
-    return {**texts, "verdict": found.judged.verdicts.wins[place]}
+    return {**texts, "verdict": judged.verdicts.wins[place]}
 
 
 def _sides(name: str) -> tuple[str, str]:

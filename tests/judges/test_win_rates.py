@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from tiny import policy
 
 from spo_lightning.config import knobs
 from spo_lightning.errors import UserError
-from spo_lightning.models.policy import to_rewards
+from spo_lightning.models.policy import opened, to_rewards
+from spo_lightning.models.rankers import preferences
 from spo_lightning.run.evaluation import evaluate
 from spo_lightning.run.sampling import sample
 from spo_lightning.train import train
@@ -53,6 +55,9 @@ def place(tmp_path_factory):
     policy(dtype="float32", num_hidden_layers=1, seed=1).save(room / "other", merge=False, card="")
     judge = to_rewards(policy(dtype="float32", num_hidden_layers=1, seed=2), seed=3)
     judge.save(room / "judge", merge=False, card="")
+    ranker = policy(dtype="float32", num_hidden_layers=1, seed=4)
+    ranker.is_asked("{prompt} A: {first} B: {second} Better:")
+    ranker.save(room / "ranker", merge=False, card="")
     return room
 
 
@@ -120,6 +125,19 @@ def test_a_reward_model_judges_as_its_own_forward():
     assert 0 <= found["win_rate"] <= 1
 
 
+def test_a_ranker_judges_by_its_odds():
+    words = ("judge=ranker", "judge.model=ranker", "eval.rival=chosen")
+    found = evaluated(*words)
+    made = opened("ranker", composed("eval", "checkpoint=start"), "cpu")
+    rows = rows_of("pairs.jsonl")
+    asked = [(row["prompt"], row["answer"], row["rival"]) for row in rows]
+    odds = preferences(made, asked, max_length=512, batch_size=3)
+    for row, it in zip(rows, odds):
+        assert row["verdict"] == (it and pytest.approx(1 / (1 + math.exp(-it)), abs=1e-5))
+    told = [row["verdict"] for row in rows if row["verdict"] is not None]
+    assert told and found["win_rate"] == pytest.approx(sum(told) / len(told))
+
+
 def test_an_endpoint_judges_in_eval_and_in_sample():
     with serving() as server:
         words = ("judge=pairwise", "judge.model=m", f"judge.base_url={server.url}")
@@ -168,6 +186,7 @@ REFUSED = [
     ((*SHORT, "eval.rival=nowhere"), "nowhere"),
     (("judge=reward", "judge.model=start"), "judge.model=start is a LlamaForCausalLM, no sequ"),
     (("judge=reward", "judge.model=nowhere"), "nowhere"),
+    (("judge=ranker", "judge.model=start"), "judge.model=start is no ranker: train one with loss"),
     (("judge=panel",), "judge.members: name two judges at least"),
     (("judge=pairwise", "judge.model=m", "judge.key_from=NO_SUCH"), "judge.key_from=NO_SUCH: no"),
 ]
