@@ -40,7 +40,10 @@ ARGUMENTS = {
 }
 OTHERS = ("pip", "pytest", "wandb")  # programs that are not ours
 RUN = ("README.md", "extending.md")
-RUN_SLOWLY = ("reports.md", "reward-models.md", "sweeps.md", "your-data.md", "your-model.md")
+RUN_SLOWLY = (
+    *("capability.md", "reports.md", "reward-models.md", "sweeps.md"),
+    *("your-data.md", "your-model.md"),
+)
 # what makes a command small, where it does not say otherwise itself
 LOOK = ("eval.max_rows=4", "eval.max_new_tokens=4", "hardware.accelerator=cpu")
 STEPS = ("max_steps=2", "batch_size=4", "micro_batch_size=2", "report.enabled=false")

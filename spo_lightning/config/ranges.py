@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.batch_size": (lambda v: v >= 1, "at least 1"),
     "eval.max_new_tokens": (lambda v: v >= 1, "at least 1"),
     "eval.by": (lambda v: v is None or isinstance(v, str), "the name of a column, or null"),
+    "eval.prompts": (lambda v: v is None or isinstance(v, str), "a file or hub id, or null"),
     "eval.max_rows": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "checkpoint.every_n_steps": (lambda v: v >= 0, "at least 0"),
     "checkpoint.monitor": (lambda v: v is None or isinstance(v, str), "a number's name, or null"),

@@ -13,8 +13,9 @@ from spo_lightning import losses
 from spo_lightning.data.chat import shown
 from spo_lightning.data.sets import Pairs
 from spo_lightning.evaluation import groups
+from spo_lightning.evaluation.shares import Items, shares
 from spo_lightning.evaluation.totals import Totals, pair_numbers, wilson
-from spo_lightning.models.generate import Decoding, answers
+from spo_lightning.models.generate import Answer, Decoding, answered, answers
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.scorer import Scorer, reference_logps
 from spo_lightning.records.progress import Stages
@@ -140,15 +141,17 @@ class Answers(NamedTuple):
     texts: list[str]
     right: list[bool | None]
     numbers: dict[str, float]
+    given: list[Answer]
 
 
 def greedy_answers(
     policy: Policy, rows: Sequence[dict], task: Any, how: Decoding, stages: Stages
 ) -> Answers:
     """Exact match where the data has an answer, ROUGE where it is a summarization task."""
-    texts = answers(policy, rows, how, stages, "held-out answers")
+    given = answered(policy, rows, how, stages, "held-out answers")
+    texts = [answer.text for answer in given]
     right = [correct(task, row, text) for row, text in zip(rows, texts)]
-    return Answers(texts, right, text_numbers(task, rows, texts))
+    return Answers(texts, right, text_numbers(task, rows, texts), given)
 
 
 class HeldOut(NamedTuple):
@@ -158,6 +161,7 @@ class HeldOut(NamedTuple):
     by: groups.Numbers  # the same of each group of rows, where there are any
     answers: Answers
     scores: PairScores | None
+    items: Items = {}  # what each prompt adds to a number, where it was kept
 
     @property
     def told(self) -> dict[str, Any]:
@@ -176,12 +180,14 @@ def held_out(
     by: str | None,
     how: Decoding,
     rivals: Sequence[str] | None,
+    refusals: Sequence[str],
     precision: Callable[[], AbstractContextManager],
     stages: Stages,
 ) -> HeldOut:
     """All held-out numbers of a policy, over all rows and in the groups that they and the column
     ``by`` make; without rows, of what ranks and answers nothing, those of pairs alone.
-    ``rivals``: the init's samples, for win_rate."""
+    ``rivals``: the init's samples, for win_rate. ``refusals``: how an answer that refuses begins.
+    """
     scores = None
     if len(pairs):
         scores = pair_scores(
@@ -194,12 +200,12 @@ def held_out(
         )
     if not rows:
         found = (scores.means, scores.by) if scores else ({}, {})
-        return HeldOut(*found, Answers([], [], {}), scores)
+        return HeldOut(*found, Answers([], [], {}, []), scores)
     greedy = greedy_answers(policy, rows, task, how, stages)
     mine = None if rivals is None else samples(policy, rows, task, how, MINE, stages)
 
     def numbers(places: Sequence[int], texts: dict[str, float], pairs: dict) -> dict[str, float]:
-        found = {**texts, **pairs}
+        found = {**texts, **shares([greedy.given[place] for place in places], refusals), **pairs}
         if rivals is not None and mine is not None:
             theirs = [rivals[place] for place in places]
             found["win_rate"] = win_rate(task.judge, [mine[place] for place in places], theirs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -33,6 +33,14 @@ class Decoding:
         return cls(cfg.eval.max_new_tokens, cfg.eval.batch_size, stop, temperature, seed)
 
 
+class Answer(NamedTuple):
+    """What a policy says to a prompt."""
+
+    text: str
+    tokens: int  # without the one that ends it
+    cut: bool  # by the limit: the policy had not come to an end
+
+
 def stop_ids(policy: Policy, stop: Sequence[str]) -> list[int]:
     """The ids that end an answer: the model's own and the texts of ``eval.stop``."""
     own = policy.lm.generation_config.eos_token_id
@@ -45,10 +53,17 @@ def stop_ids(policy: Policy, stop: Sequence[str]) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
-@torch.no_grad()
 def answers(
     policy: Policy, rows: Sequence[dict], how: Decoding, stages: Stages, title: str
 ) -> list[str]:
+    """The texts of what the rows' prompts are answered with."""
+    return [answer.text for answer in answered(policy, rows, how, stages, title)]
+
+
+@torch.no_grad()
+def answered(
+    policy: Policy, rows: Sequence[dict], how: Decoding, stages: Stages, title: str
+) -> list[Answer]:
     """One answer per row's prompt, in the rows' order. The same seed gives the same answers.
 
     Greedy ones are dealt over processes. Sampled ones come from one stream of random numbers that
@@ -63,24 +78,24 @@ def answers(
     turns = world.deal(chunks)
     if how.temperature > 0:
         turns = (Turn(chunk, world.first, [chunk]) for chunk in chunks)
-    mine: dict[int, str] = {}
+    mine: dict[int, Answer] = {}
     torch.manual_seed(how.seed)
     was_training = policy.lm.training
     policy.lm.eval()
     with stages.stage(title, len(rows)) as advance:
         for chunk, counts, together in turns:
-            texts = _generate(policy, [prompts[i] for i in chunk], ends, how)
+            found = _generate(policy, [prompts[i] for i in chunk], ends, how)
             if counts:
-                mine |= dict(zip(chunk, texts))
+                mine |= dict(zip(chunk, found))
             advance(sum(map(len, together)))
     policy.lm.train(was_training)
-    whole = {place: text for some in world.gather(mine) for place, text in some.items()}
+    whole = {place: one for some in world.gather(mine) for place, one in some.items()}
     return [whole[place] for place in range(len(rows))]
 
 
 def _generate(
     policy: Policy, prompts: list[list[int]], ends: list[int], how: Decoding
-) -> list[str]:
+) -> list[Answer]:
     from transformers import GenerationConfig
 
     width = max(len(p) for p in prompts)
@@ -92,7 +107,7 @@ def _generate(
     limit = getattr(text_config(policy.lm), "max_position_embeddings", None)
     room = how.max_new_tokens if limit is None else min(how.max_new_tokens, limit - width)
     if room < 1:
-        return [""] * len(prompts)
+        return [Answer("", 0, cut=True)] * len(prompts)
     drawn: dict[str, Any] = {"do_sample": False}
     if how.temperature > 0:
         drawn = {"do_sample": True, "temperature": how.temperature, "top_k": 0}
@@ -101,9 +116,10 @@ def _generate(
         max_new_tokens=room, eos_token_id=ends, pad_token_id=pad, use_cache=True, **drawn
     )
     out = policy.lm.generate(ids, attention_mask=mask, generation_config=config)
-    return [_text(policy, row[width:].tolist(), set(ends)) for row in out]
+    return [_answer(policy, row[width:].tolist(), set(ends)) for row in out]
 
 
-def _text(policy: Policy, ids: list[int], ends: set[int]) -> str:
-    cut = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return policy.tokenizer.decode(ids[:cut], skip_special_tokens=True)
+def _answer(policy: Policy, ids: list[int], ends: set[int]) -> Answer:
+    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    text = policy.tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return Answer(text, end, cut=end == len(ids))

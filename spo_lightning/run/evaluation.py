@@ -10,6 +10,7 @@ from spo_lightning.run.record import Begun, Opened, Read, Stage, grown, walk
 from spo_lightning.world import World
 
 if TYPE_CHECKING:
+    from spo_lightning.capability.look import Looked
     from spo_lightning.data.sets import Pairs
     from spo_lightning.models.policy import Policy
     from spo_lightning.models.scorer import Scorer
@@ -19,10 +20,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Compared(Opened):
-    """The model that it is compared with, and its samples."""
+    """The model that it is compared with, its samples, and what it can do."""
 
     reference: "Policy | None"  # None: what needs one is left out
     rivals: list[str] | None  # None: the data has no judge, or there is no reference
+    theirs: "Looked | None"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def evaluate(cfg: Any, world: World) -> dict[str, Any]:
 
 def data(at: Begun) -> Read:
     """The held-out rows."""
+    from spo_lightning.capability import look
     from spo_lightning.data.load import load_to_look
     from spo_lightning.evaluation.groups import check
 
@@ -63,6 +66,7 @@ def data(at: Begun) -> Read:
         told = "rows have a label each, and pairs are made of them; data.unpaired=true measures"
         log.info("%s: %s every answer by itself, as loss=kto does", at.cfg.data.path, told)
     check(task.held_out, at.cfg.eval.by)
+    look.check(at.cfg)
     task = replace(task, held_out=task.held_out[: at.cfg.eval.max_rows])
     if not task.held_out:
         raise UserError("no held-out rows: raise data.eval_fraction or set data.eval_path")
@@ -96,16 +100,18 @@ def _refuse_likelihoods(at: Read, kind: str) -> None:
 
 
 def reference(at: Opened) -> Compared:
-    """The reference, if one is named, and its samples."""
+    """The reference, if one is named, its samples, and what it can do."""
+    from spo_lightning.capability.look import look
     from spo_lightning.evaluation.held_out import rivals_of
     from spo_lightning.models.policy import check_same_tokens, opened
 
     if at.cfg.reference is None:
-        return grown(Compared, at, reference=None, rivals=None)
+        return grown(Compared, at, reference=None, rivals=None, theirs=None)
     theirs = opened(at.cfg.reference, at.cfg, at.world.device)
     check_same_tokens(at.policy.tokenizer, theirs.tokenizer, at.cfg.reference)
     rivals = rivals_of(at.cfg, theirs, at.task, at.task.held_out, at.stages)
-    return grown(Compared, at, reference=theirs, rivals=rivals)
+    looked = look(at.cfg, theirs, at.stages)
+    return grown(Compared, at, reference=theirs, rivals=rivals, theirs=looked)
 
 
 def pairs(at: Compared) -> Tokenised:
@@ -151,7 +157,9 @@ def scored(at: Tokenised) -> Tokenised:
 
 
 def measured(at: Tokenised) -> Measured:
-    """All held-out numbers."""
+    """All held-out numbers, what it can do, and how far that is from the reference."""
+    from spo_lightning.capability.look import beyond, refusals_of
+    from spo_lightning.capability.paired import changes
     from spo_lightning.evaluation.held_out import held_out
     from spo_lightning.models.generate import Decoding
 
@@ -162,11 +170,17 @@ def measured(at: Tokenised) -> Measured:
     how |= {
         "by": at.cfg.eval.by,
         "rivals": at.rivals,
+        "refusals": refusals_of(at.cfg),
         "precision": at.precision,
         "stages": at.stages,
     }
     found = held_out(at.policy, at.scorer, at.task, rows, at.held, **how)
-    return grown(Measured, at, numbers=found.told)
+    found = beyond(found, at.cfg, at.policy, at.stages)
+    numbers: dict[str, Any] = {**found.told}
+    if at.theirs is not None and at.theirs.numbers:
+        paired = changes(at.theirs.items, found.items)
+        numbers |= {"reference": at.theirs.numbers, "paired": paired}
+    return grown(Measured, at, numbers=numbers)
 
 
 STAGES = [

@@ -1,19 +1,26 @@
-"""What held-out answers come to as training goes on: exact match, ROUGE, win rate."""
+"""What held-out answers come to as training goes on: exact match, ROUGE, win rate, refusals."""
 
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 
+from spo_lightning.evaluation.shares import SHARES
 from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.module import Preference
 
 
 class Quality(Callback):
-    """``eval/exact_match``, ``eval/win_rate`` and the like, as far as the data allows: the numbers
-    of a run's end, at each ``every_n_steps``-th outer step."""
+    """``eval/exact_match``, ``eval/answers/refused`` and the like, as far as the data allows: the
+    numbers of a run's end, at each ``every_n_steps``-th outer step."""
 
-    names = [f"eval/{name}" for name in ("exact_match", "rouge1", "rouge2", "rougeL", "win_rate")]
+    names = [
+        f"eval/{name}"
+        for name in (
+            *("exact_match", "rouge1", "rouge2", "rougeL", "win_rate"),
+            *(f"answers/{kind}" for kind in SHARES),
+        )
+    ]
 
     def __init__(self, setting: Setting, *, every_n_steps: int):
         self.setting, self.every = setting, every_n_steps
