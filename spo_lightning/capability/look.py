@@ -5,6 +5,7 @@ its results in ``eval.tasks``.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from spo_lightning.capability import harness
 from spo_lightning.data.chat import in_turns
 from spo_lightning.data.reading import read
 from spo_lightning.data.rows import Row
@@ -37,14 +38,26 @@ def prompts_of(cfg: Any) -> list[Row]:
 
 def check(cfg: Any) -> None:
     """Refuse what ``look`` could not do, before anything slow."""
+    if cfg.loss.get("rewards"):
+        refuse_of_rewards(cfg, "this loss")
     prompts_of(cfg)
+    harness.check(cfg)
+
+
+def refuse_of_rewards(cfg: Any, who: str) -> None:
+    """A reward model answers nothing."""
+    for key in ("prompts", "tasks"):
+        if cfg.eval.get(key):
+            raise UserError(
+                f"eval.{key} has no effect: {who} makes rewards, no texts; leave it out"
+            )
 
 
 def look(cfg: Any, policy: Policy, stages: Stages) -> Looked:
-    """Nothing of a reward model, which answers nothing."""
-    found = Looked({}, {})
+    """The numbers of both, of the policy as it is in memory."""
+    found = Looked(*harness.results(cfg, policy, stages))
     rows = prompts_of(cfg)
-    if rows and not policy.rewards:
+    if rows:
         given = answered(policy, rows, Decoding.of(cfg, seed=cfg.seed), stages, "eval.prompts")
         refusals = refusals_of(cfg)
         found.numbers.update(_named(shares(given, refusals)))

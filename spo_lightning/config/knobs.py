@@ -50,6 +50,10 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         "only solver/apply=hypergradient with solver.apply.order=second takes Hessian products",
     ),
     ("cache.", lambda c: not c.cache.get("enabled", True), "cache.enabled is false"),
+    *(
+        (f"eval.tasks_{key}", lambda c: not c.eval.tasks, "eval.tasks names none")
+        for key in ("path", "limit", "batch_size", "chat")
+    ),
     ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
     ("optimizer.", lambda c: c.get("max_steps") == 0, "max_steps is 0: nothing is trained"),
     (

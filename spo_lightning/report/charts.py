@@ -34,6 +34,7 @@ UNITS = {
     "preference": "share of pairs",
     "exact_match": "share of prompts",
     "win_rate": "share of prompts, ties half",
+    "tasks": "the task's own",
     **{of: "share of prompts" for of in ("answers", "prompts")},
     **{f"{of}/tokens": "tokens an answer" for of in ("answers", "prompts")},
     **{f"{of}/distinct": "share of n-grams" for of in ("answers", "prompts")},

@@ -89,7 +89,10 @@ def policy(at: Read) -> Opened:
 
 def _refuse_likelihoods(at: Read, kind: str) -> None:
     """What has none that compare with another's, and answers nothing."""
+    from spo_lightning.capability.look import refuse_without_texts
+
     name = at.cfg.checkpoint
+    refuse_without_texts(at.cfg, f"{name} is {kind}")
     if at.cfg.reference is not None:
         raise UserError(f"reference has no effect: {name} is {kind}; leave it out")
     if at.task.samples:
