@@ -38,7 +38,7 @@ def prompts_of(cfg: Any) -> list[Row]:
 
 def check(cfg: Any) -> None:
     """Refuse what ``look`` could not do, before anything slow."""
-    if cfg.loss.get("rewards"):
+    if cfg.get("loss", {}).get("rewards"):
         refuse_of_rewards(cfg, "this loss")
     prompts_of(cfg)
     harness.check(cfg)

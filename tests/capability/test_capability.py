@@ -4,10 +4,11 @@ import json
 import math
 
 import pytest
-from conftest import SMALL, forked
+from conftest import SMALL, command, forked
 from fitting import config
+from tiny import policy
 
-from spo_lightning.capability.look import prompts_of
+from spo_lightning.capability.look import check, prompts_of
 from spo_lightning.capability.paired import change, changes, mcnemar
 from spo_lightning.errors import UserError
 from spo_lightning.records.summary import run_table
@@ -73,11 +74,11 @@ def test_a_run_counts_its_answers_before_and_after(tmp_path, cache):
     for of in ("answers", "prompts"):
         for kind in ("refused", "repeated", "empty", "cut", "tokens"):
             name = f"{of}/{kind}"
-            change = numbers["paired"][name]
+            found = numbers["paired"][name]
             moved = numbers["final"][name] - numbers["init"][name]
-            assert change["difference"] == pytest.approx(moved, abs=1e-12)
-            assert change["low"] <= change["difference"] <= change["high"]
-            assert "p" in change or kind == "tokens"
+            assert found["difference"] == pytest.approx(moved, abs=1e-12)
+            assert found["low"] <= found["difference"] <= found["high"]
+            assert "p" in found or kind == "tokens"
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").open()]
     fives = [row["after"].startswith("5") for row in samples]
     assert numbers["final"]["answers/refused"] == sum(fives) / len(fives)
@@ -87,3 +88,26 @@ def test_a_run_counts_its_answers_before_and_after(tmp_path, cache):
     blocks = [block for section in sections(run) for block in section.blocks]
     (shown,) = [block for block in blocks if getattr(block, "key", "") == "paired"]
     assert {row[0] for row in shown.rows} == numbers["paired"].keys()
+
+
+def test_eval_compares_with_the_reference(tmp_path):
+    for seed, name in enumerate(("before", "after")):
+        policy(seed=seed, dtype="float32").save(tmp_path / name, merge=False, card="")
+    file = written(tmp_path / "asked.jsonl", [{"prompt": f"{n}+1=?"} for n in range(6)])
+    words = ("checkpoint=after", "reference=before", "data=slips", "data.eval_prompts=4")
+    more = (f"eval.prompts={file}", "eval.max_new_tokens=8", "hardware=cpu", "hardware.threads=1")
+    done = command(tmp_path, *words, *more, module=("-m", "spo_lightning.eval"))
+    assert done.code == 0, done.err
+    numbers = json.loads((tmp_path / "eval.json").read_text("utf-8"))
+    assert {"answers/refused", "prompts/distinct2"} <= numbers.keys()
+    assert numbers["reference"].keys() == {name for name in numbers if name.startswith("prompts/")}
+    for name, found in numbers["paired"].items():
+        moved = numbers[name] - numbers["reference"][name]
+        assert found["difference"] == pytest.approx(moved, abs=1e-12)
+    assert "prompts/refused" in numbers["paired"] and "prompts/refused" in done.out
+
+
+def test_a_reward_model_is_asked_nothing():
+    cfg = config("loss=reward", "solver=none", "eval.prompts=asked.jsonl")
+    with pytest.raises(UserError, match="eval.prompts has no effect: this loss makes rewards"):
+        check(cfg)
