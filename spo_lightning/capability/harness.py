@@ -4,8 +4,8 @@ Its standard errors stand beside them, and what each item adds where a number is
 """
 
 import difflib
-import io
 import logging
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -130,10 +130,17 @@ def _loaded(known: Any, name: str) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the harness's notes, its bars and those of data sets."""
+    """Without the harness's notes and bars, and what the git that it asks says of a directory that
+    is no repository."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-        yield
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @contextmanager

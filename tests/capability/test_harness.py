@@ -185,7 +185,7 @@ def test_a_run_gives_what_the_harness_command_line_gives_of_its_saved_model(task
     words = (*SMALL, "loss=dpo", "max_steps=3", "optimizer.lr=1e-2", "report.enabled=false")
     asked = ("eval.tasks=[sums,words]", f"eval.tasks_path={tasks}", "eval.tasks_batch_size=4")
     done = command(tmp_path, *words, *asked, "hydra.run.dir=run", timeout=300)
-    assert done.code == 0, done.err
+    assert done.code == 0 and not done.err, done.err
     numbers = json.loads((tmp_path / "run/metrics.json").read_text("utf-8"))
     assert {"tasks/sums/acc", "tasks/words/exact_match"} <= numbers["paired"].keys()
     line = ("--model", "hf", "--model_args", "pretrained=run/model", "--device", "cpu")
