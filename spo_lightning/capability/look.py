@@ -38,18 +38,19 @@ def prompts_of(cfg: Any) -> list[Row]:
 
 def check(cfg: Any) -> None:
     """Refuse what ``look`` could not do, before anything slow."""
-    if cfg.get("loss", {}).get("rewards"):
-        refuse_of_rewards(cfg, "this loss")
+    loss = cfg.get("loss", {})
+    if loss.get("rewards") or loss.get("template"):
+        refuse_without_texts(cfg, "this loss trains a model that ranks")
     prompts_of(cfg)
     harness.check(cfg)
 
 
-def refuse_of_rewards(cfg: Any, who: str) -> None:
-    """A reward model answers nothing."""
+def refuse_without_texts(cfg: Any, who: str) -> None:
+    """What ranks answers nothing."""
     for key in ("prompts", "tasks"):
         if cfg.eval.get(key):
             raise UserError(
-                f"eval.{key} has no effect: {who} makes rewards, no texts; leave it out"
+                f"eval.{key} has no effect: {who}, which answers nothing; leave it out"
             )
 
 

@@ -107,7 +107,8 @@ def test_eval_compares_with_the_reference(tmp_path):
     assert "prompts/refused" in numbers["paired"] and "prompts/refused" in done.out
 
 
-def test_a_reward_model_is_asked_nothing():
-    cfg = config("loss=reward", "solver=none", "eval.prompts=asked.jsonl")
-    with pytest.raises(UserError, match="eval.prompts has no effect: this loss makes rewards"):
+@pytest.mark.parametrize("loss", ["reward", "ranker"])
+def test_what_ranks_is_asked_nothing(loss):
+    cfg = config(f"loss={loss}", "solver=none", "eval.prompts=asked.jsonl")
+    with pytest.raises(UserError, match="eval.prompts has no effect: this loss trains a model"):
         check(cfg)
