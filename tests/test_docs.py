@@ -41,8 +41,8 @@ ARGUMENTS = {
 OTHERS = ("pip", "pytest", "wandb")  # programs that are not ours
 RUN = ("README.md", "extending.md")
 RUN_SLOWLY = (
-    *("judging.md", "reports.md", "reward-models.md", "sweeps.md", "your-data.md"),
-    "your-model.md",
+    *("capability.md", "judging.md", "reports.md", "reward-models.md", "sweeps.md"),
+    *("your-data.md", "your-model.md"),
 )
 # what makes a command small, where it does not say otherwise itself
 LOOK = ("eval.max_rows=4", "eval.max_new_tokens=4", "hardware.accelerator=cpu")

@@ -50,6 +50,10 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         "only solver/apply=hypergradient with solver.apply.order=second takes Hessian products",
     ),
     ("cache.", lambda c: not c.cache.get("enabled", True), "cache.enabled is false"),
+    *(
+        (f"eval.tasks_{key}", lambda c: not c.eval.tasks, "eval.tasks names none")
+        for key in ("path", "limit", "batch_size", "chat")
+    ),
     ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
     (
         "eval.judge.",
@@ -106,8 +110,7 @@ STREAM: list[tuple[str, Callable[[Any], bool], str]] = [
     ("hardware.devices", lambda v: v > 1, "the file is read by one process: set it to 1"),
 ]
 READ_ALWAYS = (
-    "eval.judge.every_n_steps",
-    *("model.lora.rank", "sft.max_steps", "cache.enabled"),
+    *("model.lora.rank", "sft.max_steps", "cache.enabled", "eval.judge.every_n_steps"),
     *("model.lora.fresh", "model.lora.merge"),  # adapters of a checkpoint need no rank
     *(f"diagnostics.{d}.every_n_steps" for d in DIAGNOSTICS),
 )

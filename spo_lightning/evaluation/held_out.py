@@ -12,9 +12,10 @@ from spo_lightning import losses
 from spo_lightning.data.chat import shown
 from spo_lightning.data.sets import Pairs
 from spo_lightning.evaluation import groups
+from spo_lightning.evaluation.shares import Items, shares
 from spo_lightning.evaluation.totals import Totals, pair_numbers, wilson
 from spo_lightning.evaluation.wins import Against, Judged
-from spo_lightning.models.generate import Decoding, answers
+from spo_lightning.models.generate import Answer, Decoding, answered, answers
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.scorer import Scorer, reference_logps
 from spo_lightning.records.progress import Stages
@@ -141,15 +142,17 @@ class Answers(NamedTuple):
     texts: list[str]
     right: list[bool | None]
     numbers: dict[str, float]
+    given: list[Answer]
 
 
 def greedy_answers(
     policy: Policy, rows: Sequence[dict], task: Any, how: Decoding, stages: Stages
 ) -> Answers:
     """Exact match where the data has an answer, ROUGE where it is a summarization task."""
-    texts = answers(policy, rows, how, stages, "held-out answers")
+    given = answered(policy, rows, how, stages, "held-out answers")
+    texts = [answer.text for answer in given]
     right = [correct(task, row, text) for row, text in zip(rows, texts)]
-    return Answers(texts, right, text_numbers(task, rows, texts))
+    return Answers(texts, right, text_numbers(task, rows, texts), given)
 
 
 class HeldOut(NamedTuple):
@@ -161,6 +164,7 @@ class HeldOut(NamedTuple):
     scores: PairScores | None
     rewards: bool  # of a reward model
     judged: Judged | None  # sampled answers against their rivals
+    items: Items = {}  # what each prompt adds to a number, where it was kept
 
     @property
     def told(self) -> dict[str, Any]:
@@ -179,12 +183,14 @@ def held_out(
     by: str | None,
     how: Decoding,
     against: Against | None,
+    refusals: Sequence[str],
     precision: Callable[[], AbstractContextManager],
     stages: Stages,
 ) -> HeldOut:
     """All held-out numbers of a policy, over all rows and in the groups that they and the column
     ``by`` make; without rows, of what ranks and answers nothing, those of pairs alone.
-    ``against``: what a win is counted against."""
+    ``against``: what a win is counted against. ``refusals``: how an answer that refuses begins.
+    """
     scores = None
     if len(pairs):
         scores = pair_scores(
@@ -197,12 +203,13 @@ def held_out(
         )
     if not rows:
         found = (scores.means, scores.by) if scores else ({}, {})
-        return HeldOut(*found, Answers([], [], {}), scores, policy.rewards, None)
+        return HeldOut(*found, Answers([], [], {}, []), scores, policy.rewards, None)
     greedy = greedy_answers(policy, rows, task, how, stages)
     won = None if against is None else judged(policy, rows, task, how, against, stages)
 
     def numbers(places: Sequence[int], texts: dict[str, float], pairs: dict) -> dict[str, float]:
-        return {**texts, **pairs, **(won.numbers(places) if won else {})}
+        mine = shares([greedy.given[place] for place in places], refusals)
+        return {**texts, **mine, **pairs, **(won.numbers(places) if won else {})}
 
     told = {}
     for group, places in groups.places_by(groups.groups_of(rows, by)).items():

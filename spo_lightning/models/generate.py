@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -33,77 +33,133 @@ class Decoding:
         return cls(cfg.eval.max_new_tokens, cfg.eval.batch_size, stop, temperature, seed)
 
 
-def stop_ids(policy: Policy, stop: Sequence[str]) -> list[int]:
-    """The ids that end an answer: the model's own and the texts of ``eval.stop``."""
-    own = policy.lm.generation_config.eos_token_id
-    ids = {policy.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    for text in stop:
-        found = policy.tokenizer.convert_tokens_to_ids(text)
-        if found is None or found == policy.tokenizer.unk_token_id:
-            raise UserError(f"eval.stop: {text!r} is not one token of the tokenizer")
-        ids.add(found)
-    return sorted(i for i in ids if i is not None)
+class Answer(NamedTuple):
+    """What a policy says to a prompt."""
+
+    text: str
+    tokens: int  # without the one that ends it
+    cut: bool  # by the limit: the policy had not come to an end
 
 
-@torch.no_grad()
+class Stops(NamedTuple):
+    """What ends an answer: the model's own ends, and the texts of ``eval.stop``."""
+
+    ids: set[int]  # those of one token too
+    texts: list[str]  # of several tokens: looked for in what is written
+
+    @classmethod
+    def of(cls, policy: Policy, stop: Sequence[str]) -> "Stops":
+        own = policy.lm.generation_config.eos_token_id
+        ids, texts = (
+            {policy.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])},
+            [],
+        )
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise UserError(f"eval.stop: {text!r} is no text: give [TEXT, ...]")
+            found = policy.tokenizer.convert_tokens_to_ids(text)
+            if found is None or found == policy.tokenizer.unk_token_id:
+                texts.append(text)
+            else:
+                ids.add(found)
+        if texts:
+            ids.add(policy.tokenizer.pad_token_id)  # what fills a row after such a text
+        return cls(ids - {None}, texts)
+
+
 def answers(
     policy: Policy, rows: Sequence[dict], how: Decoding, stages: Stages, title: str
 ) -> list[str]:
+    """The texts of what the rows' prompts are answered with."""
+    return [answer.text for answer in answered(policy, rows, how, stages, title)]
+
+
+@torch.no_grad()
+def answered(
+    policy: Policy, rows: Sequence[dict], how: Decoding, stages: Stages, title: str
+) -> list[Answer]:
     """One answer per row's prompt, in the rows' order. The same seed gives the same answers.
 
     Greedy ones are dealt over processes. Sampled ones come from one stream of random numbers that
     goes on from batch to batch: every process draws them all, and the first one's are taken.
     """
     prompts = [prompt_ids(row, policy.tokenizer) for row in rows]
-    ends = stop_ids(policy, how.stop)
-    # likes with likes, so that little is padded
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    chunks = [order[at : at + how.batch_size] for at in range(0, len(order), how.batch_size)]
+    stops, rooms = Stops.of(policy, how.stop), rooms_of(policy, prompts, how)
+    chunks = batches([*map(len, prompts)], rooms, how.batch_size)
     world = stages.world
     turns = world.deal(chunks)
     if how.temperature > 0:
         turns = (Turn(chunk, world.first, [chunk]) for chunk in chunks)
-    mine: dict[int, str] = {}
+    mine: dict[int, Answer] = {}
     torch.manual_seed(how.seed)
     was_training = policy.lm.training
     policy.lm.eval()
     with stages.stage(title, len(rows)) as advance:
         for chunk, counts, together in turns:
-            texts = _generate(policy, [prompts[i] for i in chunk], ends, how)
+            asked, room = [prompts[i] for i in chunk], rooms[chunk[0]]
+            found = _generate(policy, asked, room, stops, how)
             if counts:
-                mine |= dict(zip(chunk, texts))
+                mine |= dict(zip(chunk, found))
             advance(sum(map(len, together)))
     policy.lm.train(was_training)
-    whole = {place: text for some in world.gather(mine) for place, text in some.items()}
+    whole = {place: one for some in world.gather(mine) for place, one in some.items()}
     return [whole[place] for place in range(len(rows))]
 
 
+def rooms_of(policy: Policy, prompts: Sequence[Sequence[int]], how: Decoding) -> list[int]:
+    """Tokens that each prompt leaves for an answer."""
+    limit = getattr(text_config(policy.lm), "max_position_embeddings", None)
+    if limit is None:
+        return [how.max_new_tokens] * len(prompts)
+    return [max(0, min(how.max_new_tokens, limit - len(prompt))) for prompt in prompts]
+
+
+def batches(lengths: Sequence[int], rooms: Sequence[int], size: int) -> list[list[int]]:
+    """Places of prompts, likes with likes so that little is padded.
+
+    All of a batch have the same room, so that none is cut because of whom it stands beside.
+    """
+    found: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if found and len(found[-1]) < size and rooms[found[-1][0]] == rooms[place]:
+            found[-1].append(place)
+        else:
+            found.append([place])
+    return found
+
+
 def _generate(
-    policy: Policy, prompts: list[list[int]], ends: list[int], how: Decoding
-) -> list[str]:
+    policy: Policy, prompts: list[list[int]], room: int, stops: Stops, how: Decoding
+) -> list[Answer]:
     from transformers import GenerationConfig
 
-    width = max(len(p) for p in prompts)
-    pad = policy.tokenizer.pad_token_id
+    if not room:
+        return [Answer("", 0, cut=True)] * len(prompts)
+    width, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=policy.lm.device)
     mask = torch.tensor(
         [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.lm.device
     )
-    limit = getattr(text_config(policy.lm), "max_position_embeddings", None)
-    room = how.max_new_tokens if limit is None else min(how.max_new_tokens, limit - width)
-    if room < 1:
-        return [""] * len(prompts)
     drawn: dict[str, Any] = {"do_sample": False}
     if how.temperature > 0:
         drawn = {"do_sample": True, "temperature": how.temperature, "top_k": 0}
         drawn["top_p"] = how.top_p
+    if stops.texts:
+        drawn["stop_strings"] = stops.texts
     config = GenerationConfig(
-        max_new_tokens=room, eos_token_id=ends, pad_token_id=pad, use_cache=True, **drawn
+        max_new_tokens=room,
+        eos_token_id=sorted(stops.ids),
+        pad_token_id=pad,
+        use_cache=True,
+        **drawn,
     )
-    out = policy.lm.generate(ids, attention_mask=mask, generation_config=config)
-    return [_text(policy, row[width:].tolist(), set(ends)) for row in out]
+    reads: dict[str, Any] = {"tokenizer": policy.tokenizer} if stops.texts else {}
+    out = policy.lm.generate(ids, attention_mask=mask, generation_config=config, **reads)
+    return [_answer(policy, row[width:].tolist(), room, stops) for row in out]
 
 
-def _text(policy: Policy, ids: list[int], ends: set[int]) -> str:
-    cut = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return policy.tokenizer.decode(ids[:cut], skip_special_tokens=True)
+def _answer(policy: Policy, ids: list[int], room: int, stops: Stops) -> Answer:
+    end = next((place for place, token in enumerate(ids) if token in stops.ids), len(ids))
+    text = policy.tokenizer.decode(ids[:end], skip_special_tokens=True)
+    ends = [at for at in map(text.find, stops.texts) if at >= 0]
+    return Answer(text[: min(ends, default=None)], end, cut=end == room and not ends)

@@ -105,6 +105,8 @@ def tell(run_dir: Path, numbers: Mapping[str, Any], samples: Sequence[Mapping[st
     for when in ("init", "final"):
         for name, value in (numbers.get(when) or {}).items():
             run.summary[f"{when}/{name}"] = value
+    for name, change in numbers.get("paired", {}).items():
+        run.summary[f"paired/{name}"] = change
     columns: list[Any] = list(samples[0]) if samples else []
     logged: dict[str, Any] = {}
     if columns:

@@ -37,6 +37,7 @@ class Run:
     init: Mapping[str, float]  # metrics.json: held-out numbers before training
     final: Mapping[str, float]  # and after
     by: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]]  # both, of groups of rows
+    paired: Mapping[str, Mapping[str, float]]  # differences on the same prompts, and how sure
     seconds: Mapping[str, float]  # by stage
     config: Mapping[str, Any]  # config.yaml
     choices: Mapping[str, str]  # the option of each config group
@@ -141,6 +142,7 @@ def read(path: Path, name: str, job: Mapping[str, str]) -> Run:
         init=_numbers(metrics.get("init")),
         final=final,
         by=_by(metrics),
+        paired=_paired(metrics.get("paired")),
         seconds=_numbers(metrics.get("seconds")),
         config=config,
         choices=_texts(choices) or _texts(metrics.get("choices")),
@@ -200,6 +202,13 @@ def _by(metrics: Mapping[str, Any]) -> dict[str, tuple[dict[str, float], dict[st
     init, final = (side if isinstance(side, dict) else {} for side in found)
     both = {str(group): None for group in (*init, *final)}
     return {group: (_numbers(init.get(group)), _numbers(final.get(group))) for group in both}
+
+
+def _paired(found: Any) -> dict[str, dict[str, float]]:
+    """By the name of a number; an entry that is not whole is left out."""
+    named = found.items() if isinstance(found, dict) else ()
+    changes = {str(name): _numbers(change) for name, change in named}
+    return {name: of for name, of in changes.items() if {"difference", "low", "high"} <= {*of}}
 
 
 def _texts(found: Any) -> dict[str, str]:

@@ -40,7 +40,7 @@ MAIN = (
 )
 GROUPED = (
     *("exact_match", "win_rate", "rewards/accuracies", "rewards/margins", "nll/chosen"),
-    *("displacement/rate", "displacement/chosen"),
+    *("displacement/rate", "displacement/chosen", "answers/refused"),
 )  # numbers of groups of held-out rows that the table shows
 PROBABILITY = ("logps", "mass", "displacement_rate", "displacement")  # charts that come first
 SPLITS = ("train", "eval")
@@ -53,6 +53,8 @@ KINDS = {  # of pairs: how the menu calls them, and which they are
     "lost": ("answer lost", lambda row: row.get("verdict", 1) < 0.5),
     "displaced": ("chosen answer lost probability", lambda row: row.get("rewards/chosen", 0) < 0),
 }
+CHANGE = ("held out", "difference", "95% from", "to", "McNemar's p")
+PAIRED = "What changed on the same prompts, and how sure that is:"
 ABOUT = (
     "A margin may grow while the chosen answers lose probability (displacement): then the mass "
     "goes to answers that nobody chose. A dotted line marks the step of the alarm."
@@ -118,7 +120,17 @@ def numbers(run: Run) -> list[Any]:
     if rows:
         named = ["of the rows", "held out", *head]
         found += [Note("Some of them in groups of the rows:"), Table("by", named, rows)]
+    if run.paired:
+        found += [Note(PAIRED), Table("paired", CHANGE, sure(run.paired))]
     return found
+
+
+def sure(paired: Mapping[str, Mapping[str, float]]) -> list[list[Any]]:
+    """A row per number that was compared prompt by prompt."""
+    return [
+        [name, *(of[part] for part in ("difference", "low", "high")), of.get("p")]
+        for name, of in paired.items()
+    ]
 
 
 def moved(init: Mapping[str, float], final: Mapping[str, float]) -> list[list[Any]]:

@@ -12,6 +12,7 @@ from spo_lightning.run.record import Begun, Opened, Read, Stage, grown, walk
 from spo_lightning.world import World
 
 if TYPE_CHECKING:
+    from spo_lightning.capability.look import Looked
     from spo_lightning.data.sets import Pairs
     from spo_lightning.evaluation.held_out import HeldOut
     from spo_lightning.evaluation.wins import Against
@@ -23,10 +24,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Compared(Opened):
-    """The model that it is compared with, and the answers."""
+    """The model that it is compared with, the answers, and what it can do."""
 
     reference: "Policy | None"  # None: what needs one is left out
     against: "Against | None"  # None: nothing is judged
+    theirs: "Looked | None"
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ class Tokenised(Compared):
 
 @dataclass(frozen=True)
 class Measured(Tokenised):
-    """What eval.json holds."""
+    """What eval.json holds, and what it was made of."""
 
     found: "HeldOut"
+    numbers: dict[str, Any]
 
 
 def evaluate(cfg: Any, world: World) -> dict[str, Any]:
@@ -59,11 +62,12 @@ def evaluate(cfg: Any, world: World) -> dict[str, Any]:
     stages = Stages(lambda *_: None, Stop(), "Run the command again.", world)
     stages.stop.install()
     quiet()
-    return walk(STAGES, Begun(cfg, world, stages, {})).found.told
+    return walk(STAGES, Begun(cfg, world, stages, {})).numbers
 
 
 def data(at: Begun) -> Read:
     """The held-out rows."""
+    from spo_lightning.capability import look
     from spo_lightning.data.load import load_to_look
     from spo_lightning.evaluation.groups import check
 
@@ -72,6 +76,7 @@ def data(at: Begun) -> Read:
         told = "rows have a label each, and pairs are made of them; data.unpaired=true measures"
         log.info("%s: %s every answer by itself, as loss=kto does", at.cfg.data.path, told)
     check(task.held_out, at.cfg.eval.by)
+    look.check(at.cfg)
     task = replace(task, held_out=task.held_out[: at.cfg.eval.max_rows])
     if not task.held_out:
         raise UserError("no held-out rows: raise data.eval_fraction or set data.eval_path")
@@ -94,7 +99,10 @@ def policy(at: Read) -> Opened:
 
 def _refuse_likelihoods(at: Read, kind: str) -> None:
     """What has none that compare with another's, and answers nothing."""
+    from spo_lightning.capability.look import refuse_without_texts
+
     name = at.cfg.checkpoint
+    refuse_without_texts(at.cfg, f"{name} is {kind}")
     if at.cfg.reference is not None:
         raise UserError(f"reference has no effect: {name} is {kind}; leave it out")
     if at.task.samples:
@@ -105,17 +113,19 @@ def _refuse_likelihoods(at: Read, kind: str) -> None:
 
 
 def reference(at: Opened) -> Compared:
-    """The reference, if one is named, and the answers that the policy's are judged against."""
+    """The reference, if one is named, what it can do, and the answers that wins are against."""
+    from spo_lightning.capability.look import look
     from spo_lightning.models.policy import check_same_tokens, opened
 
-    theirs = None
+    theirs = looked = None
     if at.cfg.reference is not None:
         theirs = opened(at.cfg.reference, at.cfg, at.world.device)
         check_same_tokens(at.policy.tokenizer, theirs.tokenizer, at.cfg.reference)
+        looked = look(at.cfg, theirs, at.stages)
     rivals = None
     if not (at.policy.rewards or at.policy.template is not None):
         rivals = against(at, at.cfg, theirs, at.task.held_out)
-    return grown(Compared, at, reference=theirs, against=rivals)
+    return grown(Compared, at, reference=theirs, against=rivals, theirs=looked)
 
 
 def pairs(at: Compared) -> Tokenised:
@@ -163,7 +173,9 @@ def scored(at: Tokenised) -> Tokenised:
 
 
 def measured(at: Tokenised) -> Measured:
-    """All held-out numbers."""
+    """All held-out numbers, what it can do, and how far that is from the reference."""
+    from spo_lightning.capability.look import beyond, refusals_of
+    from spo_lightning.capability.paired import changes
     from spo_lightning.evaluation.held_out import held_out
     from spo_lightning.models.generate import Decoding
 
@@ -174,11 +186,17 @@ def measured(at: Tokenised) -> Measured:
     how |= {
         "by": at.cfg.eval.by,
         "against": at.against,
+        "refusals": refusals_of(at.cfg),
         "precision": at.precision,
         "stages": at.stages,
     }
     found = held_out(at.policy, at.scorer, at.task, rows, at.held, **how)
-    return grown(Measured, at, found=found)
+    found = beyond(found, at.cfg, at.policy, at.stages)
+    numbers: dict[str, Any] = {**found.told}
+    if at.theirs is not None and at.theirs.numbers:
+        paired = changes(at.theirs.items, found.items)
+        numbers |= {"reference": at.theirs.numbers, "paired": paired}
+    return grown(Measured, at, found=found, numbers=numbers)
 
 
 def told(at: Measured) -> Measured:

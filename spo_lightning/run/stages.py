@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 def data(at: known.Begun) -> known.Read:
     """Rows of text, checked and split."""
+    from spo_lightning.capability import look
     from spo_lightning.data.layouts.known import folders, look_in
     from spo_lightning.data.load import load
     from spo_lightning.evaluation.groups import check
@@ -28,6 +29,7 @@ def data(at: known.Begun) -> known.Read:
     for note in task.notes:
         log.info("%s", note)
     check(task.held_out, at.cfg.eval.get("by"))
+    look.check(at.cfg)
     return grown(known.Read, at, task=task)
 
 
@@ -140,6 +142,8 @@ def reference(at: known.Tokenised) -> known.Referenced:
 
 def init(job: Job, at: known.Referenced) -> known.Measured:
     """Held-out numbers before training, and the answers that later ones are held against."""
+    from spo_lightning.capability.look import beyond
+
     if job.goes_on is not None:
         job.goes_on.refuse_another(at.scorer)
     rivals = None
@@ -150,7 +154,7 @@ def init(job: Job, at: known.Referenced) -> known.Measured:
         raise UserError(
             f"eval.judge.every_n_steps={looks}: nothing is judged: name a judge, judge=..."
         )
-    before = _held_out(at, rivals)
+    before = beyond(_held_out(at, rivals), at.cfg, at.policy, at.stages)
     job.begin(before, at.seconds)
     return grown(known.Measured, at, before=before, against=rivals)
 
@@ -193,7 +197,10 @@ def training(job: Job, at: known.Measured) -> known.Trained:
 
 def final(at: known.Trained) -> known.Ended:
     """The held-out numbers of the same rows, after training."""
-    return grown(known.Ended, at, after=_held_out(at, at.against))
+    from spo_lightning.capability.look import beyond
+
+    after = beyond(_held_out(at, at.against), at.cfg, at.policy, at.stages)
+    return grown(known.Ended, at, after=after)
 
 
 def save(job: Job, at: known.Ended) -> known.Ended:
@@ -209,9 +216,11 @@ def save(job: Job, at: known.Ended) -> known.Ended:
 
 def report(job: Job, at: known.Ended) -> known.Ended:
     """What the run leaves to be read: numbers, answers before and after, a table."""
+    from spo_lightning.capability.paired import changes
     from spo_lightning.evaluation.each_pair import each_pair
     from spo_lightning.evaluation.held_out import side_by_side
 
+    job.numbers["paired"] = changes(at.before.items, at.after.items)
     rows, of = at.places.rows, at.places.of
     rows = side_by_side(at.task, rows, of, at.held, at.before, at.after) if rows else []
     how, pairs = at.cfg.eval.get("pairs", "texts"), []
@@ -222,10 +231,11 @@ def report(job: Job, at: known.Ended) -> known.Ended:
 
 
 def _held_out(at: known.Referenced, rivals: "known.Against | None") -> "known.HeldOut":
+    from spo_lightning.capability.look import refusals_of
     from spo_lightning.evaluation.held_out import held_out
     from spo_lightning.models.generate import Decoding
 
     how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": at.cfg.loss.beta}
     how |= {"against": rivals, "precision": at.precision, "stages": at.stages}
-    how |= {"by": at.cfg.eval.get("by")}
+    how |= {"by": at.cfg.eval.get("by"), "refusals": refusals_of(at.cfg)}
     return held_out(at.policy, at.scorer, at.task, at.places.rows, at.held, **how)

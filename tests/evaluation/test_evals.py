@@ -1,6 +1,7 @@
 """Held-out numbers: text metrics, win rate, generation, a run without steps, the saved model."""
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from fitting import config
 from tiny import lora, policy, random_pairs, slow_logps
 
 from spo_lightning.data.tasks.slips import slips
+from spo_lightning.errors import UserError
 from spo_lightning.evaluation.held_out import shown, text_numbers
 from spo_lightning.evaluation.text_metrics import ExactMatch, Rouge
 from spo_lightning.models import policy as policies
-from spo_lightning.models.generate import Decoding, answers
+from spo_lightning.models.generate import Decoding, answered, answers
 from spo_lightning.records.progress import silent
 from spo_lightning.train import train
 
@@ -111,6 +113,42 @@ def by_hand(made, prompt):
         if ids[-1] == made.tokenizer.eos_token_id:
             break
     return made.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_an_answer_near_the_end_of_the_context_is_not_cut_by_whom_it_stands_beside():
+    made = policy("llama-grouped", max_position_embeddings=32)
+    rows = [{"prompt": "ab" * n} for n in (5, 10, 11, 13, 16, 20)]
+    batched = answers(made, rows, decoding(6), silent(), "")
+    assert batched == answers(made, rows, decoding(1), silent(), "")
+    assert len({*map(len, batched)}) > 2 and batched[-2:] == ["", ""]
+
+
+def writes_letters():
+    """A policy whose greedy answers are small letters."""
+    made = policy("llama-grouped")
+    for token in range(made.lm.lm_head.weight.shape[0]):
+        if not re.fullmatch("[a-z]", made.tokenizer.decode([token])):
+            made.lm.lm_head.weight.data[token] = 0
+    return made
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_texts_of_several_tokens_end_an_answer_in_a_batch_too(size):
+    made = writes_letters()
+    whole = answered(made, ROWS, decoding(4), silent(), "")
+    stop = whole[0].text[5:7], whole[1].text[3:6]
+    found = answered(made, ROWS, replace(decoding(size), stop=stop), silent(), "")
+    for one, before in zip(found, whole):
+        places = [before.text.find(text) for text in stop]
+        end = min((place for place in places if place >= 0), default=None)
+        assert one.text == before.text[:end] and one.cut == (end is None)
+    assert {one.cut for one in found} == {True, False}
+
+
+@pytest.mark.parametrize("stop", ["", 5])
+def test_what_ends_an_answer_is_a_text(stop):
+    with pytest.raises(UserError, match="eval.stop: .* is no text"):
+        answers(policy(), ROWS, replace(decoding(4), stop=(stop,)), silent(), "")
 
 
 def test_samples_follow_their_seed():

@@ -1,4 +1,4 @@
-"""What held-out answers come to as training goes on: exact match, ROUGE, win rate."""
+"""What held-out answers come to as training goes on: exact match, ROUGE, win rate, refusals."""
 
 from contextlib import suppress
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, Trainer
 
 from spo_lightning.errors import Interrupted
+from spo_lightning.evaluation.shares import SHARES
 from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.module import Preference
 
@@ -17,8 +18,12 @@ class Quality(Callback):
     outer step."""
 
     names = [
-        *(f"eval/{name}" for name in ("exact_match", "rouge1", "rouge2", "rougeL", "win_rate")),
-        *("eval/win_rate_low", "eval/win_rate_high", "eval/win_rate_controlled"),
+        f"eval/{name}"
+        for name in (
+            *("exact_match", "rouge1", "rouge2", "rougeL"),
+            *("win_rate", "win_rate_low", "win_rate_high", "win_rate_controlled"),
+            *(f"answers/{kind}" for kind in SHARES),
+        )
     ]
 
     def __init__(self, setting: Setting, *, every_n_steps: int):

@@ -1,0 +1,158 @@
+"""Names of tasks in, lm-evaluation-harness's own numbers of the policy in memory out.
+
+Its standard errors stand beside them, and what each item adds where a number is the items' mean.
+"""
+
+import difflib
+import logging
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from spo_lightning.config.build import one_line
+from spo_lightning.errors import UserError
+from spo_lightning.evaluation.shares import Items
+from spo_lightning.models.policy import Policy
+from spo_lightning.records.progress import Stages
+
+
+def manager(names: Sequence[str], path: str | None) -> Any:
+    """Who knows the tasks: the harness's own are looked through only where ``path`` lacks one, as
+    there are fifteen thousand of them."""
+    try:
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"eval.tasks needs lm-eval ({error.name} is missing): pip install "
+            "'spo-lightning[lm-eval]'"
+        ) from error
+    known = None
+    if path is not None:
+        if not Path(path).is_dir():
+            raise UserError(f"eval.tasks_path={path}: no such directory")
+        known = TaskManager(include_path=path, include_defaults=False)
+        if not known.all_tasks:
+            raise UserError(f"eval.tasks_path={path}: no task in it: add a .yaml with task: NAME")
+    if known is None or not {*names} <= {*known.all_tasks}:
+        known = TaskManager(include_path=path)
+    for name in names:
+        if name not in known.all_tasks:
+            near = difflib.get_close_matches(name, known.all_tasks, 1)
+            meant = f"did you mean {near[0]}?" if near else "name one, or its eval.tasks_path"
+            raise UserError(f"eval.tasks: there is no task {name!r}: {meant}")
+    return known
+
+
+def check(cfg: Any) -> None:
+    """Refuse tasks that are not there, or whose data cannot be had, before anything slow."""
+    names = list(cfg.eval.get("tasks") or ())
+    if names:
+        with _quietly():
+            known = manager(names, cfg.eval.tasks_path)
+            for name in names:
+                _loaded(known, name)
+
+
+def results(cfg: Any, policy: Policy, stages: Stages) -> tuple[dict[str, float], Items]:
+    """The numbers of all tasks, in one process for all; nothing where none is named."""
+    names = list(cfg.eval.get("tasks") or ())
+    if not names:
+        return {}, {}
+    numbers: dict[str, float] = {}
+    each: Items = {}
+    with stages.stage("eval.tasks", len(names)) as advance:
+        for name in names:
+            found = stages.world.once(lambda name=name: _run(cfg, policy, name))
+            numbers |= found[0]
+            each |= found[1]
+            advance()
+    return numbers, each
+
+
+def _run(cfg: Any, policy: Policy, name: str) -> tuple[dict[str, float], Items]:
+    """One task, or every one of a group and the group itself."""
+    was_training = policy.lm.training
+    with _quietly(), _randomness_kept():
+        import lm_eval  # type: ignore[import-not-found]
+        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+
+        known = manager([name], cfg.eval.tasks_path)
+        size = cfg.eval.tasks_batch_size
+        lm: Any = policy.lm
+        model = HFLM(pretrained=lm, tokenizer=policy.tokenizer, batch_size=size)
+        try:
+            found: Any = lm_eval.simple_evaluate(
+                model=model,
+                tasks=[name],
+                task_manager=known,
+                limit=cfg.eval.tasks_limit,
+                batch_size=size,
+                apply_chat_template=cfg.eval.tasks_chat,
+            )
+        except (LookupError, TypeError, ValueError, OSError) as error:
+            raise UserError(f"eval.tasks: {name}: {one_line(error)}") from error
+        finally:
+            policy.lm.train(was_training)
+    numbers: dict[str, float] = {}
+    each: Items = {}
+    for task, of in found["results"].items():
+        add(task, of, found["samples"].get(task, []), numbers, each)
+    return numbers, each
+
+
+def add(
+    task: str, found: dict, samples: Sequence[dict], numbers: dict[str, float], each: Items
+) -> None:
+    """A task's results under our names: ``tasks/NAME/METRIC``, ``tasks/NAME/METRIC_stderr``."""
+    for key, value in found.items():
+        metric, comma, kept = key.partition(",")
+        if not comma or isinstance(value, str):  # N/A: it has no standard error
+            continue
+        name = f"tasks/{task}/{metric}" + ("" if kept == "none" else f",{kept}")
+        numbers[name] = float(value)
+        of = [row.get(metric) for row in samples if row.get("filter") == kept]
+        values = [float(one) for one in of if isinstance(one, (bool, int, float))]
+        # what is no mean of its items, such as a perplexity, is not compared by them
+        if values and len(values) == len(of) and abs(sum(values) / len(of) - value) < 1e-9:
+            each[name] = values
+
+
+def _loaded(known: Any, name: str) -> Any:
+    """The task with its data, or why it cannot be had."""
+    try:
+        return known.load([name])
+    except Exception as error:  # whatever a task's own file or its data's library raises
+        raise UserError(f"eval.tasks: {name}: {one_line(error)}") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the harness's notes and bars, and what the git that it asks says of a directory that
+    is no repository."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+@contextmanager
+def _randomness_kept() -> Iterator[None]:
+    """The harness seeds every generator there is; training goes on as if nobody had looked."""
+    import numpy as np
+    import torch
+
+    before, others = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            np.random.set_state(others)

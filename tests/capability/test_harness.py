@@ -1,0 +1,200 @@
+"""lm-evaluation-harness on the policy in memory: its own numbers, to the last digit."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL, command, environment
+from fitting import config
+from tiny import lora, policy
+
+from spo_lightning.capability import harness
+from spo_lightning.errors import UserError
+from spo_lightning.records.progress import silent
+
+pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+
+CHOICE = {
+    "task": "sums",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
+}
+WRITTEN = {
+    "task": "words",
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{choices[answer]}}",
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+    "metric_list": [{"metric": "exact_match", "ignore_case": True}],
+}
+WHOLE = {
+    "task": "perplexity",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{question}}",
+    "metric_list": [{"metric": "byte_perplexity"}],
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A directory with three tasks of one file."""
+    place = tmp_path_factory.mktemp("tasks")
+    chance = random.Random(0)
+    rows = []
+    for _ in range(24):
+        a, b = chance.randrange(10), chance.randrange(10)
+        choices = [str(a + b + slip) for slip in (0, 1, -1, 10)]
+        rows.append({"question": f"{a}+{b}=", "choices": choices, "answer": 0})
+    file = place / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}}
+    for task in (CHOICE, WRITTEN, WHOLE):
+        text = yaml.safe_dump({**task, **data, "test_split": "test"})
+        (place / f"{task['task']}.yaml").write_text(text)
+    return place
+
+
+def asked(path, *names, limit=None):
+    tasks = [f"eval.tasks=[{','.join(names)}]", f"eval.tasks_path={path}"]
+    return config(
+        *tasks, "eval.tasks_batch_size=4", *([f"eval.tasks_limit={limit}"] if limit else [])
+    )
+
+
+def theirs(directory, path, *names, limit=None):
+    """The numbers of the harness on a saved model, and the items' own."""
+    import lm_eval
+
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(directory), "dtype": "float32"},
+        tasks=list(names),
+        task_manager=harness.manager(names, str(path)),
+        limit=limit,
+        batch_size=4,
+        device="cpu",
+    )
+    return found["results"], found["samples"]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_numbers_of_the_policy_in_memory_are_those_of_the_saved_model(tasks, tmp_path, adapted):
+    names = ("sums", "words", "perplexity")
+    made = policy("llama-grouped", dtype="float32")
+    made = lora(made) if adapted else made
+    for name, value in made.module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1, generator=torch.Generator().manual_seed(2))
+    made.lm.train()
+    torch.manual_seed(5)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    numbers, items = harness.results(asked(tasks, *names), made, silent())
+    assert torch.rand(1) == after and made.lm.training
+    made.save(tmp_path / "model", merge=False, card="")
+    found, samples = theirs(tmp_path / "model", tasks, *names)
+    told = {
+        f"tasks/{task}/{key.removesuffix(',none')}": value
+        for task in names
+        for key, value in found[task].items()
+        if "," in key and value != "N/A"
+    }
+    assert numbers.keys() == told.keys()
+    for name, value in told.items():  # adapters are merged in the saved one, which rounds
+        assert numbers[name] == (pytest.approx(value, rel=1e-5) if adapted else value)
+    assert items["tasks/sums/acc"] == [row["acc"] for row in samples["sums"]]
+    assert 0 < numbers["tasks/sums/acc"] < 1 and numbers["tasks/sums/acc_stderr"] > 0
+    assert {"tasks/sums/acc", "tasks/sums/acc_norm", "tasks/words/exact_match"} == items.keys()
+
+
+def test_the_limit_is_of_each_task(tasks):
+    made = policy("llama", dtype="float32")
+    items = harness.results(asked(tasks, "sums", limit=5), made, silent())[1]
+    assert len(items["tasks/sums/acc"]) == 5
+
+
+def test_what_is_refused(tasks, tmp_path, monkeypatch):
+    broken = yaml.safe_dump(
+        {**CHOICE, "task": "lost", "dataset_path": "json", "test_split": "test"}
+    )
+    (tmp_path / "lost.yaml").write_text(broken)
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (asked(tmp_path / "absent", "sums"), "eval.tasks_path=.*absent: no such directory"),
+        (asked(tmp_path / "empty", "sums"), "eval.tasks_path=.*empty: no task in it"),
+        (asked(tmp_path, "lost"), "eval.tasks: lost: "),
+    ]
+    for cfg, says in cases:
+        with pytest.raises(UserError, match=says):
+            harness.check(cfg)
+    known = SimpleNamespace(all_tasks=["arc_easy", "sums"])
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: known)  # all take half a minute
+    with pytest.raises(UserError, match="no task 'arc_eazy': did you mean arc_easy?"):
+        harness.manager(["arc_eazy"], None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(UserError, match="pip install 'spo-lightning\\[lm-eval\\]'"):
+        harness.manager(["arc_easy"], None)
+
+
+IFEVAL = Path(__file__).parents[3] / "shared/data/ifeval/input_data.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IFEVAL.is_file(), reason="needs shared/data/ifeval")
+def test_ifeval_without_a_network(tmp_path):
+    """Its prompts from a file, its checks from the harness, its sentences from NLTK's data."""
+    import lm_eval
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        pytest.skip("needs NLTK's punkt_tab, see docs/capability.md")
+    theirs_of = Path(lm_eval.__path__[0]) / "tasks/ifeval/ifeval.yaml"
+    task = {
+        "include": str(theirs_of),
+        "task": "ifeval_here",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"train": str(IFEVAL)}},
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 24},
+    }
+    (tmp_path / "ifeval_here.yaml").write_text(yaml.safe_dump(task))
+    made = policy("llama", dtype="float32", max_position_embeddings=2048)
+    cfg = asked(tmp_path, "ifeval_here", limit=8)
+    numbers, items = harness.results(cfg, made, silent())
+    made.save(tmp_path / "model", merge=False, card="")
+    found, samples = theirs(tmp_path / "model", tmp_path, "ifeval_here", limit=8)
+    for kind in ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc"):
+        name = f"tasks/ifeval_here/{kind}"
+        assert numbers[name] == found["ifeval_here"][f"{kind},none"]
+    strict = [float(row["prompt_level_strict_acc"]) for row in samples["ifeval_here"]]
+    assert items["tasks/ifeval_here/prompt_level_strict_acc"] == strict and len(strict) == 8
+
+
+@pytest.mark.slow
+def test_a_run_gives_what_the_harness_command_line_gives_of_its_saved_model(tasks, tmp_path):
+    words = (*SMALL, "loss=dpo", "max_steps=3", "optimizer.lr=1e-2", "report.enabled=false")
+    asked = ("eval.tasks=[sums,words]", f"eval.tasks_path={tasks}", "eval.tasks_batch_size=4")
+    done = command(tmp_path, *words, *asked, "hydra.run.dir=run", timeout=300)
+    assert done.code == 0 and not done.err, done.err
+    numbers = json.loads((tmp_path / "run/metrics.json").read_text("utf-8"))
+    assert {"tasks/sums/acc", "tasks/words/exact_match"} <= numbers["paired"].keys()
+    line = ("--model", "hf", "--model_args", "pretrained=run/model", "--device", "cpu")
+    line += ("--tasks", "sums,words", "--include_path", tasks, "--batch_size", 4)
+    line += ("--output_path", "out")
+    own = command(tmp_path, *line, module=("-m", "lm_eval"), timeout=500, **environment())
+    assert own.code == 0, own.err
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(file.read_text("utf-8"))["results"]
+    for task, key in (("sums", "acc"), ("sums", "acc_norm"), ("words", "exact_match")):
+        for name in (key, f"{key}_stderr"):
+            assert numbers["final"][f"tasks/{task}/{name}"] == found[task][f"{name},none"]
