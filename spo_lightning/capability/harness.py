@@ -36,7 +36,8 @@ def manager(names: Sequence[str], path: str | None) -> Any:
         known = TaskManager(include_path=path, include_defaults=False)
         if not known.all_tasks:
             raise UserError(f"eval.tasks_path={path}: no task in it: add a .yaml with task: NAME")
-    if known is None or not {*names} <= {*known.all_tasks}:
+    # a group or a tag may name tasks of the harness
+    if known is None or not {*names} <= {*known.all_subtasks}:
         known = TaskManager(include_path=path)
     for name in names:
         if name not in known.all_tasks:
@@ -75,15 +76,15 @@ def results(cfg: Any, policy: Policy, stages: Stages) -> tuple[dict[str, float],
 def _run(cfg: Any, policy: Policy, name: str) -> tuple[dict[str, float], Items]:
     """One task, or every one of a group and the group itself."""
     was_training = policy.lm.training
-    with _quietly(), _randomness_kept():
+    with _quietly(), _randomness_kept(policy.lm.device):
         import lm_eval  # type: ignore[import-not-found]
         from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
         known = manager([name], cfg.eval.tasks_path)
         size = cfg.eval.tasks_batch_size
         lm: Any = policy.lm
-        model = HFLM(pretrained=lm, tokenizer=policy.tokenizer, batch_size=size)
         try:
+            model = HFLM(pretrained=lm, tokenizer=policy.tokenizer, batch_size=size)
             found: Any = lm_eval.simple_evaluate(
                 model=model,
                 tasks=[name],
@@ -109,7 +110,7 @@ def add(
     """A task's results under our names: ``tasks/NAME/METRIC``, ``tasks/NAME/METRIC_stderr``."""
     for key, value in found.items():
         metric, comma, kept = key.partition(",")
-        if not comma or isinstance(value, str):  # N/A: it has no standard error
+        if not comma or not isinstance(value, int | float):  # N/A: it has no standard error
             continue
         name = f"tasks/{task}/{metric}" + ("" if kept == "none" else f",{kept}")
         numbers[name] = float(value)
@@ -144,13 +145,13 @@ def _quietly() -> Iterator[None]:
 
 
 @contextmanager
-def _randomness_kept() -> Iterator[None]:
+def _randomness_kept(device: Any) -> Iterator[None]:
     """The harness seeds every generator there is; training goes on as if nobody had looked."""
     import numpy as np
     import torch
 
     before, others = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:

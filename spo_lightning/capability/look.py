@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from spo_lightning.capability import harness
 from spo_lightning.data.chat import in_turns
+from spo_lightning.data.encode import prompt_ids
 from spo_lightning.data.reading import read
 from spo_lightning.data.rows import Row
 from spo_lightning.errors import UserError
@@ -33,6 +34,10 @@ def prompts_of(cfg: Any) -> list[Row]:
     for at, row in enumerate(found):
         if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
             raise UserError(f"{found.named(at)}: no 'prompt': add one, a text or messages")
+        if isinstance(row["prompt"], list) and not all(
+            isinstance(it, dict) for it in row["prompt"]
+        ):
+            raise UserError(f"{found.named(at)}: 'prompt' is a list, and not of messages")
     return [in_turns(row, chat=cfg.data.chat, system=cfg.data.system) for row in found]
 
 
@@ -43,6 +48,14 @@ def check(cfg: Any) -> None:
         refuse_without_texts(cfg, "this loss trains a model that ranks")
     prompts_of(cfg)
     harness.check(cfg)
+
+
+def check_policy(cfg: Any, policy: Policy) -> None:
+    """Refuse a model that cannot be asked, before anything slow."""
+    for row in prompts_of(cfg):
+        prompt_ids(row, policy.tokenizer)
+    if cfg.eval.get("tasks") and cfg.eval.tasks_chat and policy.tokenizer.chat_template is None:
+        raise UserError("eval.tasks_chat=true: the model has no chat template: leave it out")
 
 
 def refuse_without_texts(cfg: Any, who: str) -> None:

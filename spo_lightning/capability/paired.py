@@ -11,7 +11,7 @@ Change = dict[str, float]  # difference, low, high; p where a value is right or 
 
 def changes(before: Items, after: Items) -> dict[str, Change]:
     """Of every number that both have, on the same prompts."""
-    both = [name for name, values in before.items() if values and name in after]
+    both = [n for n, values in before.items() if values and len(after.get(n, ())) == len(values)]
     return {name: change(before[name], after[name]) for name in both}
 
 

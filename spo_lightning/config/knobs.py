@@ -119,7 +119,7 @@ STUDY_READS = ("experiment", "seed", "study", "sweep")
 # what stands here goes to a constructor, which knows its own keys
 OPEN = (
     *("model.config.", "optimizer.", "solver.", "solvers.", "data.", "logger."),
-    *("judge.", "strategy."),
+    *("judge.", "strategy.", "loss.parts."),
 )
 
 
@@ -290,12 +290,12 @@ def _check_looks(cfg: DictConfig) -> None:
     wins, quality = "eval.judge.every_n_steps", "diagnostics.quality.every_n_steps"
     counted = [key for key in (wins, quality) if OmegaConf.select(cfg, key)]
     if len(counted) > 1:
-        raise UserError(f"{wins} and {quality} both count wins, of other prompts: leave one out")
+        raise UserError(f"{wins} and {quality} both count wins: leave one out")
     monitor = OmegaConf.select(cfg, "checkpoint.monitor")
     if str(monitor).startswith("eval/win_rate") and not counted:
-        raise UserError(
-            f"checkpoint.monitor={monitor}: nothing counts wins in training: set {wins}"
-        )
+        raise UserError(f"checkpoint.monitor={monitor}: set {wins}, or nothing counts wins")
+    if str(monitor).startswith("eval/win_rate") and cfg.checkpoint.mode == "min":
+        raise UserError(f"checkpoint.monitor={monitor}: set checkpoint.mode=max")
 
 
 def _check_stream(cfg: DictConfig) -> None:

@@ -10,16 +10,28 @@ from spo_lightning.config.ranges import DIAGNOSTICS
 from spo_lightning.errors import UserError
 
 FIELDS = ("{prompt}", "{first}", "{second}")  # of a ranker's question
-# what a ranker has nothing for: key, values refused, why
+# what a model that ranks has nothing for: key, values refused, why
+ANSWERLESS: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("eval.judge.every_n_steps", bool, "it answers nothing: leave it out"),
+    ("eval.rival", lambda v: v not in (None, "start"), "it answers nothing: leave it out"),
+    (
+        "judge._target_",
+        lambda v: v is not None and not v.endswith(".local.task"),
+        "it answers nothing: leave judge out",
+    ),
+]
+# a ranker
 RANKER: list[tuple[str, Callable[[Any], bool], str]] = [
+    *ANSWERLESS,
     ("data.stream", bool, "its questions are made before training: leave it out"),
     *(
         (f"diagnostics.{name}.every_n_steps", bool, "it answers with a letter: leave it out")
         for name in ("quality", "probes")
     ),
 ]
-# what a reward model has nothing for: key, values refused, why
+# a reward model
 REWARDS: list[tuple[str, Callable[[Any], bool], str]] = [
+    *ANSWERLESS,
     ("model.reference", lambda v: v is not None, "rewards have no reference: leave it out"),
     ("data.drop_high_ches", bool, "it ranks pairs by likelihoods' states: leave it out"),
     ("data.stream", bool, "its pairs are read before training: leave it out"),
@@ -43,12 +55,14 @@ APART = {
     "template": "it reads questions about two answers, and a mixture the answers",
     "language": "it reads sentences, which are looked for where it is the loss",
 }
+# facts that are read somewhere
+WORDS = (*APART, "unit", "compares", "smooths", "similarity")
 
 
 def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
     """``touched``: the keys that the command line names."""
     for key, check in OF_A_RUN.items():
-        if OmegaConf.select(cfg, key) and "max_steps" in cfg:
+        if OmegaConf.select(cfg, key) not in (None, False) and "max_steps" in cfg:
             check(cfg)
     if OmegaConf.select(cfg, "loss.language") is not None:
         _check_similarity(cfg)
@@ -61,17 +75,20 @@ def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
 def _check_words(cfg: DictConfig) -> None:
     """A fact that is nearly one that is read here, and would go unread."""
     for key, value in (cfg.get("loss") or {}).items():
-        near = get_close_matches(str(key), APART, 1, cutoff=0.8)
-        if near and key not in APART and isinstance(value, bool | str):
+        near = get_close_matches(str(key), WORDS, 1, cutoff=0.8)
+        if near and key not in WORDS and isinstance(value, bool | str):
             raise UserError(f"loss.{key}={value}: nobody reads it; {near[0]} is meant")
 
 
 def _check_parts(cfg: DictConfig, touched: Sequence[str]) -> None:
     """Parts of a mixture that do not go with others, and keys of those that do not count."""
     for name, part in (OmegaConf.select(cfg, "loss.parts") or {}).items():
+        weight = part.get("weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UserError(f"loss.parts.{name}.weight={weight}: it must be a number, 0 or more")
         for key, why in APART.items():
-            if part.weight > 0 and part.get(key) is not None:
-                raise UserError(f"loss.parts.{name}.weight={part.weight}: {why}; take it alone")
+            if weight > 0 and part.get(key) not in (None, False):
+                raise UserError(f"loss.parts.{name}.weight={weight}: {why}; take it alone")
     for key in touched:
         part, _, knob = key.rpartition(".")
         while part.count(".") > 2:

@@ -82,14 +82,18 @@ def lines(told: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def place_of(output: Path) -> Path:
     """``pairs.jsonl`` beside ``eval.json``; named after the output where that has another name, or
-    where a file of the user's has this one."""
+    where a file of the user's, or a run's, has this one."""
     place = output.with_name("pairs.jsonl")
-    if output.name == "eval.json" and (not place.exists() or _ours(place)):
+    of_a_run = any(output.with_name(name).exists() for name in ("status.json", "metrics.json"))
+    if output.name == "eval.json" and not of_a_run and free_for_pairs(place):
         return place
     return output.with_suffix(".pairs.jsonl")
 
 
-def _ours(place: Path) -> bool:
+def free_for_pairs(place: Path) -> bool:
+    """Whether there is nothing, or rows that this module wrote."""
+    if not place.exists():
+        return True
     try:
         with place.open(encoding="utf-8") as file:
             first = file.readline()

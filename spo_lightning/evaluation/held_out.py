@@ -1,5 +1,6 @@
 """A model and held-out rows in, numbers out: the same rows before and after training."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -20,6 +21,8 @@ from spo_lightning.models.policy import Policy
 from spo_lightning.models.scorer import Scorer, reference_logps
 from spo_lightning.records.progress import Stages
 from spo_lightning.world import Turn, World
+
+log = logging.getLogger(__name__)
 
 RIVALS, MINE = 1_000, 2_000  # added to the seed of the init's and of the policy's own samples
 ACCURACY = "rewards/accuracies"
@@ -232,6 +235,8 @@ def judged(
     mine = samples(policy, rows, task, how, MINE, stages)
     theirs, judge = against.texts, against.judge
     verdicts = stages.world.once(lambda: judge.compare(rows, mine, theirs))
+    if all(win is None for win in verdicts.wins):
+        log.warning("judge: no verdict on any of %d prompts", len(rows))
     alone: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     both = (policy.tokenizer([*texts], **alone)["input_ids"] for texts in (mine, theirs))
     return Judged(mine, theirs, verdicts, [(len(a), len(b)) for a, b in zip(*both)])

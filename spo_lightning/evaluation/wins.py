@@ -71,6 +71,8 @@ class Judged(NamedTuple):
             found["judge/contradicting"] = sum(asked) / len(asked)
         if len(told) < len(places):
             found["judge/silent"] = 1 - len(told) / len(places)
+        if len(places) == len(wins):  # a judge tells of itself over all that it was asked
+            found |= self.verdicts.numbers
         return found
 
 

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,11 @@ class Reply:
         choice, usage = found["choices"][0], found.get("usage") or {}
         counts = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
         top = None
-        if choice.get("logprobs"):
-            first = choice["logprobs"]["content"][0]
+        first = ((choice.get("logprobs") or {}).get("content") or [{}])[0]
+        if first.get("top_logprobs") is not None:
             top = {one["token"]: float(one["logprob"]) for one in first["top_logprobs"]}
-        return cls(str(choice["message"]["content"] or ""), top, (int(counts[0]), int(counts[1])))
+        text = str(choice["message"].get("content") or "")
+        return cls(text, top, (int(counts[0]), int(counts[1])))
 
 
 class Busy(Exception):
@@ -80,9 +81,11 @@ class Endpoint:
         ):
             places = {pool.submit(self._reply, n, body): n for n, body in wanted.items()}
             try:
-                for future in as_completed(places):
-                    found[places[future]] = future.result()
-                    advance(1, self._told([found[n] for n in wanted if n in found]))
+                left = {*places}
+                while left:  # a look each second, as a signal is obeyed where one advances
+                    done, left = wait(left, 1.0, FIRST_COMPLETED)
+                    found |= {places[future]: future.result() for future in done}
+                    advance(len(done), self._told([found[n] for n in wanted if n in found]))
             except BaseException:
                 self._halt.set()
                 for future in places:  # those on their way come to their end, and are kept
@@ -139,7 +142,7 @@ class Endpoint:
             return reply
         raise UserError(
             f"{self.base_url} gave no reply in {self.retries + 1} tries ({why}): see that it runs "
-            "there, then give the same command again; what was judged is kept"
+            "there, then go on; what was judged is kept where cache.enabled is true"
         )
 
     def _wait_for_turn(self) -> None:
@@ -158,8 +161,11 @@ class Endpoint:
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         head = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         try:
-            found = requests.post(url, json=body, headers=head, timeout=self.timeout)
-        except ValueError as error:  # no address, or a key that no header can hold
+            # without auth, requests puts what ~/.netrc has in the place of the key
+            found = requests.post(
+                url, json=body, headers=head, timeout=self.timeout, auth=lambda request: request
+            )
+        except ValueError as error:  # no address
             raise UserError(f"judge.base_url={self.base_url}: {self._public(error)}") from error
         except requests.RequestException as error:
             raise Busy(type(error).__name__) from error
@@ -186,12 +192,17 @@ def key_of(variable: str | None) -> str | None:
     """The value of an environment variable; one that is named must be there."""
     if variable is None:
         return None
+    if not variable.isidentifier():  # what it is may be the key itself, which is not repeated
+        raise UserError("judge.key_from names an environment variable, and holds no key itself")
     if not os.environ.get(variable):
         raise UserError(
             f"judge.key_from={variable}: no such environment variable: export it, or null where "
             "the endpoint asks for no key"
         )
-    return os.environ[variable]
+    key = os.environ[variable].strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"judge.key_from={variable}: no header can hold its value: export it anew")
+    return key
 
 
 def _seconds(text: str | None) -> float | None:

@@ -48,8 +48,12 @@ class ByScore:
         self, rows: Sequence[dict], mine: Sequence[str], theirs: Sequence[str]
     ) -> Verdicts:
         wins: Scores = []
-        for a, b in zip(self.score(rows, mine), self.score(rows, theirs)):
-            wins.append(None if a is None or b is None else (a > b) + (a == b) / 2)
+        both = zip(self.score(rows, mine), self.score(rows, theirs), mine, theirs)
+        for a, b, one, other in both:
+            if a is None or b is None or math.isnan(a) or math.isnan(b):
+                wins.append(None)
+            else:  # one text twice is a tie, however the two batches that it stood in round
+                wins.append(0.5 if one == other else (a > b) + (a == b) / 2)
         return Verdicts(wins, [None] * len(wins))
 
 

@@ -100,28 +100,36 @@ def pairwise(
         if f"{{{name}}}" not in question:
             raise UserError(f"judge.question has no {{{name}}}: it must hold each of {NAMES}")
     words = [*labels] if tie is None else [*labels, tie]
-    if len(labels) != 2 or len({word.lower() for word in words}) < len(words):
+    if not all(isinstance(word, str) for word in words):
+        raise UserError(f"judge.labels={labels}, judge.tie={tie}: give texts, in quotes")
+    words = [_bare(word) for word in words]
+    if len(labels) != 2 or not all(words) or len({*words}) < len(words):
         raise UserError(f"judge.labels={labels}: give two words that differ, and from judge.tie")
     body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **more}
     if logprobs:
         body |= {"logprobs": True, "top_logprobs": TOP}
-    values = dict(zip((word.lower() for word in words), (1.0, 0.0, 0.5)))
+    values = dict(zip(words, (1.0, 0.0, 0.5)))
     how = (timeout, retries, concurrency, requests_per_minute, (dollars_read, dollars_written))
     endpoint = Endpoint(base_url, key_of(key_from), *how, asked.cache, asked.stages)
     read = _likelier if logprobs else _strict
     return Pairwise(endpoint, body, system, question, lambda reply: read(reply, values))
 
 
+def _bare(word: str) -> str:
+    """Without marks around it, in small letters."""
+    return re.sub(r"^\W+|\W+$", "", word).lower()
+
+
 def _strict(reply: Reply, values: Mapping[str, float]) -> float | None:
     """One of the labels and nothing else, marks around it apart."""
-    return values.get(re.sub(r"^\W+|\W+$", "", reply.text).lower())
+    return values.get(_bare(reply.text))
 
 
 def _likelier(reply: Reply, values: Mapping[str, float]) -> float | None:
     """The share of probability that the labels have among them, as the first token of a reply."""
     if reply.top is None:
         raise UserError("judge.logprobs=true: the endpoint returns none: set it to false")
-    found = [(values.get(token.strip().lower()), logp) for token, logp in reply.top.items()]
+    found = [(values.get(_bare(token)), logp) for token, logp in reply.top.items()]
     told = [(value, math.exp(logp)) for value, logp in found if value is not None]
     mass = sum(share for _, share in told)
     return sum(value * share for value, share in told) / mass if mass else None

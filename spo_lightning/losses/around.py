@@ -119,8 +119,9 @@ def assembled(loss: partial) -> Loss:
         raise ValueError("label_smoothing=0 has no logarithm, which this loss takes: 1e-3 or more")
     keys = {n: it for n, it in keys.items() if n in own or not _is_fact(it)}
     inspect.signature(loss.func).bind_partial(**keys)
-    for name in (n for n, it in own.items() if it.kind is it.KEYWORD_ONLY and n not in keys):
-        raise TypeError(f"{loss.func.__name__} needs the key {name}")
+    for name, it in own.items():
+        if it.kind is it.KEYWORD_ONLY and it.default is it.empty and name not in keys:
+            raise TypeError(f"{loss.func.__name__} needs the key {name}")
     made = partial(loss.func, **keys)
     if divergence.func is not reverse_kl:
         made = partial(divergent, losses=(made,), divergence=divergence)

@@ -45,7 +45,7 @@ class Stops(NamedTuple):
     """What ends an answer: the model's own ends, and the texts of ``eval.stop``."""
 
     ids: set[int]  # those of one token too
-    texts: list[str]  # of several tokens: looked for in what is written
+    texts: list[str]  # that are no token of their own everywhere: looked for in what is written
 
     @classmethod
     def of(cls, policy: Policy, stop: Sequence[str]) -> "Stops":
@@ -57,11 +57,12 @@ class Stops(NamedTuple):
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise UserError(f"eval.stop: {text!r} is no text: give [TEXT, ...]")
-            found = policy.tokenizer.convert_tokens_to_ids(text)
-            if found is None or found == policy.tokenizer.unk_token_id:
+            mark = policy.tokenizer.get_added_vocab().get(text)
+            token = policy.tokenizer.convert_tokens_to_ids(text) if mark is None else mark
+            if token is not None and (mark is not None or token != policy.tokenizer.unk_token_id):
+                ids.add(token)
+            if mark is None:  # a word is other tokens after a space; </s> is one everywhere
                 texts.append(text)
-            else:
-                ids.add(found)
         if texts:
             ids.add(policy.tokenizer.pad_token_id)  # what fills a row after such a text
         return cls(ids - {None}, texts)
@@ -144,8 +145,6 @@ def _generate(
     if how.temperature > 0:
         drawn = {"do_sample": True, "temperature": how.temperature, "top_k": 0}
         drawn["top_p"] = how.top_p
-    if stops.texts:
-        drawn["stop_strings"] = stops.texts
     config = GenerationConfig(
         max_new_tokens=room,
         eos_token_id=sorted(stops.ids),
@@ -153,9 +152,27 @@ def _generate(
         use_cache=True,
         **drawn,
     )
-    reads: dict[str, Any] = {"tokenizer": policy.tokenizer} if stops.texts else {}
+    reads = {"stopping_criteria": _written(policy.tokenizer, stops.texts, width)}
     out = policy.lm.generate(ids, attention_mask=mask, generation_config=config, **reads)
     return [_answer(policy, row[width:].tolist(), room, stops) for row in out]
+
+
+def _written(tokenizer: Any, texts: list[str], width: int) -> Any:
+    """Texts that end an answer, looked for in what follows the prompt."""
+    from transformers.generation.stopping_criteria import (
+        StoppingCriteria,
+        StoppingCriteriaList,
+        StopStringCriteria,
+    )
+
+    class Written(StoppingCriteria):
+        def __init__(self):
+            self.found = StopStringCriteria(tokenizer, texts)
+
+        def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
+            return self.found(input_ids[:, width:], scores, **more)
+
+    return StoppingCriteriaList([Written()] if texts else [])
 
 
 def _answer(policy: Policy, ids: list[int], room: int, stops: Stops) -> Answer:

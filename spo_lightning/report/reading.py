@@ -129,7 +129,10 @@ def read(path: Path, name: str, job: Mapping[str, str]) -> Run:
 
     status = {key: str(v) for key, v in loaded("status.json").items() if v is not None}
     alone = not any((path / name).exists() for name in MARKS) and (path / EVALUATED).exists()
-    metrics = {"final": loaded(EVALUATED)} if alone else loaded("metrics.json")
+    metrics = loaded(EVALUATED if alone else "metrics.json")
+    if alone:
+        told = {"init": metrics.get("reference"), "paired": metrics.get("paired")}
+        metrics = {"final": metrics, **told}
     final = _numbers(metrics.get("final"))
     config, choices = _config(text("config.yaml"), problems.append)
     state = job.get("state") or status.get("state") or ("finished" if final else "unknown")
@@ -158,8 +161,10 @@ def read(path: Path, name: str, job: Mapping[str, str]) -> Run:
 
 def pairs_of(run: Run, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """Rows of pairs.jsonl, which a page of one run alone reads: texts and numbers."""
-    content = _content(run.path, "pairs.jsonl", tell)
-    rows = _rows(private(content.decode("utf-8", "replace")), "pairs.jsonl", tell)
+    # an evaluation's own, where a file of the user's has the other name
+    own = (run.path / "eval.pairs.jsonl").exists() and not (run.path / "metrics.json").exists()
+    file = "eval.pairs.jsonl" if own else "pairs.jsonl"
+    rows = _rows(private(_content(run.path, file, tell).decode("utf-8", "replace")), file, tell)
     return [
         {name: row[name] for name in PAIR_TEXTS if isinstance(row.get(name), str)} | _numbers(row)
         for row in rows

@@ -85,6 +85,7 @@ def data(at: Begun) -> Read:
 
 def policy(at: Read) -> Opened:
     """The checkpoint."""
+    from spo_lightning.capability import look
     from spo_lightning.models.device import precision_of
     from spo_lightning.models.policy import opened
 
@@ -92,6 +93,8 @@ def policy(at: Read) -> Opened:
     found = opened(at.cfg.checkpoint, at.cfg, at.world.device, rewards=True)
     if found.rewards or found.template is not None:
         _refuse_likelihoods(at, "a reward model" if found.rewards else "a ranker")
+    else:
+        look.check_policy(at.cfg, found)
     if at.cfg.base is not None and at.cfg.reference is None and not found.adapted:
         raise UserError(f"base has no effect: {at.cfg.checkpoint} holds no adapters; leave it out")
     return grown(Opened, at, policy=found, precision=precision)

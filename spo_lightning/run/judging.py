@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 def called(node: Any, where: str) -> Any:
     """A judge or strategy, its keys checked before anything slow."""
     made = built(node)
-    try:
-        inspect.signature(made.func).bind_partial(**made.keywords)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}; see conf/{where} for its keys") from error
+    parts = made.keywords.get("members", {})
+    for one in (made, *parts.values()):
+        try:
+            inspect.signature(one.func).bind_partial(**one.keywords)
+        except TypeError as error:
+            raise UserError(f"{where}: {error}; see conf/{where} for its keys") from error
     return made
 
 
@@ -66,4 +68,9 @@ def against(at: Opened, settings: Any, start: "Policy | None", rows: Any) -> "Ag
         return None
     another = partial(opened, settings=settings, device=at.world.device)
     texts = rivals_of(at.cfg, start, another, at.task, rows, at.stages)
+    if texts is None and not at.cfg.judge._target_.endswith(".local.task"):
+        raise UserError(
+            "judge has no effect: eval.rival=start is the reference, and none is named: give "
+            "reference=..., or eval.rival=chosen, a file or a model"
+        )
     return None if texts is None else Against(texts, judge)

@@ -35,6 +35,7 @@ def data(at: known.Begun) -> known.Read:
 
 def policy(at: known.Read) -> known.Opened:
     """The model as it is built or loaded, on this process's device."""
+    from spo_lightning.capability import look
     from spo_lightning.models.device import precision_of
     from spo_lightning.models.policy import of_config
 
@@ -50,6 +51,7 @@ def policy(at: known.Read) -> known.Opened:
     if opened.adapted and not at.cfg.model.lora.fresh and how != "stochastic":
         told = "the checkpoint's adapters train, which are in float32"
         raise UserError(f"optimizer.bf16={how} has no effect: {told}; leave it out")
+    look.check_policy(at.cfg, opened)
     return grown(known.Opened, at, policy=opened, precision=precision)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning.config.build import built
-from spo_lightning.errors import STOPPED, Lost, verdict
+from spo_lightning.errors import STOPPED, Lost, UserError, verdict
 from spo_lightning.records import loggers
 from spo_lightning.records.directory import RunDir
 from spo_lightning.records.lock import held
@@ -73,7 +73,15 @@ def train(
     stages = Stages(run.note, Stop(), how, world)
     with held(run.path) if world.first else nullcontext():
         if cfg.ckpt_path is None:
+            from spo_lightning.evaluation.each_pair import free_for_pairs
+
             run.refuse_used()
+            theirs = run.path / "pairs.jsonl"
+            if cfg.eval.get("pairs") != "off" and not free_for_pairs(theirs):
+                raise UserError(
+                    f"{theirs} is a file of yours, and the run writes one of that name: take "
+                    "another hydra.run.dir, or eval.pairs=off"
+                )
         run.start(cfg, choices, cfg.max_steps)
         return _written(cfg, run, choices, stages)
 
@@ -110,7 +118,7 @@ def _note(run: RunDir, error: BaseException, how: str) -> None:
     if code == 2:
         run.withdraw()
     loggers.close(run.path, code)
-    if run.last.exists() and not stopped and (code != 2 or run.stage == "training"):
+    if run.last.exists() and not stopped and (code != 2 or run.stage in ("training", "judging")):
         log.error("The last good checkpoint is %s. %s", run.last, how)
 
 

@@ -1,5 +1,6 @@
 """Shares of answers that refuse, repeat, are empty or cut: counted by hand."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def test_shares_by_hand():
     }
     assert shares([], ENGLISH) == {}
     assert not {name for name in shares(said(""), []) if "distinct" in name}
+
+
+def test_a_text_that_ends_an_answer_is_looked_for_in_the_answer():
+    made = policy("llama", dtype="float32")
+    how = Decoding(max_new_tokens=4, batch_size=2, stop=())
+    (free,) = answered(made, [{"prompt": "ab\n"}], how, silent(), "")
+    (first, *_) = free.text or "?"
+    stop = ("\n" + first,)  # begins with the prompt's last letter
+    (found,) = answered(made, [{"prompt": "ab\n"}], replace(how, stop=stop), silent(), "")
+    assert found == free and found.tokens == 4
 
 
 def test_an_answer_knows_its_length_and_whether_the_limit_cut_it():

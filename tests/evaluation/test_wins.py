@@ -4,6 +4,13 @@ import numpy as np
 import pytest
 
 from spo_lightning.evaluation.wins import Judged, Verdicts, _fitted, rates
+from spo_lightning.judges.local import ByScore
+
+
+def test_one_text_twice_is_a_tie_however_its_scores_round():
+    rounded = iter([[1.0, 2.0, float("nan")], [1.0 + 1e-7, 3.0, 1.0]])
+    judge = ByScore(lambda rows, texts: next(rounded))
+    assert judge.compare([{}] * 3, ["a", "b", "c"], ["a", "x", "y"]).wins == [0.5, 0.0, None]
 
 
 def test_ties_count_half_and_the_silent_do_not_count():
@@ -18,6 +25,10 @@ def test_ties_count_half_and_the_silent_do_not_count():
     assert numbers["win_rate_low"] < 2.5 / 4 < numbers["win_rate_high"]
     assert found.numbers([0, 4])["win_rate"] == 1.0
     assert found.numbers([3]) == {"judge/silent": 1.0}
+    told = Verdicts([1.0, 0.0], [None, None], {"judge/kappa/a/b": 0.3})
+    found = Judged("ab", "cd", told, [(1, 1), (1, 1)])
+    assert found.numbers([0, 1])["judge/kappa/a/b"] == 0.3
+    assert "judge/kappa/a/b" not in found.numbers([0])
     even = rates([1.0, 0.0], [3, 3], [3, 3])  # no length differs: nothing is controlled for
     assert "win_rate_controlled" not in even
 

@@ -186,6 +186,36 @@ def test_keys_that_cannot_be_meant(keys, says):
         judge(SimpleNamespace(url=""), **keys).compare(ROWS, MINE, THEIRS)
 
 
+def test_a_key_goes_where_it_should_and_nowhere_else(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("default login me password theirs")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret\r\n")  # of a file with such line ends
+    with serving(key="sk-secret") as server:
+        assert judge(server, key_from="JUDGE_KEY").compare(ROWS, MINE, THEIRS).wins == TRUE
+        monkeypatch.setenv("JUDGE_KEY", "sk-secr\net")
+        for given in ("JUDGE_KEY", "sk-secret"):  # the second is the key in the variable's place
+            with pytest.raises(UserError, match="judge.key_from") as caught:
+                judge(server, key_from=given)
+            assert "sk-" not in str(caught.value)
+
+
+def test_labels_may_have_marks_around_them():
+    with serving(says=lambda a, b: f"[[{longer(a, b).upper()}]]") as server:
+        found = judge(server, labels=["[[A]]", "[[B]]"], tie="[[TIE]]")
+        assert found.compare(ROWS, MINE, THEIRS).wins == TRUE
+
+
+def test_a_signal_is_obeyed_while_the_endpoint_is_silent():
+    stop = Stop()
+    stages = Stages(lambda *_: None, stop, "", silent().world)
+    threading.Timer(0.2, lambda: setattr(stop, "signal", 15)).start()
+    with serving(faults=dict.fromkeys(range(99), "slow")) as server:
+        began = time.monotonic()
+        with pytest.raises(Interrupted):
+            judge(server, stages=stages, timeout=5.0).compare(ROWS, MINE, THEIRS)
+    assert time.monotonic() - began < 4
+
+
 def test_texts_are_put_in_once():
     with serving(says=lambda a, b: "A") as server:
         row = {"prompt": [{"role": "user", "content": "say {first}"}]}

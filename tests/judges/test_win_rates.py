@@ -100,9 +100,10 @@ def test_eval_judges_against_any_rival(rival):
         assert [row["rival"] for row in rows] != [row["answer"] for row in rows]
 
 
-def test_without_a_judge_or_a_rival_nothing_is_counted():
+def test_without_a_judge_nothing_is_counted_and_without_a_rival_none_is_asked():
     assert "win_rate" not in evaluated()
-    assert "win_rate" not in evaluated(*SHORT)  # the start is the reference, and there is none
+    with pytest.raises(UserError, match="judge has no effect"):
+        evaluated(*SHORT)  # the start is the reference, and there is none
 
 
 def test_a_reward_model_judges_as_its_own_forward():
@@ -204,7 +205,7 @@ KEYS = [
     ("eval.judge.rows=8", "eval.judge.rows has no effect: eval.judge.every_n_steps is 0"),
     (
         "checkpoint.monitor=eval/win_rate",
-        "checkpoint.monitor=eval/win_rate: nothing counts wins",
+        "checkpoint.monitor=eval/win_rate: set eval.judge.every_n_steps",
     ),
     ("eval.pairs=all", "eval.pairs=all: it must be texts, ids or off"),
 ]
@@ -216,6 +217,12 @@ def test_a_key_that_cannot_be_meant(word, says):
     with pytest.raises(UserError) as caught:
         knobs.check(cfg, knobs.Given([word.partition("=")[0]], {}, plain))
     assert str(caught.value).startswith(says)
+
+
+def test_the_worst_wins_are_no_best_checkpoint():
+    words = ("checkpoint.monitor=eval/win_rate", "eval.judge.every_n_steps=1")
+    with pytest.raises(UserError, match="set checkpoint.mode=max"):
+        knobs.check(config("loss=dpo", *DATA, *words), knobs.Given([], {}, config(*DATA)))
 
 
 def test_math_verify_compares_values():

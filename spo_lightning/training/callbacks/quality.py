@@ -1,15 +1,18 @@
 """What held-out answers come to as training goes on: exact match, ROUGE, win rate, refusals."""
 
+import logging
 from contextlib import suppress
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 
-from spo_lightning.errors import Interrupted
+from spo_lightning.errors import Interrupted, UserError
 from spo_lightning.evaluation.shares import SHARES
 from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.module import Preference
+
+log = logging.getLogger(__name__)
 
 
 class Quality(Callback):
@@ -38,5 +41,9 @@ class Quality(Callback):
         # answers are drawn from a stream of their own; training's goes on as if nobody had looked
         # a signal that ends a judge's work is the recorder's to obey, which saves first
         with torch.random.fork_rng(devices), suppress(Interrupted):
-            found = self.setting.quality()
+            try:
+                found = self.setting.quality()
+            except UserError as error:  # of a judge's endpoint: training goes on
+                log.warning("outer step %d is not judged: %s", module.outer_step, error)
+                return
             module.numbers |= {f"eval/{name}": value for name, value in found.items()}
