@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from spo_lightning.config.build import one_line
 from spo_lightning.errors import UserError
@@ -80,12 +80,14 @@ def _run(cfg: Any, policy: Policy, name: str) -> tuple[dict[str, float], Items]:
         import lm_eval  # type: ignore[import-not-found]
         from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
+        # their decorators hide from a type checker what they take
+        loads, evaluates = cast(Any, HFLM), cast(Any, lm_eval.simple_evaluate)
         known = manager([name], cfg.eval.tasks_path)
         size = cfg.eval.tasks_batch_size
         lm: Any = policy.lm
         try:
-            model = HFLM(pretrained=lm, tokenizer=policy.tokenizer, batch_size=size)
-            found: Any = lm_eval.simple_evaluate(
+            model = loads(pretrained=lm, tokenizer=policy.tokenizer, batch_size=size)
+            found: Any = evaluates(
                 model=model,
                 tasks=[name],
                 task_manager=known,

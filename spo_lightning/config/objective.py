@@ -75,7 +75,7 @@ def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:
 def _check_words(cfg: DictConfig) -> None:
     """A fact that is nearly one that is read here, and would go unread."""
     for key, value in (cfg.get("loss") or {}).items():
-        near = get_close_matches(str(key), WORDS, 1, cutoff=0.8)
+        near = get_close_matches(str(key), WORDS, 1, cutoff=0.85)
         if near and key not in WORDS and isinstance(value, bool | str):
             raise UserError(f"loss.{key}={value}: nobody reads it; {near[0]} is meant")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from spo_lightning.evaluation.wins import Judged
 if TYPE_CHECKING:
     from spo_lightning.data.batch import Pair
     from spo_lightning.data.sets import Pairs
+
+log = logging.getLogger(__name__)
 
 TEXTS = ("prompt", "chosen", "rejected")
 NUMBERS = ("logps", "reference", "rewards")  # of the chosen and of the rejected answer
@@ -88,6 +91,16 @@ def place_of(output: Path) -> Path:
     if output.name == "eval.json" and not of_a_run and free_for_pairs(place):
         return place
     return output.with_suffix(".pairs.jsonl")
+
+
+def make_room(place: Path) -> bool:
+    """An evaluation's rows give the name up and are kept beside it; False where the file is no
+    evaluation's."""
+    if not free_for_pairs(place):
+        return False
+    kept = place.rename(place.with_name("eval.pairs.jsonl"))
+    log.info("%s held an evaluation's rows: they are in %s now", place, kept)
+    return True
 
 
 def free_for_pairs(place: Path) -> bool:

@@ -47,7 +47,11 @@ def refuse_output(cfg: Any) -> None:
     if output.is_dir():
         raise UserError(f"output={cfg.output}: name a file, as in output=pairs.jsonl")
     if output.exists() and not record_of(output).exists():
-        raise UserError(f"output={output}: there is a file, and not of this command: name another")
+        from spo_lightning.evaluation.each_pair import make_room
+
+        if not make_room(output):
+            told = f"output={output}: there is a file, and not of this command"
+            raise UserError(f"{told}: name another")
 
 
 def prompts(at: Read) -> Read:

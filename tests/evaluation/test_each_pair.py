@@ -9,7 +9,7 @@ from fitting import config
 from pairs import CONF
 from tiny import policy, slow_logps
 
-from spo_lightning.evaluation.each_pair import hashed, place_of
+from spo_lightning.evaluation.each_pair import hashed, make_room, place_of
 from spo_lightning.report.build import content, found
 from spo_lightning.run.evaluation import evaluate
 from spo_lightning.train import train
@@ -104,8 +104,13 @@ def test_a_file_of_the_users_stays(tmp_path):
     for text in ('{"prompt": "a", "chosen": "b"}\n', "[1]\n", "a,b\n"):
         theirs.write_text(text)
         assert place_of(tmp_path / "eval.json") == tmp_path / "eval.pairs.jsonl"
+        assert not make_room(theirs)
     theirs.write_text('{"row": 1, "tokens/prompt": 3}\n')
     assert place_of(tmp_path / "eval.json") == theirs
+    (tmp_path / "metrics.json").write_text("{}")  # a run's
+    assert place_of(tmp_path / "eval.json") == tmp_path / "eval.pairs.jsonl"
+    assert make_room(theirs) and not theirs.exists()  # pairs that sample draws have the same name
+    assert (tmp_path / "eval.pairs.jsonl").read_text().startswith('{"row": 1')
 
 
 def test_the_page_browses_them(run):

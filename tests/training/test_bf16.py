@@ -171,6 +171,8 @@ def share_of_a_step(rank, port, how, told):
         optimizer.step()
         optimizer.zero_grad()
     told[rank] = [p.detach().float().numpy() for p in model.parameters()]
+    # one that outlives the group ends it with the GIL held, for which the group's thread may wait
+    del model
     torch.distributed.destroy_process_group()
 
 
