@@ -43,11 +43,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.times.append(time.monotonic())
             self.server.at_once += 1
             self.server.most = max(self.server.most, self.server.at_once)
-        try:
-            self.answer(body, self.server.faults.get(number))
-        finally:
-            with self.server.lock:
-                self.server.at_once -= 1
+        self.answer(body, self.server.faults.get(number))
 
     def answer(self, body, fault):
         if self.path != "/v1/chat/completions":
@@ -71,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status, found, more=(), cut=False):
         text = json.dumps(found).encode()
+        with self.server.lock:  # before it is read: then the next one may come
+            self.server.at_once -= 1
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.send_response(status)
             for name, value in {"Content-Length": str(len(text)), **dict(more)}.items():
