@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             return self.send(fault, {"error": "as planned"}, {"Retry-After": "0.01"})
         if fault == "slow":
-            time.sleep(1.5)
+            time.sleep(3)
         if fault == "garbled":
             return self.send(200, {"nothing": "of the protocol"})
         said = self.server.says(*BOTH.search(body["messages"][-1]["content"]).groups())

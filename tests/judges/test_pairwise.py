@@ -28,7 +28,7 @@ def judge(server, cache=None, stages=None, option="pairwise", **keys):
     base = OmegaConf.load(CONF / "judge/pairwise.yaml")
     own = OmegaConf.load(CONF / f"judge/{option}.yaml")
     own.pop("defaults", None)
-    quick = {"model": "m", "base_url": server.url, "timeout": 1.0, "retries": 3}
+    quick = {"model": "m", "base_url": server.url, "timeout": 20.0, "retries": 3}
     node = OmegaConf.merge(base, own, quick, keys)
     asked = SimpleNamespace(cache=cache, stages=stages or silent())
     return instantiate(node)(asked)
@@ -68,7 +68,8 @@ def test_a_judge_that_always_names_the_first_has_no_say():
 @pytest.mark.parametrize("fault", [429, 500, 503, "slow", "garbled", "cut"])
 def test_a_fault_is_asked_again(fault, tmp_path):
     with serving(faults={0: fault, 3: fault, 7: fault}) as server:
-        found = judge(server, tmp_path).compare(ROWS, MINE, THEIRS)
+        patience = 2.0 if fault == "slow" else 20.0  # seconds; slow is 3
+        found = judge(server, tmp_path, timeout=patience).compare(ROWS, MINE, THEIRS)
         assert found.wins == TRUE and len(server.asked) == 27
 
 
@@ -213,7 +214,7 @@ def test_a_signal_is_obeyed_while_the_endpoint_is_silent():
     silence = dict.fromkeys(range(99), "slow")
     # and no UserError once all tries have timed out
     with serving(faults=silence) as server, pytest.raises(Interrupted):
-        judge(server, stages=stages).compare(ROWS, MINE, THEIRS)
+        judge(server, stages=stages, timeout=0.5).compare(ROWS, MINE, THEIRS)
 
 
 def test_texts_are_put_in_once():
