@@ -214,10 +214,18 @@ def _end_with_the_first() -> None:
 
 def _watch(others: list[Any], over: threading.Event) -> None:
     """End a first process that waits in vain; most often the broken connection does it before."""
-    wait([other.sentinel for other in others])
+    _ended(others)
     if not over.wait(GRACE):
         print(f"error: {_lost(others)}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _ended(others: Any, seconds: float | None = None) -> None:
+    """Wait until one of them has ended and can be asked how."""
+    pipes = wait([other.sentinel for other in others], seconds)
+    for other in others:
+        if other.sentinel in pipes:
+            other.join(LAST_WORD)  # the kernel closes a process's pipes before it has an exit code
 
 
 def _lost(others: Any) -> str:
@@ -231,7 +239,7 @@ def _reason(others: "dict[Any, Connection]", error: BaseException) -> BaseExcept
     """What another process ended of, where this one only lost its connection."""
     if not _of_the_wire(error):
         return error
-    wait([other.sentinel for other in others], LAST_WORD)
+    _ended(others, LAST_WORD)
     for other, heard in others.items():
         if heard.poll():
             try:

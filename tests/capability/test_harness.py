@@ -123,9 +123,9 @@ def test_the_limit_is_of_each_task(tasks):
 
 
 def test_what_is_refused(tasks, tmp_path, monkeypatch):
-    broken = yaml.safe_dump(
-        {**CHOICE, "task": "lost", "dataset_path": "json", "test_split": "test"}
-    )
+    # named files, as datasets looks through the whole working directory without them
+    lost = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "no.json")}}
+    broken = yaml.safe_dump({**CHOICE, "task": "lost", **lost})
     (tmp_path / "lost.yaml").write_text(broken)
     (tmp_path / "empty").mkdir()
     cases = [
