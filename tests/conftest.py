@@ -80,15 +80,22 @@ def command(cwd: Path, *words: object, module=MODULE, timeout: float = 120, **en
 
 
 FORKS = multiprocessing.get_context("forkserver")
+# what a run imports on its way, but for its yamls' own
 FORKS.set_forkserver_preload(
-    ["lightning", "transformers", "datasets", "spo_lightning.training.fit"]
+    [
+        *("datasets", "evaluate", "lightning", "transformers"),
+        *("spo_lightning.report.build", "spo_lightning.run.training"),
+        *("spo_lightning.sampling.pairing", "spo_lightning.sweep.launcher"),
+        *("spo_lightning.evaluation.text_metrics", "spo_lightning.training.sft"),
+    ]
 )
 
 
 @dataclass(frozen=True)
 class Fork:
-    """``train``, begun in a fork of a process that has imported the libraries.
+    """A command of the package, begun in a fork of a process that has imported the libraries.
 
+    For what a command does; what a process of its own does (signals, imports) is for ``start``.
     Forks are begun and ended by one thread: to begin one, multiprocessing asks after all others,
     and of two threads that ask after the same one, one gets its exit code and the other 255.
     """
@@ -97,13 +104,13 @@ class Fork:
     place: tempfile.TemporaryDirectory
 
     @classmethod
-    def begin(cls, cwd: Path, *words: object, **env: str) -> "Fork":
+    def begin(cls, cwd: Path, *words: object, module=MODULE, **env: str) -> "Fork":
         place = tempfile.TemporaryDirectory()
         files = [Path(place.name, name) for name in ("out", "err")]
         for file in files:
             file.touch()
-        how = (cwd, [str(word) for word in words], environment(**env), *files)
-        fork = cls(FORKS.Process(target=_train, args=how), place)
+        line = [module[-1], *map(str, words)]
+        fork = cls(FORKS.Process(target=_run, args=(cwd, line, environment(**env), *files)), place)
         fork.process.start()
         return fork
 
@@ -116,19 +123,19 @@ class Fork:
             return Ended(self.process.exitcode, *said)
 
 
-def forked(cwd: Path, *words: object, **env: str) -> Ended:
-    """``train``, run to its end in a fork."""
-    return Fork.begin(cwd, *words, **env).end()
+def forked(cwd: Path, *words: object, module=MODULE, timeout: float = 120, **env: str) -> Ended:
+    """A command of the package, run to its end in a fork."""
+    return Fork.begin(cwd, *words, module=module, **env).end(timeout)
 
 
-def _train(cwd: Path, words: list[str], env: dict[str, str], out: Path, err: Path) -> None:
+def _run(cwd: Path, line: list[str], env: dict[str, str], out: Path, err: Path) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = ["train", *words]
-    runpy.run_module("spo_lightning.train", run_name="__main__", alter_sys=True)
+    sys.argv = line
+    runpy.run_module(line[0], run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import copy
 import logging
 import warnings
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -52,6 +52,12 @@ SOLVERS = {  # what the command line would say
 
 
 def config(*overrides):
+    """What the command line would say, composed once and given to each who asks as its own."""
+    return copy.deepcopy(_composed(*overrides))
+
+
+@lru_cache(maxsize=64)
+def _composed(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", [*overrides])
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from spo_lightning.evaluation.shares import Items
 
 DRAWS, SEED = 2000, 0  # of the bootstrap
+AT_ONCE = 2**20  # values drawn at once: 16 MB
 Change = dict[str, float]  # difference, low, high; p where a value is right or wrong
 
 
@@ -21,8 +22,12 @@ def change(before: Sequence[float], after: Sequence[float]) -> Change:
 
     moved = np.asarray(after) - np.asarray(before)
     chance = np.random.default_rng(SEED)
-    drawn = [moved[chance.integers(len(moved), size=len(moved))].mean() for _ in range(DRAWS)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    many = max(1, AT_ONCE // len(moved))
+    drawn = [
+        moved[chance.integers(len(moved), size=(min(many, DRAWS - done), len(moved)))].mean(-1)
+        for done in range(0, DRAWS, many)
+    ]
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
     found = {"difference": float(moved.mean()), "low": float(low), "high": float(high)}
     if {*before, *after} <= {0.0, 1.0}:
         found["p"] = mcnemar(int((moved > 0).sum()), int((moved < 0).sum()))

@@ -161,4 +161,6 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
     for name in [*logging.root.manager.loggerDict, "bitsandbytes"]:  # that is not yet imported
         if name.split(".")[0] in ("lightning", "lightning_fabric", "datasets", "bitsandbytes"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            theirs = logging.getLogger(name)
+            if theirs.level != logging.ERROR:  # to set one forgets what all loggers have cached
+                theirs.setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from benches import bench_config
-from conftest import SMALL, command
+from conftest import SMALL, command, forked
 from fitting import config, objective, scored
 from tiny import policy
 
@@ -60,7 +60,7 @@ def test_the_command(tmp_path):
     ],
 )
 def test_refused(tmp_path, words, says):
-    done = command(tmp_path, *TINY, *words, "hydra.run.dir=run", module=MODULE)
+    done = forked(tmp_path, *TINY, *words, "hydra.run.dir=run", module=MODULE)
     assert done.code == 2
     assert done.err.startswith("error: ") and done.err.count("\n") == 1 and says in done.err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["bench.log"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from benches import STEP, bench_config, measured, refused
-from conftest import command
+from conftest import command, forked
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo_lightning.bench import asked, output, step
@@ -91,7 +91,7 @@ def test_refused(tmp_path, word, says):
 
 def test_one_line_of_the_command(tmp_path):
     for words, says in ((["base=none"], "base"), (["contestants=[them]"], "contestants")):
-        done = command(tmp_path, *words, "hydra.run.dir=run", module=("-m", "spo_lightning.bench"))
+        done = forked(tmp_path, *words, "hydra.run.dir=run", module=("-m", "spo_lightning.bench"))
         assert done.code == 2, done.err
         assert done.err.startswith("error: ") and done.err.count("\n") == 1 and says in done.err
 

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import SMALL, command, forked
+from conftest import SMALL, forked
 from fitting import config
 from tiny import policy
 
@@ -96,7 +96,7 @@ def test_eval_compares_with_the_reference(tmp_path):
     file = written(tmp_path / "asked.jsonl", [{"prompt": f"{n}+1=?"} for n in range(6)])
     words = ("checkpoint=after", "reference=before", "data=slips", "data.eval_prompts=4")
     more = (f"eval.prompts={file}", "eval.max_new_tokens=8", "hardware=cpu", "hardware.threads=1")
-    done = command(tmp_path, *words, *more, module=("-m", "spo_lightning.eval"))
+    done = forked(tmp_path, *words, *more, module=("-m", "spo_lightning.eval"))
     assert done.code == 0, done.err
     numbers = json.loads((tmp_path / "eval.json").read_text("utf-8"))
     assert {"answers/refused", "prompts/distinct2"} <= numbers.keys()

@@ -10,7 +10,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, Fork, command
+from conftest import SMALL, Fork, command, forked
 from safetensors.torch import save_file
 
 LEFT = {"train.log", "status.json"}
@@ -436,7 +436,7 @@ def test_one_line(ended, case):
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU")
 def test_no_gpu(home):
-    done = command(home, "hardware=gpu", "data=slips", "hydra.run.dir=runs/gpu")
+    done = forked(home, "hardware=gpu", "data=slips", "hydra.run.dir=runs/gpu")
     assert done.code == 2 and done.err.count("\n") == 1 and "use hardware=cpu" in done.err
 
 
@@ -452,7 +452,7 @@ def test_directory_without_permission(home):
 def test_dropped_pairs_are_counted(home, cache):
     words = ["data=pairs", "data.path=one_hollow.jsonl", "hydra.run.dir=runs/counted", cache]
     small = [word for word in SMALL if not word.startswith(("data", "sft"))]
-    done = command(home, *small, *words, "max_steps=0", "data.eval_fraction=0.2")
+    done = forked(home, *small, *words, "max_steps=0", "data.eval_fraction=0.2")
     assert (done.code, done.err) == (0, "")
     assert "dropped/empty 1" in done.out
 

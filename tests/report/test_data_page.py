@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
-from conftest import command
+from conftest import forked
 from looks import HELD, TRAIN, row, summed
 from test_page import HOSTILE, Elements, browsed, needs_browser
 
@@ -31,7 +31,7 @@ def texts(blocks):
 def inspected(cwd, *words):
     rows = [*TRAIN, *(row(f"q{n}:", "1", "2") for n in range(20))]
     (cwd / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return command(cwd, *WORDS, *words, module=("-m", "spo_lightning.inspect"))
+    return forked(cwd, *WORDS, *words, module=("-m", "spo_lightning.inspect"))
 
 
 def test_what_the_page_says():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL, command, environment
+from conftest import SMALL, command, environment, forked
 
 from spo_lightning.command import CONF
 
@@ -84,7 +84,7 @@ def test_console_script(tmp_path, name):
     ],
 )
 def test_one_line_from_the_other_commands(tmp_path, name, words, says):
-    done = command(tmp_path, *words, module=module(name))
+    done = forked(tmp_path, *words, module=module(name))
     assert done.code == 2
     assert done.err.startswith("error: ") and done.err.count("\n") == 1 and says in done.err
     assert not list(tmp_path.iterdir())

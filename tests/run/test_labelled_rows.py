@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import command, forked
+from conftest import forked
 from fitting import config
 from test_texts import TINY, write
 
@@ -78,21 +78,21 @@ def test_eval_of_it(ran):
     words = ("checkpoint=run/model", "data=pairs", "data.path=kto.jsonl", "data.unpaired=true")
     how = ("dtype=float64", "hardware.precision=64-true", "hardware=cpu", "eval.max_new_tokens=4")
     more = ("data.eval_fraction=0.3", *how)
-    done = command(where, *words, *more, module=("-m", "spo_lightning.eval"))
+    done = forked(where, *words, *more, module=("-m", "spo_lightning.eval"))
     assert done.code == 0, done.err
     told = json.loads((where / "eval.json").read_text())
     final = json.loads((where / "run/metrics.json").read_text())["final"]
     for name in ("logps/chosen", "logps/rejected", "nll/chosen"):
         assert told[name] == pytest.approx(final[name], rel=1e-9)
     assert not {*OF_TWO} & told.keys()
-    done = command(where, *words[:-1], *more, module=("-m", "spo_lightning.eval"))
+    done = forked(where, *words[:-1], *more, module=("-m", "spo_lightning.eval"))
     assert "data.unpaired=true measures every answer by itself" in done.out
 
 
 def test_inspect_shows_rows(ran):
     where, _ = ran
     words = ("data=pairs", "data.path=kto.jsonl", "model=llama", "loss=kto")
-    done = command(where, *words, module=("-m", "spo_lightning.inspect"))
+    done = forked(where, *words, module=("-m", "spo_lightning.inspect"))
     assert done.code == 0, done.err
     assert "one row (train, row" in done.out and "prompt + only" in done.out
     assert "answers that have both labels: 0" in done.out

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, command, end, start
+from conftest import SMALL, command, end, forked, start
 from fitting import SOLVERS
 from hydra import compose, initialize_config_dir
 from pairs import CONF
@@ -151,7 +151,7 @@ def cache(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache) -> Path:
     place = tmp_path_factory.mktemp("whole")
-    done = command(place, *COMMAND, cache, "hydra.run.dir=run")
+    done = forked(place, *COMMAND, cache, "hydra.run.dir=run")
     assert (done.code, done.err) == (0, "")
     return place / "run"
 
@@ -169,7 +169,7 @@ def begun(cwd: Path, cache: str, *words: str, steps: int):
 
 def gone_on(cwd: Path, *words: str):
     """Nothing of the first command line is repeated: the directory's config.yaml holds it."""
-    done = command(cwd, "ckpt_path=last", "hydra.run.dir=run", *words)
+    done = forked(cwd, "ckpt_path=last", "hydra.run.dir=run", *words)
     assert (done.code, done.err) == (0, "")
     assert status(cwd / "run")["state"] == "finished"
     return done
@@ -375,7 +375,7 @@ def test_a_truncated_checkpoint_gives_one_line(tmp_path, cache):
     for name in ("last", "best"):
         path = tmp_path / f"checkpoints/{name}.ckpt"
         path.write_bytes(path.read_bytes()[:2000])
-    done = command(tmp_path, "ckpt_path=last", "hydra.run.dir=.")
+    done = forked(tmp_path, "ckpt_path=last", "hydra.run.dir=.")
     assert done.code == 2 and done.err.count("\n") == 1
     assert "last.ckpt: no whole checkpoint of ours (File is not a zip file), and no" in done.err
     assert numbers(tmp_path)["steps"] == 1  # what the run had stays
@@ -407,7 +407,7 @@ def test_a_run_directory_has_one_writer(tmp_path, cache, whole):
     os.kill(process.pid, signal.SIGSTOP)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for words in (("ckpt_path=last",), ("loss=dpo",)):
-        done = command(tmp_path, *words, "hydra.run.dir=run")
+        done = forked(tmp_path, *words, "hydra.run.dir=run")
         assert done.code == 2 and done.err.count("\n") == 1
         assert f"run is written by process {process.pid} on " in done.err
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

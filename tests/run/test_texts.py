@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from chats import says, tokenizer_of, user
-from conftest import command
+from conftest import forked
 from fitting import config
 from safetensors.torch import load_file
 from tiny import GATED, slow_logps
@@ -59,7 +59,7 @@ def ran(tmp_path_factory):
     where = tmp_path_factory.mktemp("texts")
     write(where / "sft.jsonl", TEXTS)
     words = ("data.path=sft.jsonl", "eval.by=odd", "hydra.run.dir=run")
-    return where, command(where, *TINY, *words)
+    return where, forked(where, *TINY, *words)
 
 
 def test_what_needs_a_rejected_answer_is_left_out(ran):
@@ -98,7 +98,7 @@ def test_the_held_out_nll_by_hand(ran):
     expected = -torch.cat(each).sum() / sum(map(len, each))
     final = json.loads((where / "run/metrics.json").read_text())["final"]
     assert final["nll/chosen"] == pytest.approx(expected.item(), rel=1e-9)
-    done = command(
+    done = forked(
         where,
         *("checkpoint=run/model", "data=pairs", "data.path=sft.jsonl", "data.eval_fraction=0.3"),
         *("hardware=cpu", "dtype=float64", "hardware.precision=64-true", "eval.max_new_tokens=4"),
@@ -173,7 +173,7 @@ def test_refusals(ran, words, says, monkeypatch):
 def test_inspect(ran):
     where, _ = ran
     words = ("data=pairs", "data.path=sft.jsonl", "model=llama")
-    done = command(where, *words, module=("-m", "spo_lightning.inspect"))
+    done = forked(where, *words, module=("-m", "spo_lightning.inspect"))
     assert done.code == 0, done.err
     assert "Layout: sft (prompt, completion as text): 20 rows" in done.out
     assert "0+1=" in done.out and "⟦1</s>⟧" in done.out and "prompt + chosen" in done.out

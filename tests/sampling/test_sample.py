@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, command, end, start
+from conftest import SMALL, command, end, forked, start
 from omegaconf import OmegaConf
 from tiny import policy, slow_logps
 
@@ -198,7 +198,7 @@ def test_killed_and_gone_on_with(tmp_path, cache):
     ],
 )
 def test_refused_in_one_line(tmp_path, words, says):
-    done = command(tmp_path, *words, module=MODULE)
+    done = forked(tmp_path, *words, module=MODULE)
     assert done.code == 2 and says in done.err and done.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -206,7 +206,7 @@ def test_refused_in_one_line(tmp_path, words, says):
 def test_a_file_of_yours_is_not_written_over(tmp_path):
     row = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     (tmp_path / "pairs.jsonl").write_text(row)
-    done = command(tmp_path, "data=pairs", "data.path=pairs.jsonl", module=MODULE)
+    done = forked(tmp_path, "data=pairs", "data.path=pairs.jsonl", module=MODULE)
     assert done.code == 2 and "there is a file, and not of this command" in done.err
     assert (tmp_path / "pairs.jsonl").read_text() == row
 
