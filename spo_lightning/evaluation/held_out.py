@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spo_lightning import losses
 from spo_lightning.data.chat import shown
+from spo_lightning.data.rows import prompt_key
 from spo_lightning.data.sets import Pairs
 from spo_lightning.evaluation import groups
 from spo_lightning.evaluation.shares import Items, shares
@@ -239,7 +240,8 @@ def judged(
         log.warning("judge: no verdict on any of %d prompts", len(rows))
     alone: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     both = (policy.tokenizer([*texts], **alone)["input_ids"] for texts in (mine, theirs))
-    return Judged(mine, theirs, verdicts, [(len(a), len(b)) for a, b in zip(*both)])
+    lengths = [(len(a), len(b)) for a, b in zip(*both)]
+    return Judged(mine, theirs, verdicts, lengths, [prompt_key(row["prompt"]) for row in rows])
 
 
 def samples(

@@ -60,11 +60,16 @@ class Judged(NamedTuple):
     rivals: Sequence[str]
     verdicts: Verdicts
     lengths: Sequence[tuple[int, int]]  # tokens of both
+    prompts: Sequence[Any]  # what stands for the prompt of each
 
     def numbers(self, places: Sequence[int]) -> dict[str, float]:
         """Of these prompts; without a rate where the judge could tell of none."""
         wins, mixed = self.verdicts.wins, self.verdicts.contradicting
-        told = [(w, *self.lengths[place]) for place in places if (w := wins[place]) is not None]
+        told = [
+            (w, *self.lengths[place], self.prompts[place])
+            for place in places
+            if (w := wins[place]) is not None
+        ]
         found = rates(*zip(*told)) if told else {}
         asked = [it for place in places if (it := mixed[place]) is not None]
         if asked:
@@ -76,19 +81,25 @@ class Judged(NamedTuple):
         return found
 
 
-def rates(wins: Sequence[float], mine: Sequence[int], theirs: Sequence[int]) -> dict[str, float]:
-    """Win rates with their 95% intervals, and mean lengths."""
+def rates(
+    wins: Sequence[float], mine: Sequence[int], theirs: Sequence[int], prompts: Sequence[Any]
+) -> dict[str, float]:
+    """Win rates with their 95% intervals, and mean lengths. Rows that share a prompt are drawn
+    together, as they are no two prompts."""
     import numpy as np
 
     count, chance = len(wins), np.random.default_rng(SEED)
     won, apart = np.array(wins, float), np.array(mine, float) - np.array(theirs, float)
-    drawn = chance.multinomial(count, np.full(count, 1 / count), DRAWS).astype(float)
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    of, some = np.array([places[prompt] for prompt in prompts]), len(places)  # [n]
+    drawn = chance.multinomial(some, np.full(some, 1 / some), DRAWS).astype(float)[:, of]
     # the plain sum: a rate of halves and wholes is then exact
-    found = {"win_rate": sum(wins) / count, **_interval("win_rate", drawn @ won / count)}
+    found = {"win_rate": sum(wins) / count}
+    found |= _interval("win_rate", drawn @ won / drawn.sum(1))
     spread = apart.std()
     if spread:
         x = np.tanh(apart / spread)
-        strength = _chosen(x, won) if count >= 2 * FOLDS else np.ones(1)
+        strength = _chosen(x, won, of) if some >= 2 * FOLDS else np.ones(1)
         (whole,) = _level(x, won, np.ones((1, count)), strength)
         found["win_rate_controlled"] = float(whole)
         found |= _interval("win_rate_controlled", _level(x, won, drawn[:FITTED], strength))
@@ -112,12 +123,12 @@ def _level(x: "ndarray", won: "ndarray", weights: "ndarray", strength: Any) -> "
     return 1 / (1 + np.exp(-_fitted(x, won, weights, strength)[:, 0]))
 
 
-def _chosen(x: "ndarray", won: "ndarray") -> "ndarray":
-    """[1] the strength under which the folds that were left out are likeliest."""
+def _chosen(x: "ndarray", won: "ndarray", of: "ndarray") -> "ndarray":
+    """[1] the strength under which the folds of prompts that were left out are likeliest."""
     import numpy as np
 
     strengths = np.logspace(*STRENGTHS)
-    fold = np.random.default_rng(SEED).permutation(len(x)) % FOLDS
+    fold = np.random.default_rng(SEED).permutation(of.max() + 1)[of] % FOLDS
     losses = np.zeros(len(strengths))
     for out in (fold == number for number in range(FOLDS)):
         weights = np.tile((~out).astype(float), (len(strengths), 1))

@@ -16,7 +16,8 @@ def test_one_text_twice_is_a_tie_however_its_scores_round():
 def test_ties_count_half_and_the_silent_do_not_count():
     wins = [1.0, 0.5, 0.0, None, 1.0]
     lengths = [(5, 3), (2, 2), (3, 7), (9, 9), (2, 4)]
-    found = Judged("abcde", "vwxyz", Verdicts(wins, [True, False, None, None, None]), lengths)
+    verdicts = Verdicts(wins, [True, False, None, None, None])
+    found = Judged("abcde", "vwxyz", verdicts, lengths, "pqrst")
     numbers = found.numbers(range(5))
     assert numbers["win_rate"] == 2.5 / 4
     assert (numbers["tokens/answer"], numbers["tokens/rival"]) == (3.0, 4.0)
@@ -26,21 +27,47 @@ def test_ties_count_half_and_the_silent_do_not_count():
     assert found.numbers([0, 4])["win_rate"] == 1.0
     assert found.numbers([3]) == {"judge/silent": 1.0}
     told = Verdicts([1.0, 0.0], [None, None], {"judge/kappa/a/b": 0.3})
-    found = Judged("ab", "cd", told, [(1, 1), (1, 1)])
+    found = Judged("ab", "cd", told, [(1, 1), (1, 1)], "pq")
     assert found.numbers([0, 1])["judge/kappa/a/b"] == 0.3
     assert "judge/kappa/a/b" not in found.numbers([0])
-    even = rates([1.0, 0.0], [3, 3], [3, 3])  # no length differs: nothing is controlled for
+    even = rates([1.0, 0.0], [3, 3], [3, 3], "pq")  # no length differs: nothing is controlled for
     assert "win_rate_controlled" not in even
 
 
 def test_the_interval_is_the_bootstraps():
     """Of a share of 200 it is that of the binomial, which is known."""
     wins = [1.0] * 120 + [0.0] * 80
-    found = rates(wins, [1] * 200, [1] * 200)
+    found = rates(wins, [1] * 200, [1] * 200, range(200))
     spread = 1.96 * (0.6 * 0.4 / 200) ** 0.5
     assert found["win_rate_low"] == pytest.approx(0.6 - spread, abs=0.01)
     assert found["win_rate_high"] == pytest.approx(0.6 + spread, abs=0.01)
-    assert rates(wins, [1] * 200, [1] * 200) == found
+    assert rates(wins, [1] * 200, [1] * 200, range(200)) == found
+
+
+def test_rows_that_share_a_prompt_are_drawn_together():
+    """Each of 50 prompts four times over tells no more than once: the interval of 50, not of 200.
+    A prompt with more rows weighs more, in the rate and in every draw of it."""
+    wins = [1.0] * 30 + [0.0] * 20
+    once = rates(wins, [1] * 50, [1] * 50, range(50))
+    fourfold = rates(wins * 4, [1] * 200, [1] * 200, [*range(50)] * 4)
+    for end in ("win_rate", "win_rate_low", "win_rate_high"):
+        assert fourfold[end] == pytest.approx(once[end])
+    apart = rates(wins * 4, [1] * 200, [1] * 200, range(200))
+    wide, narrow = (it["win_rate_high"] - it["win_rate_low"] for it in (fourfold, apart))
+    assert 1.6 * narrow < wide < 2.4 * narrow  # twice, but for steps of a row and of a prompt
+    uneven = rates([1.0] * 9 + [0.0], [1] * 10, [1] * 10, ["a"] * 9 + ["b"])
+    assert (uneven["win_rate"], uneven["win_rate_low"], uneven["win_rate_high"]) == (0.9, 0.0, 1.0)
+
+
+def test_a_controlled_rate_has_its_interval_over_prompts_too():
+    chance = np.random.default_rng(1)
+    wins = [*map(float, chance.random(40) < 0.6)]
+    mine = [*map(int, chance.integers(5, 50, 40))]
+    once = rates(wins, mine, [20] * 40, range(40))
+    fourfold = rates(wins * 4, mine * 4, [20] * 160, [*range(40)] * 4)
+    width = "win_rate_controlled_high", "win_rate_controlled_low"
+    one, four = (it[width[0]] - it[width[1]] for it in (once, fourfold))
+    assert four > 0.8 * one
 
 
 @pytest.mark.parametrize("strength", [0.05, 1.0, 100.0])
@@ -74,9 +101,9 @@ def test_without_a_penalty_it_is_the_plain_one():
 def test_a_few_verdicts_leave_the_controlled_rate_unsure():
     chance = np.random.default_rng(3)
     wins = [float(one) for one in chance.random(24) < 0.55]
-    found = rates(wins, [*map(int, chance.integers(5, 50, 24))], [20] * 24)
+    found = rates(wins, [*map(int, chance.integers(5, 50, 24))], [20] * 24, range(24))
     assert found["win_rate_controlled_high"] - found["win_rate_controlled_low"] > 0.25
-    all_won = rates([1.0] * 24, [*range(24)], [10] * 24)
+    all_won = rates([1.0] * 24, [*range(24)], [10] * 24, range(24))
     assert all_won["win_rate_controlled_low"] > 0.999
 
 
@@ -91,7 +118,7 @@ def test_length_alone_raises_the_raw_rate_and_not_the_controlled_one(better):
         mine = np.maximum(1, theirs + chance.normal(30, 30, 300).round().astype(int))
         x = np.tanh((mine - theirs) / (mine - theirs).std())
         likes = chance.random(300) < 1 / (1 + np.exp(-(better + 2.0 * x)))
-        found = rates([*map(float, likes)], [*map(int, mine)], [*map(int, theirs)])
+        found = rates([*map(float, likes)], [*map(int, mine)], [*map(int, theirs)], range(300))
         raw.append(found["win_rate"])
         low, high = found["win_rate_controlled_low"], found["win_rate_controlled_high"]
         inside += low <= truth <= high

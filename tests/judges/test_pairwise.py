@@ -61,7 +61,7 @@ def test_a_judge_that_always_names_the_first_has_no_say():
     with serving(says=leans) as server:
         found = judge(server).compare(ROWS, MINE, THEIRS)
     assert found.wins == [0.0] * 3 + [0.5] * 5 + [1.0] * 4
-    numbers = Judged(MINE, THEIRS, found, [(len(t), 8) for t in MINE]).numbers(range(12))
+    numbers = Judged(MINE, THEIRS, found, [(len(t), 8) for t in MINE], MINE).numbers(range(12))
     assert numbers["judge/contradicting"] == pytest.approx(5 / 12)
 
 
@@ -79,7 +79,7 @@ def test_nonsense_is_no_verdict(reply, caplog):
         found = judge(server).compare(ROWS[:3], MINE[:3], THEIRS[:3])
     assert found == Verdicts([None] * 3, [None] * 3)
     assert "no reply is a verdict" in caplog.text
-    told = Judged(MINE[:3], THEIRS[:3], found, [(1, 1)] * 3).numbers(range(3))
+    told = Judged(MINE[:3], THEIRS[:3], found, [(1, 1)] * 3, MINE[:3]).numbers(range(3))
     assert told == {"judge/silent": 1.0}
 
 
