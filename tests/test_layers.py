@@ -19,7 +19,7 @@ PACKAGE = Path(spo_lightning.__file__).parent
 ROOMS = (
     *("errors", "world", "config", "records", "data", "models", "losses", "solvers", "cache"),
     *("evaluation", "judges", "capability", "training", "sampling", "studies", "run"),
-    *("sweep", "report", "command", "bench", "objectives"),
+    *("sweep", "report", "command", "bench", "objectives", "preflight"),
     *("train", "eval", "inspect", "sample", "export", "dashboard"),
 )
 # what the rooms that know least may import besides themselves
@@ -46,6 +46,7 @@ COMMANDS = (
         "config.knobs",
         "report.__main__",
         "objectives.__main__",
+        "preflight.__main__",
         "dashboard",
     ),
 )

@@ -1,0 +1,41 @@
+"""A configuration in; out comes nothing, or one line that refuses what cannot be foreseen."""
+
+from typing import TYPE_CHECKING
+
+from spo_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# what a loss's yaml says -> why its pairs have no gradient of their own
+APART = {
+    "unpaired": "its rows have one answer, and a pair's geometry is that of two",
+    "whole_batch": "it judges all pairs of a step together",
+    "rewards": "a reward model has no likelihood to lose",
+    "template": "a ranker answers with a letter and has no likelihood to lose",
+}
+
+# key, the values that go with a preflight, why no other does
+APART_FROM_IT = [
+    ("data.stream", (None, False), "the preflight draws from all pairs: leave it out"),
+    ("study", (None,), "an experiment without a model has nothing to look at: leave it out"),
+    ("ckpt_path", (None,), "the preflight starts where the run begins: leave it out"),
+    ("hardware.devices", (1,), "the preflight runs on one device: leave it out"),
+]
+
+
+def refuse(cfg: "DictConfig") -> None:
+    """Before anything is read."""
+    from omegaconf import OmegaConf
+
+    for key, why in APART.items():
+        if cfg.loss.get(key):
+            raise UserError(f"loss: {why}, so there is no preflight: train it")
+    for key, value, why in APART_FROM_IT:
+        if OmegaConf.select(cfg, key) not in value:
+            raise UserError(f"{key}={OmegaConf.select(cfg, key)}: {why}")
+    if cfg.max_steps == 0:
+        raise UserError("max_steps=0: nothing would be trained, so nothing can be foreseen")
+    weights = list(cfg.preflight.weights)
+    if weights != sorted(weights) or any(not weight > 0 for weight in weights):
+        raise UserError(f"preflight.weights={weights}: they must be above 0 and rise")

@@ -1,0 +1,98 @@
+"""A sample of pairs in, how their gradients lie out, and the step that their mean would take.
+
+One forward and three backwards per pair; beside the gradients of one pair only the mean and the
+spread of the preference gradient are kept.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spo_lightning import losses
+from spo_lightning.data.sets import Pairs
+from spo_lightning.models.scorer import PairLogps, Scorer, reference_logps
+from spo_lightning.solvers import Tensors, dot
+from spo_lightning.training.callbacks.evolution import Named, directional
+from spo_lightning.training.microbatch import trainable
+
+AT_ONCE = 16  # pairs of one forward: a derivative along a step holds two of them
+
+
+class Geometry(NamedTuple):
+    """Of every pair of the sample, and the direction of their preference loss."""
+
+    pairs: list[dict[str, float]]  # norms, cosine, overlap = <g_w, g_l> / |g_w|^2
+    along: Named  # D / sqrt(var(g) / batch + D^2), as AdamW's first steps have it
+
+
+def geometry(
+    scorer: Scorer,
+    sample: Pairs,
+    loss: losses.Loss,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Geometry:
+    """At the policy as it is."""
+    named = trainable(scorer)
+    theta: Tensors = tuple(named.values())
+    mean = [torch.zeros_like(p) for p in theta]
+    squares = [torch.zeros_like(p) for p in theta]  # of the distances from the mean, summed
+    found = []
+    for number in range(len(sample)):
+        batch = sample.batch([number]).to(scorer.model.device)
+        policy = scorer(batch)
+        upper = losses.evaluate(loss, policy, reference_logps(batch), losses.moments_of({}))
+        chosen, rejected = (_gradient(policy.sums[0, side], theta) for side in (0, 1))
+        inner, own, other = dot(chosen, rejected), dot(chosen, chosen), dot(rejected, rejected)
+        norms = own.sqrt().item(), other.sqrt().item()
+        found.append(
+            {
+                "norm_chosen": norms[0],
+                "norm_rejected": norms[1],
+                "cosine": inner.item() / max(norms[0] * norms[1], 1e-30),
+                "overlap": inner.item() / max(own.item(), 1e-30),
+            }
+        )
+        del chosen, rejected
+        for m, s, g in zip(mean, squares, _gradient(upper.sum(), theta)):
+            apart = g - m
+            m += apart / (number + 1)
+            s += apart * (g - m)
+        advance(1)
+    count = max(1, len(sample) - 1)
+    along = {}
+    for name, m, s in zip(named, mean, squares):
+        spread = (s / (count * batch_size) + m.square()).sqrt()
+        along[name] = torch.where(spread > 0, m / spread, 0.0)
+    return Geometry(found, along)
+
+
+def _gradient(value: Tensor, theta: Tensors) -> Tensors:
+    return torch.autograd.grad(
+        value, theta, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def slopes(scorer: Scorer, pairs: Pairs, at: Named, along: Named) -> list[float]:
+    """[N] <gradient of log pi(y_w) at the parameters ``at``, along>: first order, in nats."""
+    found = [0.0] * len(pairs)
+    for indices in pairs.batches(AT_ONCE):
+        batch = pairs.batch(indices).to(scorer.model.device).chosen_only
+        _, change = directional(scorer, batch, at, along)
+        summed = PairLogps(change.double(), batch.pair, batch.rejected, len(batch)).chosen
+        for index, value in zip(indices, summed.tolist()):
+            found[index] = value
+    return found
+
+
+@torch.no_grad()
+def chosen(scorer: Scorer, pairs: Pairs) -> list[float]:
+    """[N] log pi(y_w) under the policy as it is."""
+    found = [0.0] * len(pairs)
+    for indices in pairs.batches(AT_ONCE):
+        batch = pairs.batch(indices).to(scorer.model.device).chosen_only
+        for index, value in zip(indices, scorer(batch).chosen.double().tolist()):
+            found[index] = value
+    return found
