@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SMALL, command
 from fitting import objective, scored
-from tiny import policy, random_pairs
+from tiny import in_float64, policy, random_pairs
 
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.preflight import judgement
@@ -19,7 +19,8 @@ FEW = ("preflight.pilot_steps=2", "preflight.max_pairs=6", "preflight.weights=[0
 
 
 @pytest.mark.parametrize("name", ["dpo", "simpo"])
-def test_the_score_is_what_a_tiny_step_does(name):
+def test_the_score_is_what_a_tiny_step_does(name, monkeypatch):
+    in_float64(monkeypatch)
     made = policy()
     loss, _, _ = objective(f"loss={name}")
     pairs = scored(made.lm, random_pairs(5))
