@@ -109,7 +109,8 @@ class Memory(Watch):
     """What is in use at the peak, above what was before the first step."""
 
     def begin(self) -> None:
-        if torch.cuda.is_initialized():
+        self.gpu = torch.cuda.is_initialized()
+        if self.gpu:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
@@ -117,10 +118,13 @@ class Memory(Watch):
             self.before = highest_resident()
 
     @property
+    def highest(self) -> int:
+        """Bytes in use at the peak since it began."""
+        return torch.cuda.max_memory_allocated() if self.gpu else highest_resident()
+
+    @property
     def mib(self) -> float:
-        gpu = torch.cuda.is_initialized()
-        highest = torch.cuda.max_memory_allocated() if gpu else highest_resident()
-        return (highest - self.before) / MIB
+        return (self.highest - self.before) / MIB
 
 
 def forget_peak() -> bool:

@@ -10,25 +10,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from lightning import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.utils.data import DataLoader
 
 from spo_lightning.bench.cell import as_text
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.rows import Task
 from spo_lightning.data.sets import Pairs
-from spo_lightning.errors import Interrupted
 from spo_lightning.models import device
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.models.sources import check_sources
-from spo_lightning.records.progress import Stages, hushed, quiet, silent
+from spo_lightning.records.progress import Stages, hushed, silent
 from spo_lightning.run.job import objective
 from spo_lightning.run.training import prepared
-from spo_lightning.training.fit import OuterSteps, lightning_precision, module_of
+from spo_lightning.training.fit import OuterSteps, module_of, steps_alone
 from spo_lightning.world import World
 
 
@@ -117,27 +113,11 @@ class Ours:
             on_train_batch_start=before,
             on_train_batch_end=after,
         )
-        quiet()  # what was imported since
         with threads_of(cfg.hardware), unmoved(scorer):
             module = module_of(cfg, scorer, self.entry.loss, self.entry.solver, steps)
-            trainer = Trainer(
-                accelerator=cfg.hardware.accelerator,
-                devices=1,
-                precision=lightning_precision(cfg.hardware),
-                max_steps=steps,
-                max_epochs=-1,
-                callbacks=[look],
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
             data = OuterSteps.of(cfg, module, self.start.train, self.start.lower)
-            try:
-                trainer.fit(module, DataLoader(data, batch_size=None))
-            except SIGTERMException as error:  # Lightning has taken the signal over
-                raise Interrupted(143, "stopped by SIGTERM") from error
-        del module, trainer, data
+            steps_alone(cfg, data, steps, look)
+        del module, data
         gc.collect()  # they hold each other, and the solver's and the optimizer's memory
         return losses
 

@@ -78,7 +78,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.on_mismatch": (lambda v: v in ("split", "drop", "error"), "split, drop or error"),
     "data.drop_high_ches": (lambda v: v is None or 0 <= v < 1, "at least 0 and below 1, or null"),
     "cache.max_gb": (lambda v: v > 0, "above 0"),
-    "preflight.pilot_steps": (lambda v: v >= 1, "at least 1"),
+    "preflight.pilot_steps": (lambda v: v >= 2, "at least 2"),
     "preflight.max_pairs": (lambda v: v >= 2, "at least 2"),
     "steps": (lambda v: v >= 1, "at least 1"),
     "warmup": (lambda v: v >= 1, "at least 1"),

@@ -36,6 +36,8 @@ def refuse(cfg: "DictConfig") -> None:
             raise UserError(f"{key}={OmegaConf.select(cfg, key)}: {why}")
     if cfg.max_steps == 0:
         raise UserError("max_steps=0: nothing would be trained, so nothing can be foreseen")
+    if cfg.max_steps * cfg.batch_size == 1:
+        raise UserError("max_steps=1 of batch_size=1: one pair tells nothing of the others")
     weights = list(cfg.preflight.weights)
     if weights != sorted(weights) or any(not weight > 0 for weight in weights):
         raise UserError(f"preflight.weights={weights}: they must be above 0 and rise")

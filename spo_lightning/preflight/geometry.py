@@ -17,7 +17,9 @@ from spo_lightning.solvers import Tensors, dot
 from spo_lightning.training.callbacks.evolution import Named, directional
 from spo_lightning.training.microbatch import trainable
 
-AT_ONCE = 16  # pairs of one forward: a derivative along a step holds two of them
+AT_ONCE = 8  # pairs of one forward: a derivative along a step holds two of them
+
+Advance = Callable[[int], None]  # hears how many are done
 
 
 class Geometry(NamedTuple):
@@ -32,9 +34,10 @@ def geometry(
     sample: Pairs,
     loss: losses.Loss,
     batch_size: int,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Advance = lambda count: None,
 ) -> Geometry:
     """At the policy as it is."""
+    scorer.squares = losses.asks(loss, "squares")
     named = trainable(scorer)
     theta: Tensors = tuple(named.values())
     mean = [torch.zeros_like(p) for p in theta]
@@ -75,24 +78,26 @@ def _gradient(value: Tensor, theta: Tensors) -> Tensors:
     )
 
 
-def slopes(scorer: Scorer, pairs: Pairs, at: Named, along: Named) -> list[float]:
+def slopes(
+    scorer: Scorer, pairs: Pairs, at: Named, along: Named, advance: Advance = lambda count: None
+) -> list[float]:
     """[N] <gradient of log pi(y_w) at the parameters ``at``, along>: first order, in nats."""
-    found = [0.0] * len(pairs)
+    found = torch.empty(len(pairs), dtype=torch.float64)
     for indices in pairs.batches(AT_ONCE):
         batch = pairs.batch(indices).to(scorer.model.device).chosen_only
         _, change = directional(scorer, batch, at, along)
         summed = PairLogps(change.double(), batch.pair, batch.rejected, len(batch)).chosen
-        for index, value in zip(indices, summed.tolist()):
-            found[index] = value
-    return found
+        found[indices] = summed.cpu()
+        advance(len(indices))
+    return found.tolist()
 
 
 @torch.no_grad()
-def chosen(scorer: Scorer, pairs: Pairs) -> list[float]:
-    """[N] log pi(y_w) under the policy as it is."""
-    found = [0.0] * len(pairs)
+def sums(scorer: Scorer, pairs: Pairs) -> Tensor:
+    """[N, 2] log pi(y_w) and log pi(y_l) under the policy as it is, in the weights' own dtype:
+    bfloat16 would round a few steps' change away."""
+    found = torch.empty(len(pairs), 2, dtype=torch.float64)
     for indices in pairs.batches(AT_ONCE):
-        batch = pairs.batch(indices).to(scorer.model.device).chosen_only
-        for index, value in zip(indices, scorer(batch).chosen.double().tolist()):
-            found[index] = value
+        batch = pairs.batch(indices).to(scorer.model.device)
+        found[indices] = scorer(batch).sums.double().cpu()
     return found

@@ -1,6 +1,6 @@
 """What a pilot measured in; what is foreseen, how surely and until where, and one line out.
 
-A part of the change that is first order grows with the steps, the rest at least as fast and, where
+The part of a change that is first order grows with the steps; the rest at least as fast and, where
 it is curvature, with their square: the two ends of what is foreseen. It holds to four times the
 pilot (five steps of a real model rank the pairs of step 20 with .86) and within an epoch.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import StatisticsError, correlation, fmean, stdev
 from typing import Any
 
-from spo_lightning.preflight.pilot import Pilot
+from spo_lightning.preflight.pilot import Pilot, Split
 
 HOLDS = 4  # pilots
 SURE = 1.96  # standard errors
@@ -22,17 +22,22 @@ def moved(changes: Sequence[float]) -> dict[str, float]:
 
 
 def told(found: Pilot, side: str) -> dict[str, float]:
+    """Of one side; ``margin`` is the change of log pi(y_w) - log pi(y_l)."""
+    chosen, rejected = found.changes[side].T
+    return moved(chosen.tolist()) | {"margin": (chosen - rejected).mean().item()}
+
+
+def parts(found: Split, side: str) -> dict[str, float]:
     """Of one side, with its split."""
-    first = fmean(found.first[side])
-    mean = moved(found.measured[side])
-    split = {"first": first, "rest": mean["mean"] - first}
-    return mean | split | {"random": fmean(found.random[side])}
+    whole, first = told(found, side), fmean(found.first[side])
+    split = {"first": first, "rest": whole["mean"] - first, "random": fmean(found.random[side])}
+    return whole | split
 
 
-def geometry_of(pairs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means, and the share whose own step would lower its chosen answer."""
-    means = {name: fmean(pair[name] for pair in pairs) for name in pairs[0]}
-    return means | {"own_condition": fmean(pair["overlap"] > 1 for pair in pairs)}
+def means(pairs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of the pairs' geometry, and the share whose own step would lower its chosen answer."""
+    found = {name: fmean(pair[name] for pair in pairs) for name in pairs[0]}
+    return found | {"own_condition": fmean(pair["overlap"] > 1 for pair in pairs)}
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
@@ -48,12 +53,12 @@ def ranks(values: Sequence[float]) -> list[float]:
     return [order.index(v) + (order.count(v) - 1) / 2 for v in values]
 
 
-def foreseen(found: Pilot, steps: int, wanted: int) -> dict[str, Any]:
-    """Mean change and share displaced of held-out answers at the run's length, or as far as it
-    holds."""
+def foreseen(found: Split, steps: int, wanted: int) -> dict[str, Any]:
+    """Mean change and share displaced of held-out answers after ``wanted`` steps, or as far as a
+    pilot of ``steps`` holds."""
     until = min(wanted, HOLDS * steps)
     ratio = until / steps
-    both = list(zip(found.first["held"], found.measured["held"]))
+    both = list(zip(found.first["held"], found.changes["held"][:, 0].tolist()))
     linear = [m * ratio for _, m in both]
     curved = [f * ratio + (m - f) * ratio**2 for f, m in both]
     ends = [moved(linear), moved(curved)]
@@ -68,33 +73,45 @@ def foreseen(found: Pilot, steps: int, wanted: int) -> dict[str, Any]:
 
 def advice(
     sides: Mapping[str, Mapping[str, float]],
-    seen_ahead: Mapping[str, Any],
+    ahead: Mapping[str, Any],
     tried: Sequence[Mapping[str, float]],
     lr: float,
 ) -> str:
     """One line, with the numbers behind it."""
     held, seen = sides["held"], sides["seen"]
-    said = (
-        f"Held-out log pi(y_w) changes by {held['mean']:+.2f} +- {held['half']:.2f} nats in the "
-        f"pilot ({held['displaced']:.0%} fall; first order {held['first']:+.2f}, rest "
-        f"{held['rest']:+.2f}; seen pairs {seen['mean']:+.2f}), foreseen at step "
-        f"{seen_ahead['step']}: {seen_ahead['low']:+.2f} to {seen_ahead['high']:+.2f}. "
+    numbers = (
+        f"Held-out log pi(y_w): {held['mean']:+.3g} +- {held['half']:.2g} nats in the pilot, "
+        f"{held['displaced']:.0%} fall (first order {held['first']:+.3g}, rest "
+        f"{held['rest']:+.3g}; seen pairs {seen['mean']:+.3g}); foreseen at step {ahead['step']}: "
+        f"{ahead['low']:+.3g} to {ahead['high']:+.3g}."
     )
     if held["mean"] >= 0:
-        return f"{said}The chosen answers hold: no solver weight is needed that far."
-    enough = next((one["weight"] for one in tried if one["mean"] >= 0), None)
+        return f"{numbers} The chosen answers hold so far: no solver weight is needed."
+    verdict = "They fall" if held["mean"] + held["half"] < 0 else "They may fall"
+    return f"{numbers} {verdict}: {'; '.join(_remedies(held, seen, tried, lr))}."
+
+
+def _remedies(
+    held: Mapping[str, float],
+    seen: Mapping[str, float],
+    tried: Sequence[Mapping[str, float]],
+    lr: float,
+) -> list[str]:
+    """The weight that holds them, then what is cheaper."""
+    found = []
+    enough = next((one for one in tried if one["mean"] >= 0), None)
     if enough is not None:
-        remedy = f"solver=penalty solver.weight={enough:g} holds them"
-    else:
-        remedy = f"no weight of {[one['weight'] for one in tried]} holds them"
-    if held["first"] > 0:
+        price = f"at a margin of {enough['margin']:+.3g} where the run has {held['margin']:+.3g}"
+        found.append(f"solver=penalty solver.weight={enough['weight']:g} holds them, {price}")
+    elif tried:
+        found.append(f"no weight up to {tried[-1]['weight']:g} holds them")
+    if held["first"] > 0:  # then the rest is below 0
         smaller = lr * held["first"] / -held["rest"]
-        remedy += (
-            f"; it is the step's curvature, for which optimizer.lr={smaller:.1e} "
-            "or a warm-up would do too"
+        found.append(
+            f"the step is too long, and optimizer.lr={smaller:.1e} or a warm-up would do too"
         )
-    elif seen["mean"] > 0:
-        remedy += "; seen answers rise, so it is overfitting: fewer epochs or more pairs"
-    else:
-        remedy += "; the loss itself points down for them, and a smaller step falls more slowly"
-    return f"{said}They fall: {remedy}."
+    if seen["mean"] > 0:
+        found.append("seen answers rise, so it is overfitting: more pairs, or fewer epochs")
+    if held["first"] <= 0 and seen["mean"] <= 0:
+        found.append("the loss itself points down for seen and held-out, at any step size")
+    return found

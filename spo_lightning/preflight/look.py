@@ -1,16 +1,17 @@
 """A configuration in, the whole preflight out: prepared as a run is, looked at, and judged."""
 
-import logging
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spo_lightning.bench.measuring import MIB, highest_resident
 from spo_lightning.config.build import built
 from spo_lightning.data.batch import draws
 from spo_lightning.data.chat import shown
+from spo_lightning.data.rows import Row
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import UserError
 from spo_lightning.evaluation import ches
@@ -18,16 +19,15 @@ from spo_lightning.models.device import device_of, set_threads
 from spo_lightning.models.sources import check_sources
 from spo_lightning.preflight import judgement
 from spo_lightning.preflight.geometry import geometry, slopes
-from spo_lightning.preflight.pilot import pilot
+from spo_lightning.preflight.pilot import Pilots
 from spo_lightning.records.progress import Stages, Stop, quiet
 from spo_lightning.run.job import objective, refuse_rows, refuse_to_compare
 from spo_lightning.run.record import Begun, Referenced, walk
 from spo_lightning.run.training import BEFORE_TRAINING, DATA
+from spo_lightning.solvers.none import NoLower
 from spo_lightning.training.feed import outer_steps
 from spo_lightning.training.microbatch import trainable
 from spo_lightning.world import World
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ class Preflight:
     steps: int  # of the run
     pilot_steps: int
     lr: float
-    geometry: dict[str, float]  # means over the seen pairs of the sample
+    geometry: dict[str, float]  # means over ``sample``
     ranking: float | None  # Spearman's, of score and measured change of the held-out pairs
     sides: dict[str, dict[str, float]]  # of seen and held: what the pilot did
     foreseen: dict[str, Any]
-    weights: list[dict[str, float]]  # held-out mean change of each pilot
-    seconds: dict[str, float]
-    memory_mib: float  # of this process at its peak; a run keeps no more
+    weights: list[dict[str, float]]  # of the solver, and what a pilot with it did held-out
+    seconds: dict[str, float]  # of every stage, and of the run's steps
+    mib: float  # in use at the peak of the pilot's steps
+    sample: list[dict[str, Any]]  # training pairs with their geometry
     pairs: list[dict[str, Any]]  # held-out, most at risk first, with their texts
 
 
@@ -53,46 +54,50 @@ def look(cfg: DictConfig) -> Preflight:
     check_sources(cfg.model)
     set_threads(cfg.hardware)
     quiet()
-    chosen = objective(cfg)
-    at, steps = prepared(cfg, chosen[0])
-    sample = dict(zip(("seen", "held"), sampled(cfg, at)))
+    loss, solver = objective(cfg)
+    at, total = prepared(cfg, loss)
     seconds, began = dict(at.seconds), time.monotonic()
-    with at.stages.stage("gradients", len(sample["seen"])) as advance:
-        shape = geometry(at.scorer, sample["seen"], chosen[0], cfg.batch_size, advance)
-    here = {name: p.detach() for name, p in trainable(at.scorer).items()}
-    scores = [-slope for slope in slopes(at.scorer, sample["held"], here, shape.along)]
-    del here
-    how: dict[str, Any] = {"batch_size": cfg.eval.batch_size, "precision": at.precision}
-    alike = ches.scores(at.scorer, sample["held"], **how)[:, 1].tolist()
-    seconds["gradients"], began = time.monotonic() - began, time.monotonic()
-    with at.stages.stage("pilot", 1) as advance:
-        found = pilot(cfg, at, chosen, sample, steps, split=True)
-        advance(1)
+    steps = min(cfg.preflight.pilot_steps, total)
+    sample, seen, held = sampled(cfg, at, steps)
+    shape, along = geometry_of(cfg, at, loss, sample)
+    with at.stages.stage("score", len(held)) as advance:
+        here = {name: p.detach() for name, p in trainable(at.scorer).items()}
+        # per unit of lr, of a step down
+        scores = [-slope for slope in slopes(at.scorer, held, here, along, advance)]
+    del here, along
+    alike = {"ches": ches_of(cfg, at, held)}
+    seconds["geometry"], began = time.monotonic() - began, time.monotonic()
+    pilots = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, steps)
+    found = pilots.split(solver, "pilot")
     seconds["pilot"], began = time.monotonic() - began, time.monotonic()
-    tried = weights(cfg, at, chosen[0], sample, steps)
-    seconds |= {"weights": time.monotonic() - began, "run": found.step_seconds * steps}
-    sides = {side: judgement.told(found, side) for side in sample}
+    sides = {side: judgement.parts(found, side) for side in pilots.sides}
+    alone = [{"weight": 0.0} | judgement.told(found, "held")] if type(solver) is NoLower else []
+    tried = alone + weights(pilots)
+    seconds |= {"weights": time.monotonic() - began, "run": found.seconds * total}
     epoch = max(1, len(at.train) // cfg.batch_size)
-    foreseen = judgement.foreseen(found, cfg.preflight.pilot_steps, min(steps, epoch))
-    measured = found.measured["held"]
+    ahead = judgement.foreseen(found, steps, min(total, epoch))
+    changes = {"measured": found.changes["held"][:, 0].tolist()}
+    told = rows(held, at.task.held_out, {"score": scores} | alike | changes)
     return Preflight(
-        judgement.advice(sides, foreseen, tried, cfg.optimizer.lr),
-        *(steps, cfg.preflight.pilot_steps, cfg.optimizer.lr),
-        judgement.geometry_of(shape.pairs),
-        judgement.spearman(scores, measured),
-        *(sides, foreseen, tried, seconds, highest_resident() / MIB),
-        at_risk(at, sample["held"], {"score": scores, "ches": alike, "measured": measured}),
+        judgement.advice(sides, ahead, tried, cfg.optimizer.lr),
+        *(total, steps, cfg.optimizer.lr),
+        judgement.means(shape),
+        judgement.spearman(scores, changes["measured"]),
+        *(sides, ahead, tried, seconds, found.mib),
+        [{"row": pair.row + 1} | one for pair, one in zip(sample.pairs, shape)],
+        sorted(told, key=lambda row: row["score"]),
     )
 
 
 def prepared(cfg: DictConfig, loss: Any) -> tuple[Referenced, int]:
-    """The run up to its reference, of the pairs that the pilot reads; the steps of the run."""
+    """The run up to its reference, of the pairs that are looked at; the steps of the run."""
     asked = cfg.preflight
-    rows = min(asked.max_pairs, cfg.eval.max_rows or asked.max_pairs)
-    short: Any = OmegaConf.merge(cfg, {"max_steps": asked.pilot_steps, "eval": {"max_rows": rows}})
+    held = min(asked.max_pairs, cfg.eval.max_rows or asked.max_pairs)
+    drawn = max(asked.pilot_steps, math.ceil(asked.max_pairs / cfg.batch_size))
+    short: Any = OmegaConf.merge(cfg, {"max_steps": drawn, "eval": {"max_rows": held}})
     stages = Stages(lambda *_: None, Stop(), "Run the same command again.")
-    world = World(place=lambda: device_of(cfg.hardware))
-    at = walk([DATA], Begun(short, world, stages, {}))
+    stages.stop.install()
+    at = walk([DATA], Begun(short, World(place=lambda: device_of(cfg.hardware)), stages, {}))
     refuse_to_compare(cfg, at.task)
     if not at.task.compares:
         raise UserError(f"{cfg.data.path}: one answer a row: the preflight needs pairs of two")
@@ -108,35 +113,50 @@ def prepared(cfg: DictConfig, loss: Any) -> tuple[Referenced, int]:
     return at, outer_steps(cfg, len(at.train))
 
 
-def sampled(cfg: DictConfig, at: Referenced) -> tuple[Pairs, Pairs]:
-    """Pairs that the pilot's steps see, first drawn first, and held-out ones."""
-    most, steps = cfg.preflight.max_pairs, cfg.preflight.pilot_steps
-    orders = draws(len(at.train), cfg.batch_size, cfg.seed, 0)
-    seen = list(dict.fromkeys(row for _ in range(steps) for row in next(orders)))
-    return at.train.take(seen[:most]), at.held.take(range(min(most, len(at.held))))
+def sampled(cfg: DictConfig, at: Referenced, steps: int) -> tuple[Pairs, Pairs, Pairs]:
+    """Training pairs, first drawn first; those of them that the pilot sees; held-out pairs."""
+    most, orders = cfg.preflight.max_pairs, draws(len(at.train), cfg.batch_size, cfg.seed, 0)
+    reach = max(steps, math.ceil(most / cfg.batch_size))
+    drawn = list(dict.fromkeys(row for _ in range(reach) for row in next(orders)))[:most]
+    sample = at.train.take(drawn)
+    seen = sample.take(range(min(len(drawn), steps * cfg.batch_size)))
+    return sample, seen, at.held.take(range(min(most, len(at.held))))
 
 
-def weights(
-    cfg: DictConfig, at: Referenced, loss: Any, sample: dict[str, Pairs], steps: int
-) -> list[dict[str, float]]:
-    """A pilot each of the solver at a weight, from the smallest up until held-out answers hold."""
-    own = "weight" in cfg.solver and "phi" in cfg.solver
-    node = cfg.solver if own else cfg.preflight.solver
+def geometry_of(
+    cfg: DictConfig, at: Referenced, loss: Any, sample: Pairs
+) -> tuple[list[dict[str, float]], Any]:
+    """Of every training pair, and the step that their mean preference gradient would take."""
+    with at.stages.stage("gradients", len(sample)) as advance:
+        found = geometry(at.scorer, sample, loss, cfg.batch_size, advance)
+    alike = ches_of(cfg, at, sample)
+    return [pair | {"ches": one} for pair, one in zip(found.pairs, alike)], found.along
+
+
+def ches_of(cfg: DictConfig, at: Referenced, pairs: Pairs) -> list[float]:
+    """Length-normalised."""
+    how: dict[str, Any] = {"batch_size": cfg.eval.batch_size, "precision": at.precision}
+    return ches.scores(at.scorer, pairs, **how)[:, 1].tolist()
+
+
+def weights(pilots: Pilots) -> list[dict[str, float]]:
+    """A pilot each of the penalty at a weight: the run's own, or the one of ``preflight``."""
+    cfg = pilots.cfg
+    node = cfg.solver if "weight" in cfg.solver and "phi" in cfg.solver else cfg.preflight.solver
+    settings: Any = OmegaConf.to_container(node, resolve=True)
     found = []
-    with at.stages.stage("weights", len(cfg.preflight.weights)) as advance:
-        for weight in cfg.preflight.weights:
-            settings: Any = OmegaConf.to_container(node, resolve=True)
-            solver = built(settings | {"weight": weight})
-            done = pilot(cfg, at, (loss, solver), sample, steps, split=False)
-            found.append({"weight": weight} | judgement.moved(done.measured["held"]))
-            advance(1)
+    for weight in cfg.preflight.weights:
+        done = pilots.take(built(settings | {"weight": weight}), f"weight {weight:g}")
+        found.append({"weight": weight} | judgement.told(done, "held"))
     return found
 
 
-def at_risk(at: Referenced, held: Pairs, numbers: dict[str, list[float]]) -> list[dict[str, Any]]:
-    rows = []
-    for place, pair in enumerate(held.pairs):
-        row = at.task.held_out[pair.row]
-        texts = {name: shown(row[name]) for name in ("prompt", "chosen", "rejected")}
-        rows.append({"row": pair.row + 1, **{n: v[place] for n, v in numbers.items()}, **texts})
-    return sorted(rows, key=lambda row: row["score"])
+def rows(
+    pairs: Pairs, texts: list[Row], numbers: Mapping[str, list[float]]
+) -> list[dict[str, Any]]:
+    found = []
+    for place, pair in enumerate(pairs.pairs):
+        row = texts[pair.row]
+        said = {name: shown(row[name]) for name in ("prompt", "chosen", "rejected")}
+        found.append({"row": pair.row + 1, **{n: v[place] for n, v in numbers.items()}, **said})
+    return found

@@ -1,17 +1,28 @@
 """What preflight.json holds in, its page out, in the look of the reports."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spo_lightning.report.charts import histogram, lines, series
-from spo_lightning.report.page import Note, Section, Table, Text, page
+from spo_lightning.report.charts import GREY, histogram, lines, series
+from spo_lightning.report.page import Block, Note, Section, Table, Text, page
 
 SEEN = 400  # letters of a text that stand open
 SPLIT = (
-    "Nats. First order is the gradient of log pi(y_w) at the start times the step taken; the rest "
-    "is what no gradient sees. Random: a step as long in every tensor, the price of moving at all."
+    "Nats, means over the pairs, half the 95% interval beside. First order: the gradient of "
+    "log pi(y_w) at the start times the step taken; the rest is what no gradient sees. Random: a "
+    "step as long in every tensor, the price of moving at all. Margin: log pi(y_w) - log pi(y_l)."
 )
-RISK = "Lowest score first: the change of log pi(y_w) per unit of lr that one step would bring."
+WEIGHTS = "A pilot each: what it does to held-out pairs, nats. Weight 0 is the run without."
+GEOMETRY = (
+    "Gradients of log pi(y_w) and log pi(y_l) of training pairs. Overlap is their product over "
+    "the square of the first: above 1 a pair's own step lowers its chosen answer (own condition). "
+    "Score: the change of log pi(y_w) per unit of lr by a step of their mean, scaled as AdamW's."
+)
+RISK = (
+    "Held-out pairs, lowest score first; measured: the change of log pi(y_w) by the pilot, nats."
+)
+PILOT = ("mean", "half", "displaced", "margin")
+RISKY = ("row", "score", "ches", "measured")
 
 
 def whole(found: Mapping[str, Any]) -> str:
@@ -24,62 +35,78 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
     ahead = found["foreseen"]
     low, high = ahead["displaced"]
     said = (
-        f"At step {ahead['step']} of {found['steps']}: {ahead['mean']:+.2f} nats "
-        f"({ahead['low']:+.2f} to {ahead['high']:+.2f}), {low:.0%} to {high:.0%} of held-out "
+        f"At step {ahead['step']} of {found['steps']}: {ahead['mean']:+.3g} nats "
+        f"({ahead['low']:+.3g} to {ahead['high']:+.3g}), {low:.0%} to {high:.0%} of held-out "
         "pairs displaced. Beyond that step the pilot says nothing."
     )
-    head = ("mean", "half", "displaced", "first", "rest", "random")
-    sides = [[name, *(one[key] for key in head)] for name, one in found["sides"].items()]
-    pilots = Table("pilot", ["pairs", *head], sides)
-    costs = [[name, value] for name, value in found["seconds"].items()]
-    costs.append(["memory at the peak, MiB", found["memory_mib"]])
     alarm = found["sides"]["held"]["mean"] < 0
+    head = (*PILOT, "first", "rest", "random")
+    sides = [{"pairs": name} | one for name, one in found["sides"].items()]
+    changes = [pair["measured"] for pair in found["pairs"]]
+    after = histogram(
+        "changes", "Held-out pairs after the pilot", "change of log pi(y_w), nats", {"": changes}
+    )
+    risk = Table("pairs", [*RISKY, "prompt", "chosen", "rejected"], risky(found["pairs"]))
     return [
         Section("Advice", [Note(found["advice"], alarm=alarm), Note(said)]),
-        Section(f"A pilot of {found['pilot_steps']} steps", [pilots, drawn(found)], SPLIT),
-        Section("Weights of the solver", weights(found)),
-        Section("Geometry", [Table("geometry", ["mean of", ""], geometry(found))]),
-        Section("Pairs most at risk", [Table("pairs", HEAD, rows(found))], RISK),
-        Section("Cost", [Table("cost", ["seconds of", ""], costs, digits=1)]),
+        Section(
+            f"A pilot of {found['pilot_steps']} steps",
+            [columns("pilot", ("pairs", *head), sides), after],
+            SPLIT,
+        ),
+        Section("Weights of the solver", weights(found["weights"]), WEIGHTS),
+        Section("Geometry", geometry(found), GEOMETRY),
+        Section("Pairs most at risk", [risk], RISK),
+        Section("Cost", [Table("cost", ["", ""], cost(found), digits=1)]),
     ]
 
 
-def drawn(found: Mapping[str, Any]) -> Any:
-    changes = [pair["measured"] for pair in found["pairs"]]
-    title, x = "Held-out pairs after the pilot", "change of log pi(y_w), nats"
-    return histogram("changes", title, x, {"held out": changes})
+def columns(key: str, head: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    return Table(key, head, [[row[name] for name in head] for row in rows])
 
 
-def weights(found: Mapping[str, Any]) -> list[Any]:
-    tried = found["weights"]
+def weights(tried: Sequence[Mapping[str, Any]]) -> list[Block]:
     if not tried:
         return []
-    x, y = ([one[key] for one in tried] for key in ("weight", "mean"))
-    line = [series("held out", x, y, "lines+markers")]
-    head = ("weight", "mean", "half", "displaced")
+    x = [one["weight"] for one in tried]
+    drawn = [
+        series(name, x, [one[key] for one in tried], "lines+markers", **how)
+        for name, key, how in (
+            ("log pi(y_w)", "mean", {}),
+            ("margin", "margin", {"colour": GREY, "dash": "dot"}),
+        )
+    ]
+    title = "Mean change of held-out pairs after the pilot"
     return [
-        Table("weights", head, [[one[key] for key in head] for one in tried]),
-        lines("weight", "Mean change of held-out log pi(y_w)", "solver.weight", "nats", line),
+        columns("weights", ("weight", *PILOT), tried),
+        lines("weight", title, "solver.weight", "nats", drawn),
     ]
 
 
-def geometry(found: Mapping[str, Any]) -> list[list[Any]]:
-    rank = [["rank correlation of score and pilot, held out", found["ranking"]]]
-    return [[name, value] for name, value in found["geometry"].items()] + rank
+def geometry(found: Mapping[str, Any]) -> list[Block]:
+    means = [[name, value] for name, value in found["geometry"].items()]
+    rank = ["rank correlation of score and pilot, held out", found["ranking"]]
+    cosines = [pair["cosine"] for pair in found["sample"]]
+    return [
+        Table("geometry", ["mean of", ""], [*means, rank]),
+        histogram("cosine", "Gradients of a pair's two answers", "cosine", {"": cosines}),
+    ]
 
 
-HEAD = ("row", "score", "ches", "measured", "prompt", "chosen", "rejected")
-
-
-def rows(found: Mapping[str, Any]) -> list[list[Any]]:
+def risky(pairs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     return [
         [
-            *(pair[name] for name in HEAD[:4]),
+            *(pair[name] for name in RISKY),
             Text([(pair["prompt"][-SEEN:], "", "")], [(pair["prompt"][:-SEEN], "", "")], True),
             *(
                 Text([(pair[name][:SEEN], "", "")], [(pair[name][SEEN:], "", "")])
-                for name in HEAD[5:]
+                for name in ("chosen", "rejected")
             ),
         ]
-        for pair in found["pairs"]
+        for pair in pairs
     ]
+
+
+def cost(found: Mapping[str, Any]) -> list[list[Any]]:
+    costs = [[f"{name}, s", value] for name, value in found["seconds"].items()]
+    return [*costs, ["a step of the run at its peak, MiB", found["mib"]]]

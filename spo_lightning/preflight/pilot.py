@@ -1,102 +1,116 @@
-"""A run's configuration and its material in, what a few real steps do to log pi(y_w) out.
+"""A run's configuration and its material in, what a few real steps do to the answers out.
 
 The steps are the training command's own: its module, solver, optimizer, schedule and order of the
 pairs. Afterwards the weights are what they were, bit for bit.
 """
 
-import time
+import gc
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
+from torch import Tensor
 
+from spo_lightning.bench.measuring import MIB, Clock, Memory
 from spo_lightning.bench.ours import unmoved
 from spo_lightning.data.sets import Pairs
-from spo_lightning.models.scorer import Scorer
-from spo_lightning.preflight.geometry import chosen, slopes
-from spo_lightning.records.progress import quiet
+from spo_lightning.preflight.geometry import Advance, slopes, sums
 from spo_lightning.run.record import Referenced
 from spo_lightning.training.callbacks.evolution import Named
-from spo_lightning.training.fit import OuterSteps, lightning_precision, module_of
+from spo_lightning.training.fit import OuterSteps, module_of, steps_alone
 from spo_lightning.training.microbatch import trainable
-
-SIDES = ("seen", "held")
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """Changes of log pi(y_w) in nats, a list per side, ``seen`` and ``held``."""
+    """What the steps did to the pairs of a side, ``seen`` or ``held``."""
 
-    measured: dict[str, list[float]]
+    changes: dict[str, Tensor]  # [N, 2] of log pi(y_w) and log pi(y_l), nats
+    seconds: float  # of a step
+    mib: float  # in use at the peak
+
+
+@dataclass(frozen=True)
+class Split(Pilot):
+    """Log pi(y_w) besides: ``changes`` less ``first`` is what no gradient sees."""
+
     first: dict[str, list[float]]  # gradient at the start times the step that was taken
-    random: dict[str, list[float]]  # after a random step as long in every tensor
-    step_seconds: float
+    random: dict[str, list[float]]  # changes by a random step as long in every tensor
 
 
-def pilot(
-    cfg: DictConfig,
-    at: Referenced,
-    objective: tuple[Any, Any],
-    looked: dict[str, Pairs],
-    steps: int,
-    *,
-    split: bool,
-) -> Pilot:
-    """``cfg``, ``steps``: of the run, whose schedule holds; ``split``: into first order and rest,
-    beside a random step."""
-    scorer = at.scorer
-    before = {side: chosen(scorer, pairs) for side, pairs in looked.items()}
-    with unmoved(scorer):
-        start = (
-            {name: p.detach().clone() for name, p in trainable(scorer).items()} if split else {}
-        )
-        seconds = _steps(cfg, at, objective, steps)
-        measured = changes(scorer, looked, before)
-        if not split:
-            return Pilot(measured, {}, {}, seconds)
-        delta = {n: p.detach() - start[n] for n, p in trainable(scorer).items()}
-        first = {side: slopes(scorer, some, start, delta) for side, some in looked.items()}
-        _step_at_random(scorer, start, delta, cfg.seed)
-        return Pilot(measured, first, changes(scorer, looked, before), seconds)
+@dataclass(frozen=True)
+class Pilots:
+    """From where all of them start. ``total``: the steps of the run, whose schedule holds;
+    ``steps``: those of a pilot."""
+
+    cfg: DictConfig
+    at: Referenced
+    loss: Any
+    sides: dict[str, Pairs]
+    total: int
+    steps: int
+
+    @cached_property
+    def before(self) -> dict[str, Tensor]:
+        return {side: sums(self.at.scorer, pairs) for side, pairs in self.sides.items()}
+
+    def take(self, solver: Any, title: str) -> Pilot:
+        """So many steps, and back."""
+        start = self.before
+        with unmoved(self.at.scorer):
+            spent = self._steps(solver, title)
+            return Pilot(self._changes(start), *spent)
+
+    def split(self, solver: Any, title: str) -> Split:
+        """The same in first order and the rest, beside a random step."""
+        start, scorer = self.before, self.at.scorer
+        with unmoved(scorer):
+            here = {name: p.detach().clone() for name, p in trainable(scorer).items()}
+            spent = self._steps(solver, title)
+            changes = self._changes(start)
+            delta = {name: p.detach() - here[name] for name, p in trainable(scorer).items()}
+            with self.at.stages.stage("first order", sum(map(len, self.sides.values()))) as done:
+                first = {
+                    s: slopes(scorer, some, here, delta, done) for s, some in self.sides.items()
+                }
+            _step_at_random(trainable(scorer), here, delta, self.cfg.seed)
+            random = {side: c[:, 0].tolist() for side, c in self._changes(start).items()}
+            return Split(changes, *spent, first, random)
+
+    def _changes(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
+        now = {side: sums(self.at.scorer, pairs) for side, pairs in self.sides.items()}
+        return {side: value - start[side] for side, value in now.items()}
+
+    def _steps(self, solver: Any, title: str) -> tuple[float, float]:
+        """Take them; seconds of one, and MiB at the peak."""
+        at, clock, memory = self.at, Clock(), Memory()
+        module = module_of(self.cfg, at.scorer, self.loss, solver, self.total)
+        others = at.mismatched.train
+        data = OuterSteps.of(self.cfg, module, at.train, at.lower, mismatched=others)
+        with at.stages.stage(title, self.steps) as advance:
+            memory.begin()
+            steps_alone(self.cfg, data, self.steps, _watching(clock, advance))
+        module.to(at.world.device)  # Lightning leaves it on the CPU
+        del module, data
+        gc.collect()  # they hold each other, and the optimizer's memory
+        # the first step loads the code
+        return clock.per_step(warmup=min(1, self.steps - 1)), memory.highest / MIB
 
 
-def changes(
-    scorer: Scorer, looked: dict[str, Pairs], before: dict[str, list[float]]
-) -> dict[str, list[float]]:
-    return {
-        side: [now - then for now, then in zip(chosen(scorer, pairs), before[side])]
-        for side, pairs in looked.items()
-    }
+def _watching(clock: Clock, advance: Advance) -> LambdaCallback:
+    def after(*_: Any) -> None:
+        clock.stop()
+        advance(1)
 
-
-def _steps(cfg: DictConfig, at: Referenced, objective: tuple[Any, Any], steps: int) -> float:
-    """Take them; seconds of one."""
-    quiet()
-    module = module_of(cfg, at.scorer, *objective, steps)
-    data = OuterSteps.of(cfg, module, at.train, at.lower, mismatched=at.mismatched.train)
-    trainer = Trainer(
-        accelerator=cfg.hardware.accelerator,
-        devices=1,
-        precision=lightning_precision(cfg.hardware),
-        max_steps=cfg.preflight.pilot_steps,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    began = time.monotonic()
-    trainer.fit(module, DataLoader(data, batch_size=None))
-    module.to(at.world.device)  # Lightning leaves it on the CPU
-    return (time.monotonic() - began) / cfg.preflight.pilot_steps
+    return LambdaCallback(on_train_batch_start=lambda *_: clock.start(), on_train_batch_end=after)
 
 
 @torch.no_grad()
-def _step_at_random(scorer: Scorer, start: Named, delta: Named, seed: int) -> None:
+def _step_at_random(theta: Named, start: Named, delta: Named, seed: int) -> None:
     chance = torch.Generator().manual_seed(seed)
-    for name, parameter in trainable(scorer).items():
+    for name, parameter in theta.items():
         noise = torch.randn(parameter.shape, generator=chance).to(parameter)
         parameter.copy_(start[name] + noise * (delta[name].norm() / noise.norm().clamp(min=1e-30)))

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra.utils
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from spo_lightning.data.batch import Microbatches, PairBatch, by_pairs, by_tokens, draws
 from spo_lightning.data.sets import Pairs
-from spo_lightning.errors import UserError
+from spo_lightning.errors import Interrupted, UserError
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.records.directory import RunDir, without_secrets
 from spo_lightning.records.progress import Stages, quiet
@@ -195,6 +196,27 @@ def fit(
     if given.feed is not None:
         given.feed.tell()
     return module.outer_step  # a callback may have stopped it early
+
+
+def steps_alone(cfg: DictConfig, data: OuterSteps, steps: int, watch: Callback) -> None:
+    """The first steps of a run that leaves no file, for who times or watches them."""
+    quiet()
+    trainer = Trainer(
+        accelerator=cfg.hardware.accelerator,
+        devices=1,
+        precision=lightning_precision(cfg.hardware),
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    try:
+        trainer.fit(data.module, DataLoader(data, batch_size=None))
+    except SIGTERMException as error:  # Lightning has taken the signal over
+        raise Interrupted(143, "stopped by SIGTERM") from error
 
 
 def _processes(world: World) -> dict[str, Any]:

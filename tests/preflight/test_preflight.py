@@ -4,18 +4,27 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, command
+from conftest import SMALL, forked
 from fitting import objective, scored
+from hydra import compose, initialize_config_dir
+from pairs import CONF
 from tiny import in_float64, policy, random_pairs
 
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.preflight import judgement
-from spo_lightning.preflight.geometry import chosen, geometry, slopes
-from spo_lightning.preflight.pilot import Pilot
+from spo_lightning.preflight.geometry import geometry, slopes, sums
+from spo_lightning.preflight.look import prepared, sampled
+from spo_lightning.preflight.pilot import Pilots, Split
+from spo_lightning.run import job as run_job
 from spo_lightning.training.microbatch import trainable
 
 MODULE = ("-m", "spo_lightning.preflight")
 FEW = ("preflight.pilot_steps=2", "preflight.max_pairs=6", "preflight.weights=[0.3]")
+
+
+def composed(*words):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("preflight", [*SMALL, *FEW, *words])
 
 
 @pytest.mark.parametrize("name", ["dpo", "simpo"])
@@ -28,11 +37,11 @@ def test_the_score_is_what_a_tiny_step_does(name, monkeypatch):
     along = geometry(scorer, pairs, loss, 4).along
     here = {n: p.detach().clone() for n, p in trainable(scorer).items()}
     foreseen, length = slopes(scorer, pairs, here, along), 1e-7
-    before = chosen(scorer, pairs)
+    before = sums(scorer, pairs)
     with torch.no_grad():
         for n, p in trainable(scorer).items():
             p.sub_(length * along[n])
-    moved = [now - then for now, then in zip(chosen(scorer, pairs), before)]
+    moved = (sums(scorer, pairs) - before)[:, 0].tolist()
     assert moved == pytest.approx([-length * slope for slope in foreseen], rel=1e-4)
 
 
@@ -57,32 +66,90 @@ def test_norms_and_cosines_are_those_of_the_gradients():
 
 
 def test_what_is_foreseen_ends_where_it_holds():
-    found = Pilot({"held": [1.0, -3.0]}, {"held": [2.0, 2.0]}, {"held": [0.0, 0.0]}, 1.0)
+    changes = torch.tensor([[1.0, 0.0], [-3.0, 0.0]])
+    found = Split({"held": changes}, 1.0, 1.0, {"held": [2.0, 2.0]}, {"held": [0.0, 0.0]})
     ahead = judgement.foreseen(found, 5, 1000)
     assert ahead["step"] == 20
     # in proportion 4 and -12; first order 8, the rest -1 and -5 times 16
     half = 1.96 * 128**0.5 / 2**0.5, 1.96 * 2048**0.5 / 2**0.5
     assert ahead["low"] == pytest.approx(min(-4 - half[0], -40 - half[1]))
     assert ahead["displaced"] == [0.5, 1.0]
+    assert judgement.foreseen(found, 5, 5)["displaced"] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "held, seen, tried, told",
+    [
+        ((0.5, 0.2, 0.3), 1.0, [], "no solver weight is needed"),
+        # first order .2, the rest -.8: they are equal at a quarter of the lr
+        ((-0.6, 0.2, -0.8), -1.0, [], "optimizer.lr=2.5e-06 or a warm-up"),
+        ((-0.6, -0.2, -0.4), 1.0, [], "it is overfitting"),
+        ((-0.6, -0.2, -0.4), -1.0, [], "the loss itself points down"),
+        ((-0.6, -0.2, -0.4), -1.0, [(0.1, -0.1), (0.3, 0.0), (1.0, 2.0)], "weight=0.3 holds"),
+        ((-0.6, -0.2, -0.4), -1.0, [(0.1, -0.1)], "no weight up to 0.1"),
+    ],
+)
+def test_the_advice_follows_from_the_numbers(held, seen, tried, told):
+    mean, first, rest = held
+    sides = {
+        "held": dict(mean=mean, half=0.1, displaced=0.6, first=first, rest=rest, margin=1.0),
+        "seen": {"mean": seen},
+    }
+    weights = [{"weight": weight, "mean": at, "margin": 0.5} for weight, at in tried]
+    said = judgement.advice(sides, {"step": 20, "low": -1.0, "high": 0.0}, weights, 1e-5)
+    assert told in said and "\n" not in said
+
+
+def test_equal_values_share_a_rank():
+    assert judgement.ranks([3.0, 1.0, 3.0, 2.0]) == [2.5, 0.0, 2.5, 1.0]
+    assert judgement.spearman([1.0, 2.0, 3.0], [1.0, 8.0, 27.0]) == pytest.approx(1.0)
+    assert judgement.spearman([1.0, 2.0], [3.0, 3.0]) is None
+
+
+@pytest.mark.parametrize("name", ["spo", "simpo"])
+def test_a_pilot_leaves_the_policy_bit_for_bit_and_repeats(name, cache):
+    cfg = composed(cache, f"loss={name}")
+    loss, solver = run_job.objective(cfg)
+    at, total = prepared(cfg, loss)
+    before = {n: p.detach().clone() for n, p in at.scorer.named_parameters()}
+    _, seen, held = sampled(cfg, at, 2)
+    pilots = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, 2)
+    found, again = (pilots.split(solver, "pilot") for _ in range(2))
+    assert all(torch.equal(p, before[n]) for n, p in at.scorer.named_parameters())
+    for side in ("seen", "held"):
+        assert torch.equal(found.changes[side], again.changes[side])
+        assert found.changes[side].abs().min() > 0
+    assert (found.first, found.random) == (again.first, again.random)
+
+
+def test_a_short_step_is_first_order(cache):
+    cfg = composed(cache, "loss=dpo", "model.dtype=float64", "optimizer.lr=1e-6")
+    loss, solver = run_job.objective(cfg)
+    at, total = prepared(cfg, loss)
+    _, seen, held = sampled(cfg, at, 2)
+    found = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, 2).split(solver, "pilot")
+    for side in ("seen", "held"):
+        measured = found.changes[side][:, 0].tolist()
+        assert found.first[side] == pytest.approx(measured, rel=1e-2, abs=1e-6)
 
 
 def test_the_command_says_what_the_run_then_does(tmp_path, cache):
-    words = (*SMALL, cache, "loss=dpo", "seed=3")
-    ahead = command(tmp_path, *words, *FEW, f"hydra.run.dir={tmp_path / 'a'}", module=MODULE)
-    again = command(tmp_path, *words, *FEW, f"hydra.run.dir={tmp_path / 'b'}", module=MODULE)
-    assert (ahead.code, again.code) == (0, 0), ahead.err + again.err
-    one, two = (json.loads((tmp_path / n / "preflight.json").read_text()) for n in "ab")
-    for volatile in ("seconds", "memory_mib"):
-        del one[volatile], two[volatile]
-    assert one == two
-    assert (tmp_path / "a" / "preflight.html").read_text().count("Pairs most at risk")
-    run = command(
-        tmp_path, *words, "max_steps=2", "eval.max_rows=6", f"hydra.run.dir={tmp_path / 'r'}"
-    )
+    words = (*SMALL, cache, "loss=dpo", "seed=3", "max_steps=2", "eval.max_rows=6")
+    ahead = forked(tmp_path, *words, *FEW, f"hydra.run.dir={tmp_path / 'a'}", module=MODULE)
+    assert ahead.code == 0, ahead.err
+    one = json.loads((tmp_path / "a" / "preflight.json").read_text())
+    assert one["advice"] in ahead.out
+    assert "Pairs most at risk" in (tmp_path / "a" / "preflight.html").read_text()
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        *("preflight.json", "preflight.html", "preflight.log")
+    }
+    run = forked(tmp_path, *words, f"hydra.run.dir={tmp_path / 'r'}")
     assert run.code == 0, run.err
     told = json.loads((tmp_path / "r" / "metrics.json").read_text())["final"]
-    assert one["sides"]["held"]["mean"] == pytest.approx(told["displacement/chosen"], abs=1e-4)
-    assert one["sides"]["held"]["mean"] != 0
+    held = one["sides"]["held"]
+    assert held["mean"] == pytest.approx(told["displacement/chosen"], abs=1e-4)
+    assert held["displaced"] == pytest.approx(told["displacement/rate"])
+    assert held["mean"] != 0
 
 
 @pytest.mark.parametrize(
@@ -91,11 +158,11 @@ def test_the_command_says_what_the_run_then_does(tmp_path, cache):
         (("loss=kto",), "its rows have one answer"),
         (("max_steps=0",), "nothing would be trained"),
         (("preflight.weights=[1,0.1]",), "they must be above 0 and rise"),
-        (("preflight.pilot_steps=0",), "preflight.pilot_steps=0: it must be at least 1"),
+        (("preflight.pilot_steps=0",), "preflight.pilot_steps=0: it must be at least 2"),
     ],
 )
 def test_what_cannot_be_foreseen_is_refused_in_one_line(tmp_path, words, told):
-    ended = command(tmp_path, *words, module=MODULE)
+    ended = forked(tmp_path, *words, module=MODULE)
     assert ended.code == 2 and told in ended.err
     assert len(ended.err.strip().splitlines()) == 1
 
@@ -103,7 +170,7 @@ def test_what_cannot_be_foreseen_is_refused_in_one_line(tmp_path, words, told):
 def test_one_pair_is_too_few(tmp_path):
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
-    ended = command(
+    ended = forked(
         tmp_path,
         "data=pairs",
         "data.path=one.jsonl",
