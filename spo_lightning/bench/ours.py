@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from spo_lightning.bench.cell import as_text
 from spo_lightning.data.batch import Pair
@@ -123,11 +123,12 @@ class Ours:
 
 
 @contextmanager
-def unmoved(module: nn.Module) -> Iterator[None]:
-    """Afterwards the weights are as they were, so that every run starts from the same ones."""
+def unmoved(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Afterwards the weights are as they were, so that every run starts from the same ones; a copy
+    of these."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
-    yield
+    yield before
     with torch.no_grad():
         for p, value in zip(parameters, before):
             p.copy_(value)

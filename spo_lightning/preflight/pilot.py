@@ -5,6 +5,7 @@ pairs. Afterwards the weights are what they were, bit for bit.
 """
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,8 +68,8 @@ class Pilots:
     def split(self, solver: Any, title: str) -> Split:
         """The same in first order and the rest, beside a random step."""
         start, scorer = self.before, self.at.scorer
-        with unmoved(scorer):
-            here = {name: p.detach().clone() for name, p in trainable(scorer).items()}
+        with unmoved(scorer) as kept:
+            here = dict(zip(trainable(scorer), kept))
             spent = self._steps(solver, title)
             changes = self._changes(start)
             delta = {name: p.detach() - here[name] for name, p in trainable(scorer).items()}
@@ -109,7 +110,7 @@ def _watching(clock: Clock, advance: Advance) -> LambdaCallback:
 
 
 @torch.no_grad()
-def _step_at_random(theta: Named, start: Named, delta: Named, seed: int) -> None:
+def _step_at_random(theta: Mapping[str, Tensor], start: Named, delta: Named, seed: int) -> None:
     chance = torch.Generator().manual_seed(seed)
     for name, parameter in theta.items():
         noise = torch.randn(parameter.shape, generator=chance).to(parameter)
