@@ -9,9 +9,11 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from spo_lightning.capability.choices import Choices
 from spo_lightning.config.build import one_line
 from spo_lightning.errors import UserError
 from spo_lightning.evaluation.shares import Items
@@ -19,9 +21,9 @@ from spo_lightning.models.policy import Policy
 from spo_lightning.records.progress import Stages
 
 
-def manager(names: Sequence[str], path: str | None) -> Any:
-    """Who knows the tasks: the harness's own are looked through only where ``path`` lacks one, as
-    there are fifteen thousand of them."""
+@cache
+def index(path: Path | None, own: bool) -> Any:
+    """The tasks of a directory, and the harness's ``own``: looked through once in a process."""
     try:
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
@@ -29,16 +31,22 @@ def manager(names: Sequence[str], path: str | None) -> Any:
             f"eval.tasks needs lm-eval ({error.name} is missing): pip install "
             "'spo-lightning[lm-eval]'"
         ) from error
-    known = None
-    if path is not None:
-        if not Path(path).is_dir():
+    return TaskManager(include_path=path, include_defaults=own)
+
+
+def manager(names: Sequence[str], path: str | None) -> Any:
+    """Who knows the tasks: the harness's own are looked through only where ``path`` lacks one, as
+    there are fifteen thousand of them."""
+    known, place = None, None if path is None else Path(path).resolve()
+    if place is not None:
+        if not place.is_dir():
             raise UserError(f"eval.tasks_path={path}: no such directory")
-        known = TaskManager(include_path=path, include_defaults=False)
+        known = index(place, False)
         if not known.all_tasks:
             raise UserError(f"eval.tasks_path={path}: no task in it: add a .yaml with task: NAME")
     # a group or a tag may name tasks of the harness
     if known is None or not {*names} <= {*known.all_subtasks}:
-        known = TaskManager(include_path=path)
+        known = index(place, True)
     for name in names:
         if name not in known.all_tasks:
             near = difflib.get_close_matches(name, known.all_tasks, 1)
@@ -87,6 +95,7 @@ def _run(cfg: Any, policy: Policy, name: str) -> tuple[dict[str, float], Items]:
         lm: Any = policy.lm
         try:
             model = loads(pretrained=lm, tokenizer=policy.tokenizer, batch_size=size)
+            model._loglikelihood_tokens = Choices(model)
             found: Any = evaluates(
                 model=model,
                 tasks=[name],

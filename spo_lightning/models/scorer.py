@@ -209,6 +209,17 @@ class Scorer(nn.Module):
         return entropy, mass
 
     @torch.no_grad()
+    def greedy(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """[S] log-probability of every scored token, and whether it is the likeliest there is."""
+        parts = []
+        columns = (self._predictors(batch), batch.targets)
+        for states, targets in zip(*(column.split(self._rows()) for column in columns)):
+            logits = self._logits(states)
+            parts.append((plain_logps(logits, targets), logits.argmax(-1) == targets))
+        logps, best = map(torch.cat, zip(*parts))
+        return logps, best
+
+    @torch.no_grad()
     def hidden_sums(self, batch: PairBatch) -> Tensor:
         """[B, 2, width] in float64: per side, the last hidden states that predict its tokens."""
         if self.packs or self.shared or not bool(batch.rejected.any()):

@@ -5,6 +5,7 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fitting import config
 from tiny import lora, policy
 
 from spo_lightning.capability import harness
+from spo_lightning.capability.choices import Choices
 from spo_lightning.errors import UserError
 from spo_lightning.records.progress import silent
 
@@ -116,6 +118,44 @@ def test_numbers_of_the_policy_in_memory_are_those_of_the_saved_model(tasks, tmp
     assert {"tasks/sums/acc", "tasks/sums/acc_norm", "tasks/words/exact_match"} == items.keys()
 
 
+@pytest.mark.parametrize("name", ["llama-grouped", "gemma2"])
+def test_choices_of_one_question_are_read_together(name):
+    """Every log-probability and every greedy answer is the harness's own model's."""
+    from lm_eval.models.huggingface import HFLM
+
+    made, chance = policy(name, dtype="float64", initializer_range=0.1), random.Random(3)
+    lm: Any = made.lm
+    model: Any = HFLM(pretrained=lm, tokenizer=made.tokenizer, batch_size=3)
+
+    def some(most):
+        return [chance.randrange(256) for _ in range(chance.randint(1, most))]
+
+    asked = [(("", ""), question, some(9)) for question in map(some, [30] * 6) for _ in range(4)]
+    places = slice(0, None, 4)  # of which the first is what the model would say
+    for _, question, choice in asked[places]:
+        for place in range(len(choice)):
+            ids = torch.tensor([question + choice[:place]])
+            choice[place] = int(lm(input_ids=ids).logits[0, -1].argmax())
+    asked += [asked[0], (("", ""), some(30), some(5)), (("", ""), some(300) + [1] * 250, [5, 6])]
+    asked += [(None, [0], some(9)), (None, [0], some(9))]
+    own = model._loglikelihood_tokens
+    left = []
+
+    def counted(requests, **how):
+        left.extend(requests)
+        return own(requests, **how)
+
+    chance.shuffle(asked)
+    expected = own(asked, disable_tqdm=True)
+    model._loglikelihood_tokens = counted
+    found = Choices(model)(asked, disable_tqdm=True)
+    assert len(left) == 4  # one choice, one too long, two whole texts
+    assert [best for _, best in found] == [best for _, best in expected]
+    assert 6 <= sum(best for _, best in found) < len(found)
+    for (mine, _), (theirs, _) in zip(found, expected):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
 def test_the_limit_is_of_each_task(tasks):
     made = policy("llama", dtype="float32")
     items = harness.results(asked(tasks, "sums", limit=5), made, silent())[1]
@@ -137,9 +177,11 @@ def test_what_is_refused(tasks, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=says):
             harness.check(cfg)
     known = SimpleNamespace(all_tasks=["arc_easy", "sums"])
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: known)  # all take half a minute
+    monkeypatch.setattr(harness, "index", lambda *_: known)  # all take half a minute
     with pytest.raises(UserError, match="no task 'arc_eazy': did you mean arc_easy?"):
         harness.manager(["arc_eazy"], None)
+    monkeypatch.undo()
+    harness.index.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(UserError, match="pip install 'spo-lightning\\[lm-eval\\]'"):
         harness.manager(["arc_easy"], None)
