@@ -32,20 +32,28 @@ class Choices:
 
     def __call__(self, requests: Sequence[Request], **how: Any) -> list[Score]:
         pairs = [Pair((*question,), (*choice,), ()) for _, question, choice in requests]
+        # a text that is asked for whole, for its perplexity, comes without its words
+        fit = [
+            place
+            for place, (pair, (texts, *_)) in enumerate(zip(pairs, requests))
+            if texts is not None and pair.chosen and len(pair) <= self.longest
+        ]
+        first: dict[Pair, int] = {}  # a choice that stands twice is read once, and so stays a tie
         questions: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, (pair, (texts, *_)) in enumerate(zip(pairs, requests)):
-            # a text that is asked for whole, for its perplexity, comes without them
-            if texts is not None and pair.chosen and len(pair) <= self.longest:
-                questions[pair.prompt].append(place)
+        for place in fit:
+            if first.setdefault(pairs[place], place) == place:
+                questions[pairs[place].prompt].append(place)
         shared = [places for places in questions.values() if len(places) > 1]
-        scorer = self._scorer([pairs[place] for places in shared for place in places])
         found: dict[int, Score] = {}
-        for places in self._batches(shared, pairs) if scorer else ():
-            batch = collate([pairs[place] for place in places], 0).to(self.lm.device)
-            logps, best = scorer.greedy(batch)
-            sums = logps.new_zeros(len(batch)).index_add(0, batch.pair, logps)
-            missed = batch.pair[~best].bincount(minlength=len(batch))
-            found |= zip(places, zip(sums.tolist(), (missed == 0).tolist()))
+        if scorer := self._scorer([pairs[place] for places in shared for place in places]):
+            for places in self._batches(shared, pairs):
+                batch = collate([pairs[place] for place in places], 0).to(self.lm.device)
+                logps, best = scorer.greedy(batch)
+                sums = logps.new_zeros(len(batch)).index_add(0, batch.pair, logps)
+                missed = batch.pair[~best].bincount(minlength=len(batch))
+                found |= zip(places, zip(sums.tolist(), (missed == 0).tolist()))
+            alike = {place: first[pairs[place]] for place in fit}
+            found |= {place: found[one] for place, one in alike.items() if one in found}
         left = [place for place in range(len(requests)) if place not in found]
         if left:
             found |= zip(left, self.own([requests[place] for place in left], **how))

@@ -59,6 +59,7 @@ def check(cfg: Any) -> None:
     """Refuse tasks that are not there, or whose data cannot be had, before anything slow."""
     names = list(cfg.eval.get("tasks") or ())
     if names:
+        index.cache_clear()  # a file may have been added since the last run of this process
         with _quietly():
             known = manager(names, cfg.eval.tasks_path)
             for name in names:

@@ -154,6 +154,9 @@ def test_choices_of_one_question_are_read_together(name):
     assert 6 <= sum(best for _, best in found) < len(found)
     for (mine, _), (theirs, _) in zip(found, expected):
         assert mine == pytest.approx(theirs, abs=1e-5)
+    told: dict = {}  # a choice that stands twice is a tie
+    for (_, question, choice), score in zip(asked, found):
+        assert told.setdefault((*question, None, *choice), score) == score
 
 
 def test_the_limit_is_of_each_task(tasks):
