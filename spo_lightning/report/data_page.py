@@ -29,10 +29,10 @@ USES = (
 Found = Mapping[str, Any]
 
 
-def write(found: Found, path: Path) -> Path:
-    """The page as one file, whole or not there."""
+def write(found: Found, path: Path, more: Sequence[Section] = ()) -> Path:
+    """The page as one file, whole or not there; ``more`` sections at its end."""
     try:
-        write_text(path, page(f"Data: {found['name']}", sections(found)))
+        write_text(path, page(f"Data: {found['name']}", [*sections(found), *more]))
     except OSError as error:
         raise UserError(f"output={path}: {error.strerror}: name another place") from error
     return path

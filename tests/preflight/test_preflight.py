@@ -143,6 +143,11 @@ def test_the_command_says_what_the_run_then_does(tmp_path, cache):
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         *("preflight.json", "preflight.html", "preflight.log")
     }
+    rows = [word for word in SMALL if word.startswith(("data", "model", "hardware", "sft"))]
+    page = forked(tmp_path, *rows, cache, "preflight=a", module=("-m", "spo_lightning.inspect"))
+    assert page.code == 0, page.err
+    text = (tmp_path / "inspect.html").read_text()
+    assert "Pairs most at risk" in text and "What became of the rows" in text
     run = forked(tmp_path, *words, f"hydra.run.dir={tmp_path / 'r'}")
     assert run.code == 0, run.err
     told = json.loads((tmp_path / "r" / "metrics.json").read_text())["final"]
@@ -179,3 +184,11 @@ def test_one_pair_is_too_few(tmp_path):
         module=MODULE,
     )
     assert ended.code == 2 and "needs 2 of each" in ended.err
+
+
+def test_a_page_without_a_preflight_is_refused(tmp_path):
+    (tmp_path / "preflight.json").write_text("[]")
+    for place in (".", "nowhere"):
+        done = forked(tmp_path, f"preflight={place}", module=("-m", "spo_lightning.inspect"))
+        assert done.code == 2 and f"preflight={place}: preflight.json" in done.err
+        assert not (tmp_path / "inspect.html").exists()
