@@ -23,6 +23,7 @@ from spo_lightning.records.progress import silent
 from spo_lightning.training.feed import mismatches
 from spo_lightning.training.fit import OuterSteps
 from spo_lightning.training.module import Preference
+from spo_lightning.training.reference import MovingReference
 
 PAD_ID = 257
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -149,6 +150,7 @@ def fitted(
     accelerator="cpu",
     scorer=None,
     beside=None,
+    moving=None,
 ):
     """Drive ``Preference`` through Lightning's Trainer as ``fit.py`` does."""
     loss, solver, beta = chosen
@@ -167,6 +169,7 @@ def fitted(
         clip_norm=clip_norm,
         schedule=schedule,
         log_every=1,
+        moving=moving or MovingReference(),
     )
     watch = Watch() if watch is None else watch
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

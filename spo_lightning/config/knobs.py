@@ -27,11 +27,10 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         "model.pretrained brings its own config",
     ),
     ("model.revision", lambda c: c.model.pretrained is None, "model.pretrained is null"),
-    (
-        "model.trust_remote_code",
-        lambda c: c.model.pretrained is None,
-        "model.pretrained is null",
-    ),
+    ("model.sync.", lambda c: c.model.reference_sync is None, "model.reference_sync is null"),
+    ("model.sync.alpha", lambda c: c.model.reference_sync == "hard", "a hard move takes all"),
+    ("model.trust_remote_code", lambda c: c.model.pretrained is None, "model.pretrained is null"),
+    ("model.reference_sync", lambda c: not c.get("max_steps"), "nothing is trained"),
     ("sft.", lambda c: warm_start_steps(c) == 0, "there is no warm start (sft.max_steps is 0)"),
     (
         "micro_batch_size",

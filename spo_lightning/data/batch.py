@@ -41,6 +41,7 @@ class PairBatch:
     rows: Tensor  # [B] Pair.row
     prompt: Tensor  # [B] equal numbers: equal prompts
     reference: Tensor | None = None  # [S] log-probabilities under the reference
+    moved: Tensor | None = None  # [S] the same where it has moved since the start
     margins: Tensor | None = None  # [B] Pair.margin, nan where it has none; None: no pair has one
     sentences: Tensor | None = None  # [S] which one of its answer's; a rejected answer is one
     similarities: Tensor | None = None  # [S] of that sentence; 0 of a rejected answer's
@@ -127,7 +128,7 @@ class PairBatch:
     def of(self, kept: Tensor) -> "PairBatch":
         """The same rows, of whose scored tokens these alone are scored."""
         columns = ("pair", "rejected", "column", "predictor")
-        columns += ("reference", "sentences", "similarities")
+        columns += ("reference", "moved", "sentences", "similarities")
         found: dict[str, Any] = {name: getattr(self, name) for name in columns}
         return replace(self, **{n: None if it is None else it[kept] for n, it in found.items()})
 

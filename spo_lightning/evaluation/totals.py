@@ -66,9 +66,10 @@ class Totals:
 
 
 def pair_numbers(
-    policy: PairLogps, reference: PairLogps | None, *, beta: float
+    policy: PairLogps, reference: PairLogps | None, start: PairLogps | None = None, *, beta: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Values and counts of rows under the names of the design's section 7.
+    """Values and counts of rows under the names of the design's section 7. ``start``: what
+    displacement is measured from, where the reference has moved.
 
     A row counts where it has the answers that the number is about: texts have a chosen one alone,
     labelled rows one of the two.
@@ -91,13 +92,14 @@ def pair_numbers(
         return numbers
     moved_chosen = chosen - reference.chosen
     moved_rejected = rejected - reference.rejected
+    displaced = chosen - (start or reference).chosen
     return numbers | {
         "rewards/chosen": (beta * moved_chosen, good),
         "rewards/rejected": (beta * moved_rejected, bad),
         "rewards/accuracies": (((moved_chosen > moved_rejected) & both).double(), both),
         "rewards/margins": (beta * (moved_chosen - moved_rejected) * both, both),
-        "displacement/rate": ((moved_chosen < 0).double(), good),
-        "displacement/chosen": (moved_chosen, good),
+        "displacement/rate": ((displaced < 0).double(), good),
+        "displacement/chosen": (displaced, good),
     }
 
 

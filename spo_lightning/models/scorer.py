@@ -30,11 +30,12 @@ LOGITS = 2**28  # logits that are alive at once; where there are more, they are 
 ROOM = 1.8  # what a graph that can be differentiated twice may take, in plain forwards
 
 
-def reference_logps(batch: PairBatch) -> PairLogps:
-    """The reference's PairLogps that travel with the batch."""
+def reference_logps(batch: PairBatch, *, now: bool = False) -> PairLogps:
+    """The reference's PairLogps that travel with the batch; ``now``: where it has moved to."""
     if batch.reference is None:
         raise ValueError("the batch carries no reference log-probabilities")
-    return PairLogps(batch.reference, batch.pair, batch.rejected, len(batch))
+    found = batch.moved if now and batch.moved is not None else batch.reference
+    return PairLogps(found, batch.pair, batch.rejected, len(batch))
 
 
 def tree_mask(segment: Tensor) -> Tensor:

@@ -100,9 +100,30 @@ def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: Wo
             "batch_size=1: this loss reads each prompt with the answer of another row of the "
             "batch: raise it"
         )
+    refuse_sync(cfg, loss)
     goes_on = _checkpoint(cfg, run, world)
     log.info("Run directory: %s", run.path)
     return Job(cfg, run, choices, loss, solver, goes_on, {})
+
+
+def refuse_sync(cfg: "DictConfig", loss: Any) -> None:
+    """A reference that moves, where none is read or none may."""
+    from spo_lightning.losses import asks
+
+    how, every = cfg.model.get("reference_sync"), cfg.model.get("sync", {}).get("every_n_steps")
+    if how is None:
+        return
+    whole, key = asks(loss, "divergences"), f"model.reference_sync={how}"
+    if cfg.model.reference is not None:
+        raise UserError(f"{key} moves the policy's own start: leave model.reference out")
+    if whole or not (asks(loss, "reference") or asks(loss, "beside")):
+        why = "reads the reference's distributions" if whole else "reads no reference"
+        raise UserError(f"{key}: this loss {why}: leave it out, or take another loss")
+    if 0 <= cfg.max_steps <= every:
+        raise UserError(
+            f"model.sync.every_n_steps={every}: the run has {cfg.max_steps} outer steps, so its "
+            "reference would never move: lower it"
+        )
 
 
 def refuse_to_compare(cfg: "DictConfig", task: "Task") -> None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from spo_lightning.errors import UserError
+
 log = logging.getLogger(__name__)
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -172,3 +174,12 @@ HOW: dict[str, Callable[[list[nn.Parameter], Make, int], Optimizer]] = {
     "master": master,
     "plain": plain,
 }
+
+
+def refuse_rounding(parameters: Sequence[Tensor]) -> None:
+    """A solver's own steps on weights in bfloat16: they are short, and most would round away."""
+    if any(p.dtype == torch.bfloat16 for p in parameters):
+        raise UserError(
+            "this solver takes steps of its own on the weights, and bfloat16 would round them "
+            "away: set model.dtype=float32 (and hardware.precision=bf16-mixed)"
+        )

@@ -31,6 +31,7 @@ from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.callbacks.start import StartCheck
 from spo_lightning.training.feed import Feed, Mismatched
 from spo_lightning.training.module import Preference
+from spo_lightning.training.reference import MovingReference
 from spo_lightning.world import World
 
 
@@ -247,6 +248,7 @@ def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: in
         clip_norm=cfg.clip_norm,
         schedule=Schedule(cfg.optimizer.schedule, steps, cfg.optimizer.warmup),
         log_every=cfg.log.every_n_steps,
+        moving=MovingReference.of(cfg.model),
     )
 
 

@@ -31,13 +31,15 @@ def problem_of(
     step: int,
     kl: Moved,
     seen: Observation | None,
+    value_moves: bool,
 ) -> Problem:
-    """``seen`` looks at each pass over both responses. A row without a chosen one has no G."""
-    reference = reference_logps(part)
+    """``seen`` looks at each pass over both responses. A row without a chosen one has no G.
+    ``value_moves``: with a reference that moves, what G is measured against moves too."""
+    start, reference = reference_logps(part), reference_logps(part, now=True)
     # where no row has one, G is an empty tensor that still hangs on theta
     alone = part.with_chosen is not None and not len(part.with_chosen)
     texts = part.lower or (part if alone else part.chosen_only)
-    start = reference_logps(texts)
+    value = reference_logps(texts, now=value_moves)
 
     def learned(values: Tensor, batch: PairBatch) -> Tensor:
         return values if batch.with_chosen is None else values[batch.with_chosen]
@@ -48,7 +50,7 @@ def problem_of(
         apart = policy if part.lower is None else scored(scorer, theta, texts)
         lower = learned(-apart.mean_chosen, texts)
         if seen:
-            seen.look(policy, reference, apart, upper, lower, moved)
+            seen.look(policy, reference, start, apart, upper, lower, moved)
         return upper, lower
 
     def below(theta: Tensors) -> Tensor:
@@ -59,8 +61,8 @@ def problem_of(
         upper=lambda theta: both(theta)[0],
         lower=below,
         both=both,
-        value=learned(-start.mean_chosen, texts),
-        size=learned(start.chosen_length, texts),
+        value=learned(-value.mean_chosen, texts),
+        size=learned(value.chosen_length, texts),
         gradient=_no_nesting,
     )
 
@@ -79,7 +81,9 @@ def moved_from_reference(
 ) -> tuple[Tensor, int]:
     """The sum of the log-ratios of all rows, and how many there are."""
     found = [
-        (scored(scorer, theta, part).chosen - reference_logps(part).chosen).double().sum()
+        (scored(scorer, theta, part).chosen - reference_logps(part, now=True).chosen)
+        .double()
+        .sum()
         for part in mismatched
     ]
     return torch.stack(found).sum(), sum(map(len, mismatched))

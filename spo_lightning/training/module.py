@@ -13,13 +13,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from spo_lightning import losses
 from spo_lightning.data.batch import Microbatches, PairBatch
-from spo_lightning.errors import Diverged, UserError
+from spo_lightning.errors import Diverged
 from spo_lightning.evaluation.totals import Totals
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
 from spo_lightning.solvers.none import NoLower
+from spo_lightning.training import bf16
 from spo_lightning.training.microbatch import Moved, moved_from_reference, problem_of, trainable
 from spo_lightning.training.observation import Observation
+from spo_lightning.training.reference import MovingReference
 
 BESIDE = 4  # parts of a pass beside a graph that is kept: second order fits in twice the memory
 
@@ -46,10 +48,11 @@ class Preference(LightningModule):
         clip_norm: float | None,
         schedule: Callable[[int], float],
         log_every: int,
+        moving: MovingReference,
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.scorer, self.loss, self.solver = scorer, loss, solver
+        self.scorer, self.loss, self.solver, self.moving = scorer, loss, solver, moving
         scorer.squares = losses.asks(loss, "squares")
         self.make_optimizer, self.schedule = optimizer, schedule
         self.beta, self.batch_size, self.clip_norm = beta, batch_size, clip_norm
@@ -72,12 +75,14 @@ class Preference(LightningModule):
     def on_fit_start(self) -> None:
         if self.solver_state is None:
             self.solver_state = self.solver.init(tuple(self.trainable().values()))
+        self.moving.begin(self.scorer)
 
     def training_step(self, batch: Microbatches, batch_idx: int) -> None:
         """One outer step."""
         observed = self.observes(self.outer_step + 1)
         read = sum(part.read for part in batch)
         self.num_tokens += read if self.trainer.world_size == 1 else int(self._over_ranks(read))
+        batch = self.moving.read(self.scorer, batch)
         seen = Observation(self.beta, observed, losses.asks(self.loss, "moments"))
         # without a desirable answer there is no G, and nothing for a solver to remember
         solver = self.solver if batch.below else NoLower()
@@ -85,6 +90,7 @@ class Preference(LightningModule):
         norm = self._follow(step.direction, step.displacement, seen.objective, batch)
         self.solver_state = step.state
         self.outer_step += 1
+        self.moving.follow(self.scorer, self.outer_step)
         self.pairs_seen += self.batch_size
         totals = self._reduce(seen.totals)
         if seen.moments:
@@ -159,7 +165,7 @@ class Preference(LightningModule):
 
     def _part(self, part: PairBatch, kl: Moved, seen: Observation | None = None) -> Problem:
         of = self.scorer, self.loss, self.moments, self.outer_step
-        return problem_of(part, *of, kl, seen)
+        return problem_of(part, *of, kl, seen, self.moving.value_moves)
 
     def _kl_of(self, batch: Microbatches) -> Moved:
         """How far the policy has moved on all mismatched rows of the outer step, at least 0: found
@@ -204,7 +210,7 @@ class Preference(LightningModule):
         if all(mine is given for mine, given in zip(parameters, theta)):
             yield
             return
-        _refuse_rounding(parameters)
+        bf16.refuse_rounding(parameters)
         kept = [p.detach().clone() for p in parameters]
         _write(parameters, theta)
         try:
@@ -262,7 +268,7 @@ class Preference(LightningModule):
                 f"training rows of this batch: {rows}. Parameters are as before this step"
             )
         if displacement is not None:
-            _refuse_rounding(parameters)
+            bf16.refuse_rounding(parameters)
             _write(parameters, [p.detach() + d for p, d in zip(parameters, displacement)])
         for p, along in zip(parameters, direction):
             p.grad = along
@@ -324,6 +330,7 @@ class Preference(LightningModule):
             "solver": self.solver_state,
             "moments": self.moments_state,
             "ratios": self.ratios,
+            "reference": self.moving.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -332,18 +339,11 @@ class Preference(LightningModule):
         self.num_tokens = ours["num_tokens"]
         self.solver_state, self.moments_state = ours["solver"], ours["moments"]
         self.ratios = tuple(ours.get("ratios", self.ratios))
+        if "reference" in ours:
+            self.moving.load_state_dict(ours["reference"], self.scorer)
 
 
 def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for parameter, value in zip(parameters, values):
             parameter.copy_(value)
-
-
-def _refuse_rounding(parameters: Sequence[Tensor]) -> None:
-    """A solver's own steps on weights in bfloat16: they are short, and most would round away."""
-    if any(p.dtype == torch.bfloat16 for p in parameters):
-        raise UserError(
-            "this solver takes steps of its own on the weights, and bfloat16 would round them "
-            "away: set model.dtype=float32 (and hardware.precision=bf16-mixed)"
-        )

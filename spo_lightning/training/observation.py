@@ -22,13 +22,14 @@ class Observation:
         self,
         policy: PairLogps,
         reference: PairLogps,
+        start: PairLogps,
         apart: PairLogps,
         upper: Tensor,
         lower: Tensor,
         kl: Tensor | None,
     ) -> None:
-        """One microbatch's pass over its responses; ``apart``: the lower level's own texts, or
-        ``policy``."""
+        """One microbatch's pass over its responses; ``start``: the reference before it moved;
+        ``apart``: the lower level's own texts, or ``policy``."""
         if self.moments:
             by_token, summed = policy.mean_gap - reference.mean_gap, policy.gap - reference.gap
             for name, margin in (("", by_token), ("summed_", summed)):
@@ -38,7 +39,7 @@ class Observation:
             self.totals.add({"ratio": (ratios, policy.counts > 0)})
         if not self.full:
             return
-        self.totals.add(pair_numbers(policy, reference, beta=self.beta))
+        self.totals.add(pair_numbers(policy, reference, start, beta=self.beta))
         self.totals.add({"loss/upper": upper})
         if not policy.rewards:
             self.totals.add({"loss/lower": lower})
