@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo_lightning import __version__
 from spo_lightning.errors import UserError
-from spo_lightning.records.directory import MAY_DIFFER, REMOVED, choices_of
+from spo_lightning.records.directory import MAY_DIFFER, PACE, REMOVED, choices_of
 
 FOUND = ("data.layout",)  # null leaves it to be found, and config.yaml keeps what was
 
@@ -85,6 +85,7 @@ def _going_on(cfg: DictConfig, path: Path, touched: Sequence[str]) -> DictConfig
     may_grow = flat and saved.max_steps >= 0
     for key in touched:
         free = MAY_DIFFER + (("max_steps",) if may_grow else ())
+        free += ("judge",) if key.split(".")[-1] in PACE else ()
         if key.split(".")[0] in free or _at(OmegaConf.to_container(saved), key) == REMOVED:
             OmegaConf.update(saved, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
             continue
