@@ -145,10 +145,9 @@ def reward(asked: Asked, *, model: str) -> Judge:
     """The reward of the whole answer, by a model for sequence classification with one label."""
     judged = asked.opened(model, rewards=True)
     if not judged.rewards:
-        kind = type(judged.lm).__name__
         raise UserError(
-            f"judge.model={model} is a {kind}, no sequence classifier: name a reward model, or "
-            "choose judge=likelihood"
+            f"judge.model={model} is no sequence classifier: name a reward model, or choose "
+            "judge=likelihood"
         )
     read = reading(asked, judged)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spo_lightning.data.chat import plain
 from spo_lightning.errors import UserError
 from spo_lightning.models.endpoint import Endpoint, Pace, key_of
 from spo_lightning.models.generate import Answer, Decoding, Engine
@@ -17,6 +18,10 @@ from spo_lightning.records.progress import Stages
 log = logging.getLogger(__name__)
 
 FIRST_SEED = 100_003  # of a draw: seed * this + the answer's place
+SEEDS = 2**31  # below it: some servers hold a seed in 32 bits
+# of a request: what stands elsewhere; null takes away those that some endpoint does not know
+OWN = ("model", "prompt", "messages", "tools", "chat_template_kwargs", "stream", "n")
+SAID = ("temperature", "top_p", "max_tokens", "stop", "seed")
 
 
 class Place(NamedTuple):
@@ -49,7 +54,7 @@ class Openai:
         the policy would read it."""
         prompt = row["prompt"]
         body: dict[str, Any] = {"model": self.model}
-        body |= {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+        body |= {"prompt": prompt} if isinstance(prompt, str) else {"messages": plain(prompt)}
         if row.get("tools"):
             body["tools"] = row["tools"]
         if row.get("chat_template_kwargs"):  # as vLLM and SGLang call it too
@@ -58,7 +63,7 @@ class Openai:
         if how.stop:
             body["stop"] = [*how.stop]
         if how.temperature > 0:  # every answer has a seed of its own, and is drawn once
-            body |= {"top_p": how.top_p, "seed": how.seed * FIRST_SEED + place}
+            body |= {"top_p": how.top_p, "seed": (how.seed * FIRST_SEED + place) % SEEDS}
         return body | {key: value for key, value in self.more.items() if value is not None}
 
 
@@ -82,9 +87,11 @@ def openai(
     dollars_written: float | None,
 ) -> Engine | None:
     """A model behind an endpoint of OpenAI's protocol."""
-    for key in ("model", "prompt", "messages", "stream", "n"):
-        if key in more:
-            raise UserError(f"engine.more.{key}: it is not yours to set; leave it out")
+    for key in more:
+        if key in OWN or (key in SAID and more[key] is not None):
+            raise UserError(
+                f"engine.more.{key}: the command says it itself: set its own key, or leave it out"
+            )
     pace = Pace(timeout, retries, concurrency, requests_per_minute, place.processes)
     prices, unsent = (dollars_read, dollars_written), frozenset(k for k in more if more[k] is None)
     key = key_of("engine", key_from)

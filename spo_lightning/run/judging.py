@@ -2,6 +2,7 @@
 answers in the policy's place out."""
 
 import inspect
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from spo_lightning.judges.local import Judge
     from spo_lightning.models.generate import Engine
     from spo_lightning.models.policy import Policy
+    from spo_lightning.models.sources import Source
 
 
 def called(node: Any, where: str) -> Any:
@@ -42,10 +44,32 @@ class NotYet(Exception):
 
 
 class Unopened:
-    """In the place of a model: what asks it for more than its name is seen once it is there."""
+    """In the place of a model: what its directory says of it, and ``NotYet`` to all else."""
+
+    def __init__(self, source: "Source | None" = None):
+        self._source = source
 
     def __getattr__(self, name: str) -> Any:
         raise NotYet
+
+    @property
+    def rewards(self) -> bool:
+        kinds = self._read("config.json").get("architectures") or [""]
+        return kinds[0].endswith("ForSequenceClassification")
+
+    @property
+    def template(self) -> str | None:
+        from spo_lightning.models.policy import TEMPLATE
+
+        return self._read("tokenizer_config.json").get(TEMPLATE)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        if self._source is None or self._source.adapters:  # which may make another kind of it
+            raise NotYet
+        try:
+            return json.loads((self._source.path / name).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise NotYet from error
 
 
 def check_judge(cfg: Any, task: Any, policy: Any) -> bool:
@@ -56,16 +80,17 @@ def check_judge(cfg: Any, task: Any, policy: Any) -> bool:
     from spo_lightning.records.progress import silent
 
     def opened(model: str, **_: Any) -> Unopened:
-        sources.check(model)
-        return Unopened()
+        return Unopened(sources.check(model))
 
-    made, judge = chosen(cfg), Unopened()
     size: Any = cfg.eval.batch_size, cfg.max_length
     asked = Asked(task, policy, opened, nullcontext, silent(), *size)
-    for one in (*made.keywords.get("members", {}).values(), made):
-        with suppress(NotYet):
-            judge = one(asked)
-    return judge is not None
+    made = chosen(cfg)
+    for member in made.keywords.get("members", {}).values():
+        with suppress(NotYet):  # and the next one may be refused all the same
+            member(asked)
+    with suppress(NotYet):
+        return made(asked) is not None
+    return True
 
 
 def check_rival(cfg: Any, rows: Sequence[dict], judged: bool, start: bool) -> None:

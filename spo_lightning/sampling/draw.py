@@ -22,7 +22,7 @@ from spo_lightning.errors import UserError
 from spo_lightning.judges.local import Judge
 from spo_lightning.models.generate import Decoding, Engine, answers
 from spo_lightning.models.policy import Policy
-from spo_lightning.records.directory import without_pace, write_text
+from spo_lightning.records.directory import write_text
 from spo_lightning.records.progress import Stages, Within
 from spo_lightning.sampling.record import Record, record_of
 from spo_lightning.training import sft
@@ -118,12 +118,12 @@ def settings(
     if engine is None:
         answering = {"weights": sft.key(policy, (), {})}
     else:
-        answering = {"engine": without_pace(OmegaConf.to_container(cfg.engine, resolve=True))}
+        answering = {"engine": OmegaConf.to_container(cfg.engine, resolve=True)}
     return {
         **provenance(cfg),
         **answering,
         "prompts": hashlib.sha256(asked).hexdigest()[:16],
-        "judge": without_pace(OmegaConf.to_container(cfg.judge, resolve=True)),
+        "judge": OmegaConf.to_container(cfg.judge, resolve=True),
         "data": OmegaConf.to_container(cfg.data, resolve=True),
         "batch_size": cfg.eval.batch_size,
         "max_length": cfg.max_length,
