@@ -83,10 +83,14 @@ def _going_on(cfg: DictConfig, path: Path, touched: Sequence[str]) -> DictConfig
     asked = OmegaConf.to_container(cfg, resolve=True)
     flat = saved.optimizer.schedule == "constant" and saved.optimizer.warmup == 0
     may_grow = flat and saved.max_steps >= 0
+
+    def free(key: str) -> bool:
+        first, last = key.split(".")[0], key.split(".")[-1]
+        paced = first == "judge" and last in PACE
+        return paced or (key == "max_steps" and may_grow) or first in MAY_DIFFER
+
     for key in touched:
-        free = MAY_DIFFER + (("max_steps",) if may_grow else ())
-        free += ("judge",) if key.split(".")[-1] in PACE else ()
-        if key.split(".")[0] in free or _at(OmegaConf.to_container(saved), key) == REMOVED:
+        if free(key) or _at(OmegaConf.to_container(saved), key) == REMOVED:
             OmegaConf.update(saved, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
             continue
         before, now = (
@@ -94,7 +98,8 @@ def _going_on(cfg: DictConfig, path: Path, touched: Sequence[str]) -> DictConfig
         )
         for name in sorted(before.keys() | now.keys()):
             found = name in FOUND and now.get(name) is None
-            if before.get(name) not in (now.get(name), REMOVED) and not found:
+            same = before.get(name) in (now.get(name), REMOVED)
+            if not (same or found or free(name)):
                 raise UserError(_differs(name, before.get(name), now.get(name), path))
     saved.ckpt_path = cfg.ckpt_path
     return saved
