@@ -1,4 +1,4 @@
-"""A judge or a rival that cannot be meant is refused before a model is loaded: here none can be."""
+"""A judge or a rival that cannot be meant is refused before a model is loaded: none can be here."""
 
 import json
 from pathlib import Path
