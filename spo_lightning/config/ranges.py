@@ -43,6 +43,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.pairs": (lambda v: v in ("texts", "ids", "off"), "texts, ids or off"),
     "eval.batch_size": (lambda v: v >= 1, "at least 1"),
     "eval.max_new_tokens": (lambda v: v >= 1, "at least 1"),
+    "eval.stop": (lambda v: all(isinstance(text, str) and text for text in v), "[TEXT, ...]"),
     "eval.by": (lambda v: v is None or isinstance(v, str), "the name of a column, or null"),
     "eval.prompts": (lambda v: v is None or isinstance(v, str), "a file or hub id, or null"),
     "eval.tasks_path": (lambda v: v is None or isinstance(v, str), "a directory, or null"),

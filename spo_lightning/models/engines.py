@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from spo_lightning.data.chat import plain
 from spo_lightning.errors import UserError
-from spo_lightning.models.endpoint import Endpoint, Pace, key_of
+from spo_lightning.models.endpoint import Endpoint, Pace, Reply, key_of
 from spo_lightning.models.generate import Answer, Decoding, Engine
 from spo_lightning.records.progress import Stages
 
@@ -47,7 +47,7 @@ class Openai:
         replies, told = stages.world.once(lambda: self.endpoint.replies(bodies, stages, title))
         if stages.world.first:
             log.info("Answered by %s: %s", self.model, told)
-        return [Answer(one.text, one.tokens[1], one.cut) for one in replies]
+        return [_answer(one, how.stop) for one in replies]
 
     def _asked(self, row: Mapping[str, Any], how: Decoding, place: int) -> dict[str, Any]:
         """Messages are a conversation, which the endpoint renders; a text is read as it stands, as
@@ -65,6 +65,14 @@ class Openai:
         if how.temperature > 0:  # every answer has a seed of its own, and is drawn once
             body |= {"top_p": how.top_p, "seed": (how.seed * FIRST_SEED + place) % SEEDS}
         return body | {key: value for key, value in self.more.items() if value is not None}
+
+
+def _answer(reply: Reply, stop: Sequence[str]) -> Answer:
+    """Up to what ends it, which some servers leave at its end."""
+    text = reply.text
+    for end in stop:
+        text = text.partition(end)[0]
+    return Answer(text, reply.tokens[1], cut=reply.cut and text == reply.text)
 
 
 def hf(place: Place) -> Engine | None:

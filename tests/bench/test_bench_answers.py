@@ -31,7 +31,7 @@ def test_other_texts_end_it():
     "word, says",
     [
         ("answers=0", "answers=0: it must be at least 1"),
-        ("words=[9,2]", r"words=[9, 2]: [least, most] tokens"),
+        ("words=[9,2]", r"words=[9, 2]: [least, most]"),
     ],
 )
 def test_refused(tmp_path, word, says):

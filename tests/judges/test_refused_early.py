@@ -1,4 +1,4 @@
-"""A judge or a rival that cannot be meant is refused before a model is loaded: none can be here."""
+"""A judge or a rival that cannot be meant is refused before a model is loaded: none can be."""
 
 import json
 from pathlib import Path

@@ -96,7 +96,7 @@ def ask(rows, how):
 def test_a_text_is_completed_and_messages_are_a_conversation(tmp_path):
     with answering() as (server, url):
         found = ask(ROWS, decoding(url, tmp_path))
-        assert found == [Answer(f"{n}.None;", 3, cut=False) for n in (5, 4, 1)]
+        assert found == [Answer(f"{n}.None", 3, cut=False) for n in (5, 4, 1)]
         asked = dict(server.asked)
         assert len(server.asked) == 3 and {*asked} == {"/v1/completions", "/v1/chat/completions"}
         assert asked["/v1/chat/completions"] == {
@@ -113,7 +113,7 @@ def test_a_text_is_completed_and_messages_are_a_conversation(tmp_path):
 def test_sampled_answers_to_one_prompt_are_draws_of_their_own(tmp_path):
     with answering() as (server, url):
         texts = {one.text for one in ask([ROWS[0]] * 3, decoding(url, tmp_path, 1.0))}
-        assert texts == {f"5.{200006 + n};" for n in range(3)}
+        assert texts == {f"5.{200006 + n}" for n in range(3)}
         without = {"more": {"seed": None, "top_k": 5}}  # an endpoint that knows no seed
         ask([ROWS[0]] * 3, decoding(url, tmp_path, 1.0, **without))
         assert len(server.asked) == 6
@@ -236,6 +236,7 @@ def test_two_processes_ask_at_the_pace_of_one(tmp_path):
         (("engine.model=m", "checkpoint=somewhere"), "checkpoint has no effect"),
         (("engine.model=m", "engine.concurrency=0"), "engine.concurrency=0: it must be at least"),
         (("engine.model=m", "+engine.foo=1"), "engine: "),
+        (("engine.model=m", "eval.stop=[5]"), "eval.stop=[5]: it must be [TEXT, ...]"),
         (("engine.model=m", "model=qwen"), "model has no effect: an endpoint answers"),
         (("engine.model=m", "+engine.more.seed=1"), "engine.more.seed: the command says"),
         (("engine.model=m", "judge=likelihood"), "judge.model=null is the policy"),
