@@ -21,6 +21,7 @@ from spo_lightning.models.generate import Answer, Decoding, answered
 from spo_lightning.records.progress import silent
 
 HERE = Path(__file__).parent
+PATHS = f"{HERE}:{HERE.parent}:{CONF.parent}"  # of a command that calls a judge of these tests
 SAMPLE, EVAL = (("-m", f"spo_lightning.{name}") for name in ("sample", "eval"))
 FEW = [w for w in SMALL if w.startswith(("data", "hardware", "eval."))]
 ROWS = [{"prompt": "1+1=?"}, {"prompt": [{"role": "user", "content": "1+2=?"}]}, {"prompt": "x"}]
@@ -220,7 +221,7 @@ def test_two_processes_ask_at_the_pace_of_one(tmp_path):
     with answering() as (server, url):
         pace = ("engine.requests_per_minute=1200", "engine.concurrency=2", "eval.batch_size=12")
         words = [word for word in sampling(url, *pace) if not word.startswith("hardware")]
-        done = command(tmp_path, *words, *two, module=SAMPLE, PYTHONPATH=f"{HERE}:{CONF.parent}")
+        done = command(tmp_path, *words, *two, module=SAMPLE, PYTHONPATH=PATHS)
         assert done.code == 0, done.err
         assert len(rows_of(tmp_path / "pairs.jsonl")) == 40 and len(server.asked) == 120
         assert server.most <= 2
