@@ -21,7 +21,7 @@ from spo_lightning.config import knobs
 from spo_lightning.errors import Diverged
 from spo_lightning.models.generate import Decoding, Stops, answered
 from spo_lightning.models.policy import Policy, of_config
-from spo_lightning.records.progress import Stages, silent
+from spo_lightning.records.progress import Stages, Within
 
 WORDS = ("the", "a", "man", "woman", "child", "dog", "river", "house", "old", "went", "saw", "and")
 OURS = "engine=hf"
@@ -35,7 +35,7 @@ def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]
     stages = asked.begin(cfg, run_dir)
     policy = of_config(cfg, device_of(cfg.hardware))
     policy.lm.eval()
-    calls = contestants(policy, prompts, cfg.batch_size, cfg.max_new_tokens)
+    calls = contestants(policy, prompts, cfg.batch_size, cfg.max_new_tokens, stages)
     seconds, tokens = timed(calls, cfg.repetitions, stages)
     kept = ("answers", "words", "batch_size", "max_new_tokens")
     model = cfg.model.pretrained or f"{sum(p.numel() for p in policy.lm.parameters()):,} built"
@@ -50,7 +50,7 @@ def drawn(count: int, least: int, most: int, seed: int) -> list[str]:
 
 
 def contestants(
-    policy: Policy, prompts: list[str], size: int, room: int
+    policy: Policy, prompts: list[str], size: int, room: int, stages: Stages
 ) -> dict[str, Callable[[], tuple[list[str], int]]]:
     """Each gives the texts and how many tokens they have."""
     from transformers import GenerationConfig
@@ -58,7 +58,7 @@ def contestants(
     rows = [{"prompt": prompt} for prompt in prompts]
 
     def ours(size: int) -> tuple[list[str], int]:
-        found = answered(policy, rows, Decoding(room, size, ()), silent(), "")
+        found = answered(policy, rows, Decoding(room, size, ()), Within(stages), "")
         return [one.text for one in found], sum(one.tokens for one in found)
 
     def theirs(**cache: str) -> tuple[list[str], int]:

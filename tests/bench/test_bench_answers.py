@@ -21,8 +21,9 @@ def test_one_round_of_all(tmp_path):
 
 
 def test_other_texts_end_it():
-    calls = contestants(policy(), drawn(3, 2, 9, seed=0), 2, 4)
-    calls["one by one"] = contestants(policy(seed=1), drawn(3, 2, 9, seed=0), 1, 4)[OURS]
+    prompts = drawn(3, 2, 9, seed=0)
+    calls = contestants(policy(), prompts, 2, 4, silent())
+    calls["one by one"] = contestants(policy(seed=1), prompts, 1, 4, silent())[OURS]
     with pytest.raises(Diverged, match="one by one: the answer to prompt 1 is"):
         timed(calls, 1, silent())
 
