@@ -17,6 +17,8 @@ def work(cfg: Any, run_dir: Path, line: knobs.Given) -> dict[str, int]:
     """Draw answers, score them, write the pairs; counts of prompts, samples and pairs."""
     _name_checkpoint(cfg, line)
     knobs.check(cfg, line)
+    if "model" in line.touched and "base_url" in cfg.engine:
+        raise UserError("model has no effect: an endpoint answers, engine.model; leave it out")
     from spo_lightning.run import processes, sampling
 
     return processes.together(partial(sampling.sample, cfg), cfg.hardware)

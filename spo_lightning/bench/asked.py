@@ -64,7 +64,7 @@ def span(found: Sequence[Any], where: str) -> tuple[int, int]:
     """[least, most] tokens."""
     whole = len(found) == 2 and all(isinstance(length, int) for length in found)
     if not whole or not 2 <= found[0] <= found[1]:
-        raise UserError(f"{where}={list(found)}: [least, most] tokens, both from 2 up")
+        raise UserError(f"{where}={list(found)}: [least, most], both from 2 up")
     return found[0], found[1]
 
 

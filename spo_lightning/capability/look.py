@@ -3,6 +3,7 @@ its results in ``eval.tasks``.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from spo_lightning.capability import harness
@@ -13,7 +14,7 @@ from spo_lightning.data.rows import Row
 from spo_lightning.errors import UserError
 from spo_lightning.evaluation.held_out import HeldOut
 from spo_lightning.evaluation.shares import Items, items, shares
-from spo_lightning.models.generate import Decoding, answered
+from spo_lightning.models.generate import Decoding, Engine, answered
 from spo_lightning.models.policy import Policy
 from spo_lightning.records.progress import Stages
 
@@ -67,21 +68,25 @@ def refuse_without_texts(cfg: Any, who: str) -> None:
             )
 
 
-def look(cfg: Any, policy: Policy, stages: Stages) -> Looked:
-    """The numbers of both, of the policy as it is in memory."""
+def look(cfg: Any, policy: Policy, stages: Stages, engine: Engine | None = None) -> Looked:
+    """The numbers of both, of the policy as it is in memory. ``engine``: who answers the prompts
+    in its place."""
     found = Looked(*harness.results(cfg, policy, stages))
     rows = prompts_of(cfg)
     if rows:
-        given = answered(policy, rows, Decoding.of(cfg, seed=cfg.seed), stages, "eval.prompts")
+        how = replace(Decoding.of(cfg, seed=cfg.seed), engine=engine)
+        given = answered(policy, rows, how, stages, "eval.prompts")
         refusals = refusals_of(cfg)
         found.numbers.update(_named(shares(given, refusals)))
         found.items.update(_named(items(given, refusals)))
     return found
 
 
-def beyond(found: HeldOut, cfg: Any, policy: Policy, stages: Stages) -> HeldOut:
+def beyond(
+    found: HeldOut, cfg: Any, policy: Policy, stages: Stages, engine: Engine | None = None
+) -> HeldOut:
     """The held-out numbers and those of ``look``, with what each answer adds."""
-    looked = look(cfg, policy, stages)
+    looked = look(cfg, policy, stages, engine)
     each = items(found.answers.given, refusals_of(cfg)) | looked.items
     right = found.answers.right
     if right and None not in right:

@@ -18,6 +18,7 @@ from spo_lightning.config.objective import check_loss
 from spo_lightning.config.ranges import DIAGNOSTICS, RANGES
 from spo_lightning.errors import UserError
 
+BUILT = ("pretrained", "base", "config", "revision", "lora")  # of the model that answers
 # (prefix of the knobs, when they are idle, why)
 IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     ("model.lora.", lambda c: c.model.lora.rank == 0, "model.lora.rank is 0"),
@@ -26,10 +27,12 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         lambda c: c.model.pretrained is not None,
         "model.pretrained brings its own config",
     ),
-    ("model.revision", lambda c: c.model.pretrained is None, "model.pretrained is null"),
+    *(
+        (f"model.{key}", lambda c: c.model.pretrained is None, "model.pretrained is null")
+        for key in ("revision", "trust_remote_code")
+    ),
     ("model.sync.", lambda c: c.model.reference_sync is None, "model.reference_sync is null"),
     ("model.sync.alpha", lambda c: c.model.reference_sync == "hard", "a hard move takes all"),
-    ("model.trust_remote_code", lambda c: c.model.pretrained is None, "model.pretrained is null"),
     ("model.reference_sync", lambda c: not c.get("max_steps"), "nothing is trained"),
     ("sft.", lambda c: warm_start_steps(c) == 0, "there is no warm start (sft.max_steps is 0)"),
     (
@@ -53,6 +56,10 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         (f"eval.tasks_{key}", lambda c: not c.eval.tasks, "eval.tasks names none")
         for key in ("path", "limit", "batch_size", "chat")
     ),
+    *(
+        (key, lambda c: "samples" in c and "base_url" in c.engine, "an endpoint answers")
+        for key in ("checkpoint", "base", *(f"model.{key}" for key in BUILT), "sft.")
+    ),
     ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
     (
         "eval.judge.",
@@ -65,11 +72,7 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         lambda c: not _trains_bfloat16(c),
         "model.dtype is not bfloat16, or adapters train, which are in float32",
     ),
-    (
-        "data.eval_fraction",
-        lambda c: c.data.get("eval_path") is not None,
-        "data.eval_path is set",
-    ),
+    ("data.eval_fraction", lambda c: bool(c.data.get("eval_path")), "data.eval_path is set"),
     ("data.chunk_rows", lambda c: not c.data.get("stream"), "data.stream is false"),
     (
         "data.sft",
@@ -118,7 +121,7 @@ STUDY_READS = ("experiment", "seed", "study", "sweep")
 # what stands here goes to a constructor, which knows its own keys
 OPEN = (
     *("model.config.", "optimizer.", "solver.", "solvers.", "data.", "logger."),
-    *("judge.", "strategy.", "loss.parts."),
+    *("judge.", "engine.", "strategy.", "loss.parts."),
 )
 
 

@@ -7,6 +7,7 @@ from omegaconf import ListConfig
 
 FORMS = "a directory, .gguf file, pkg://NAME or hub id"
 CHECKPOINTS = ("model.pretrained", "model.reference", "model.base", "base", "reference")
+ASKING = ("judge", "engine")  # what may ask an endpoint
 DIAGNOSTICS = (
     *("displacement", "evolution", "geometry", "ches", "overoptimisation", "quality", "probes"),
 )
@@ -42,6 +43,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.pairs": (lambda v: v in ("texts", "ids", "off"), "texts, ids or off"),
     "eval.batch_size": (lambda v: v >= 1, "at least 1"),
     "eval.max_new_tokens": (lambda v: v >= 1, "at least 1"),
+    "eval.stop": (lambda v: all(isinstance(text, str) and text for text in v), "[TEXT, ...]"),
     "eval.by": (lambda v: v is None or isinstance(v, str), "the name of a column, or null"),
     "eval.prompts": (lambda v: v is None or isinstance(v, str), "a file or hub id, or null"),
     "eval.tasks_path": (lambda v: v is None or isinstance(v, str), "a directory, or null"),
@@ -95,11 +97,14 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "judge.tie": (lambda v: v is None or isinstance(v, str), "a word, or null"),
     "judge.system": (lambda v: v is None or isinstance(v, str), "a text, or null"),
-    "judge.timeout": (lambda v: v > 0, "above 0"),
-    "judge.retries": (lambda v: v >= 0, "at least 0"),
-    "judge.concurrency": (lambda v: v >= 1, "at least 1"),
     "judge.max_tokens": (lambda v: v >= 1, "at least 1"),
-    "judge.requests_per_minute": (lambda v: v is None or v > 0, "above 0, or null"),
+    **{f"{group}.timeout": (lambda v: v > 0, "above 0") for group in ASKING},
+    **{f"{group}.retries": (lambda v: v >= 0, "at least 0") for group in ASKING},
+    **{f"{group}.concurrency": (lambda v: v >= 1, "at least 1") for group in ASKING},
+    **{
+        f"{group}.requests_per_minute": (lambda v: v is None or v > 0, "above 0, or null")
+        for group in ASKING
+    },
     "strategy.most": (lambda v: v >= 1, "at least 1"),
     "sweep.table": (lambda v: v is None or isinstance(v, str), "the path of a csv file"),
     "sweep.resume": (lambda v: v is None or isinstance(v, str), "the directory of a sweep"),

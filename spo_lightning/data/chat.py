@@ -73,6 +73,11 @@ def shown(text: Any) -> str:
     )
 
 
+def plain(turns: Sequence[Row]) -> list[Row]:
+    """Messages as a template or an endpoint reads them: it would take a null for a value."""
+    return [{k: v for k, v in turn.items() if k not in OWN and v is not None} for turn in turns]
+
+
 def readable(row: Row, tokenizer: Any) -> Row:
     """The row as plain text where it has one, and the tokenizer no chat template."""
     return row | row.get("plain", {}) if tokenizer.chat_template is None else row
@@ -219,16 +224,11 @@ class Template:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # templates take a null for a value
-        plain = [
-            {key: value for key, value in turn.items() if key not in OWN and value is not None}
-            for turn in turns
-        ]
         words = {**self.tokenizer.special_tokens_map, **self.given}
         words |= {"chat_template": self.text, "add_generation_prompt": asks}
         words["return_assistant_tokens_mask"] = self.marks
         try:
-            made: Any = render_jinja_template(conversations=[plain], **words)
+            made: Any = render_jinja_template(conversations=[plain(turns)], **words)
         except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             told = f"the chat template refuses it ({reason}): mend the turns of the data"

@@ -27,6 +27,16 @@ def rivals_of(
     stages: Stages,
 ) -> list[str] | None:
     """None where the start is asked for and there is none."""
+    told, named = given(cfg, rows), cfg.eval.get("rival", START)
+    if told is not None:
+        return told
+    answering = start if named == START else opened(named)
+    how = Decoding.of(cfg, seed=cfg.seed)
+    return answering and samples(answering, rows, task, how, RIVALS, stages)
+
+
+def given(cfg: Any, rows: Sequence[dict]) -> list[str] | None:
+    """Answers that stand in the data or in a file; None where a model has to give them."""
     named = cfg.eval.get("rival", START)
     if named == CHOSEN:
         for number, row in enumerate(rows, 1):
@@ -38,15 +48,9 @@ def rivals_of(
         return [said(row["chosen"]) for row in rows]
     if _is_file(named):
         return _of_file(named, cfg.data, rows)
-    answering = start if named == START else opened(named)
-    how = Decoding.of(cfg, seed=cfg.seed)
-    return answering and samples(answering, rows, task, how, RIVALS, stages)
-
-
-def check_rival(named: str) -> None:
-    """Refuse what is neither a word, a file nor a model, before anything is loaded."""
-    if named not in (START, CHOSEN) and not _is_file(named):
+    if named != START:
         check(named)
+    return None
 
 
 def _is_file(named: str) -> bool:

@@ -69,6 +69,7 @@ class Asked:
     batch_size: int
     max_length: int
     cache: Path | None = None  # where what was paid for is kept
+    processes: int = 1  # that ask at a time
 
 
 def each_against_all(judge: Judge, rows: Sequence[dict], texts: Sequence[str]) -> Scores:
@@ -129,6 +130,8 @@ def _number(found: Any, path: str) -> float | None:
 
 def likelihood(asked: Asked, *, model: str | None, per_token: bool) -> Judge:
     """log pi(answer | prompt) in nats under ``model``, or under the policy that answered."""
+    if model is None and asked.policy is None:
+        raise UserError("judge.model=null is the policy, and an endpoint answers: name a model")
     read = reading(asked, asked.policy if model is None else asked.opened(model))
 
     def judge(rows: Sequence[dict], texts: Sequence[str]) -> Scores:
@@ -142,10 +145,9 @@ def reward(asked: Asked, *, model: str) -> Judge:
     """The reward of the whole answer, by a model for sequence classification with one label."""
     judged = asked.opened(model, rewards=True)
     if not judged.rewards:
-        kind = type(judged.lm).__name__
         raise UserError(
-            f"judge.model={model} is a {kind}, no sequence classifier: name a reward model, or "
-            "choose judge=likelihood"
+            f"judge.model={model} is no sequence classifier: name a reward model, or choose "
+            "judge=likelihood"
         )
     read = reading(asked, judged)
 

@@ -13,8 +13,9 @@ from typing import Any
 from spo_lightning.errors import UserError
 from spo_lightning.evaluation.held_out import shown
 from spo_lightning.evaluation.wins import Verdicts
-from spo_lightning.judges.endpoint import Endpoint, Reply, key_of
 from spo_lightning.judges.local import Asked, Judge, Scores, each_against_all
+from spo_lightning.models.endpoint import Endpoint, Pace, Reply, key_of
+from spo_lightning.records.progress import Stages
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Pairwise:
     """``read``: a reply to what it says of the first answer: 1, 0.5 of a tie, 0, or a share."""
 
     endpoint: Endpoint
+    stages: Stages
     body: Mapping[str, Any]
     system: str | None
     question: str
@@ -41,7 +43,7 @@ class Pairwise:
         bodies = []
         for a, b in ((mine, theirs), (theirs, mine)):
             bodies += [self._asked(rows[place], a[place], b[place]) for place in asked]
-        replies, told = self.endpoint.replies(bodies)
+        replies, told = self.endpoint.replies(bodies, self.stages, "judging")
         said = [self.read(reply) for reply in replies]
         if asked:
             log.info("Judged: %s", told)
@@ -109,10 +111,12 @@ def pairwise(
     if logprobs:
         body |= {"logprobs": True, "top_logprobs": TOP}
     values = dict(zip(words, (1.0, 0.0, 0.5)))
-    how = (timeout, retries, concurrency, requests_per_minute, (dollars_read, dollars_written))
-    endpoint = Endpoint(base_url, key_of(key_from), *how, asked.cache, asked.stages)
+    pace = Pace(timeout, retries, concurrency, requests_per_minute, asked.processes)
+    prices = (dollars_read, dollars_written)
+    endpoint = Endpoint("judge", base_url, key_of("judge", key_from), pace, prices, asked.cache)
     read = _likelier if logprobs else _strict
-    return Pairwise(endpoint, body, system, question, lambda reply: read(reply, values))
+    say = (system, question, lambda reply: read(reply, values))
+    return Pairwise(endpoint, asked.stages, body, *say)
 
 
 def _bare(word: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from spo_lightning.errors import UserError
 from spo_lightning.evaluation.wins import Verdicts
-from spo_lightning.judges.local import Asked, Judge, Scores
+from spo_lightning.judges.local import Asked, Judge, Scores, each_against_all
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,8 @@ class Panel:
         return mean if self.mean else side(mean)
 
     def __call__(self, rows: Sequence[dict], texts: Sequence[str]) -> Scores:
-        """Judges' scores have no common scale."""
-        raise UserError(
-            "judge=panel compares two answers, and sample needs a score: choose a judge"
-        )
+        """By wins, as judges' scores have no common scale."""
+        return each_against_all(self, rows, texts)
 
 
 def _any(some: Sequence[bool | None]) -> bool | None:

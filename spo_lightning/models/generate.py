@@ -1,8 +1,8 @@
 """Prompts in, answers out: batched greedy or sampled generation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from omegaconf import DictConfig
@@ -17,7 +17,8 @@ from spo_lightning.world import Turn
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are drawn. ``temperature`` 0 is greedy."""
+    """How answers are drawn. ``temperature`` 0 is greedy. ``engine``: who answers in the policy's
+    place."""
 
     max_new_tokens: int
     batch_size: int
@@ -25,6 +26,7 @@ class Decoding:
     temperature: float = 0.0
     seed: int = 0
     top_p: float = 1.0
+    engine: "Engine | None" = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, cfg: DictConfig, temperature: float = 0.0, seed: int = 0) -> "Decoding":
@@ -39,6 +41,14 @@ class Answer(NamedTuple):
     text: str
     tokens: int  # without the one that ends it
     cut: bool  # by the limit: the policy had not come to an end
+
+
+class Engine(Protocol):
+    """Who answers in the policy's place."""
+
+    def __call__(
+        self, rows: Sequence[dict], how: Decoding, stages: Stages, title: str
+    ) -> list[Answer]: ...
 
 
 class Stops(NamedTuple):
@@ -84,6 +94,8 @@ def answered(
     Greedy ones are dealt over processes. Sampled ones come from one stream of random numbers that
     goes on from batch to batch: every process draws them all, and the first one's are taken.
     """
+    if how.engine is not None:
+        return how.engine(rows, how, stages, title)
     prompts = [prompt_ids(row, policy.tokenizer) for row in rows]
     stops, rooms = Stops.of(policy, how.stop), rooms_of(policy, prompts, how)
     chunks = batches([*map(len, prompts)], rooms, how.batch_size)

@@ -24,6 +24,11 @@ REMOVED = "<removed>"
 CHOICES = "# choices: "  # opens config.yaml; the groups' options, as json
 STATUS_SECONDS = 1.0  # between writes of status.json within a stage
 MAY_DIFFER = ("log", "logger", "hardware", "ckpt_path", "sweep", "report")
+# of a judge or an engine: where its endpoint is and how fast it is asked, which changes no number
+PACE = (
+    *("base_url", "key_from", "timeout", "retries", "concurrency", "requests_per_minute"),
+    *("dollars_read", "dollars_written"),
+)
 # keys of a configuration that change none of a run's numbers; of hardware, all but precision
 IDLE = (*MAY_DIFFER, "hydra", "cache", "checkpoint")
 
@@ -41,6 +46,13 @@ def without_secrets(node: Any) -> Any:
         return REMOVED if secret else value
 
     return cleaned("", node)
+
+
+def without_pace(node: Any) -> Any:
+    """A judge's or an engine's settings, without those that change no number."""
+    if not isinstance(node, dict):
+        return node
+    return {key: without_pace(value) for key, value in node.items() if key not in PACE}
 
 
 def words_without_secrets(words: Sequence[str]) -> list[str]:

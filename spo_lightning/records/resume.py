@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo_lightning import __version__
 from spo_lightning.errors import UserError
-from spo_lightning.records.directory import MAY_DIFFER, REMOVED, choices_of
+from spo_lightning.records.directory import MAY_DIFFER, PACE, REMOVED, choices_of
 
 FOUND = ("data.layout",)  # null leaves it to be found, and config.yaml keeps what was
 
@@ -83,9 +83,14 @@ def _going_on(cfg: DictConfig, path: Path, touched: Sequence[str]) -> DictConfig
     asked = OmegaConf.to_container(cfg, resolve=True)
     flat = saved.optimizer.schedule == "constant" and saved.optimizer.warmup == 0
     may_grow = flat and saved.max_steps >= 0
+
+    def free(key: str) -> bool:
+        first, last = key.split(".")[0], key.split(".")[-1]
+        paced = first == "judge" and last in PACE
+        return paced or (key == "max_steps" and may_grow) or first in MAY_DIFFER
+
     for key in touched:
-        free = MAY_DIFFER + (("max_steps",) if may_grow else ())
-        if key.split(".")[0] in free or _at(OmegaConf.to_container(saved), key) == REMOVED:
+        if free(key) or _at(OmegaConf.to_container(saved), key) == REMOVED:
             OmegaConf.update(saved, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
             continue
         before, now = (
@@ -93,7 +98,8 @@ def _going_on(cfg: DictConfig, path: Path, touched: Sequence[str]) -> DictConfig
         )
         for name in sorted(before.keys() | now.keys()):
             found = name in FOUND and now.get(name) is None
-            if before.get(name) not in (now.get(name), REMOVED) and not found:
+            same = before.get(name) in (now.get(name), REMOVED)
+            if not (same or found or free(name)):
                 raise UserError(_differs(name, before.get(name), now.get(name), path))
     saved.ckpt_path = cfg.ckpt_path
     return saved

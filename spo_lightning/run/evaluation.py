@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from spo_lightning.errors import UserError
 from spo_lightning.records.progress import Stages, Stop, quiet
-from spo_lightning.run.judging import against, chosen
+from spo_lightning.run.judging import (
+    Unopened,
+    against,
+    check_judge,
+    check_rival,
+    chosen,
+    engine_of,
+)
 from spo_lightning.run.record import Begun, Opened, Read, Stage, grown, walk
 from spo_lightning.world import World
 
@@ -51,14 +58,13 @@ class Measured(Tokenised):
 
 def evaluate(cfg: Any, world: World) -> dict[str, Any]:
     """The held-out numbers of ``checkpoint``, against ``reference`` where there is one."""
-    from spo_lightning.evaluation.rivals import check_rival
     from spo_lightning.models.sources import check
 
     for where in (cfg.checkpoint, cfg.reference, cfg.base):
         if where is not None:
             check(where)
-    check_rival(cfg.eval.rival)
     chosen(cfg)
+    engine_of(cfg)
     stages = Stages(lambda *_: None, Stop(), "Run the command again.", world)
     stages.stop.install()
     quiet()
@@ -80,6 +86,8 @@ def data(at: Begun) -> Read:
     task = replace(task, held_out=task.held_out[: at.cfg.eval.max_rows])
     if not task.held_out:
         raise UserError("no held-out rows: raise data.eval_fraction or set data.eval_path")
+    judged = check_judge(at.cfg, task, Unopened())
+    check_rival(at.cfg, task.held_out, judged, start=at.cfg.reference is not None)
     return grown(Read, at, task=task)
 
 
@@ -106,6 +114,8 @@ def _refuse_likelihoods(at: Read, kind: str) -> None:
 
     name = at.cfg.checkpoint
     refuse_without_texts(at.cfg, f"{name} is {kind}")
+    if engine_of(at.cfg) is not None:
+        raise UserError(f"engine has no effect: {name} is {kind}, which answers nothing")
     if at.cfg.reference is not None:
         raise UserError(f"reference has no effect: {name} is {kind}; leave it out")
     if at.task.samples:
@@ -185,7 +195,8 @@ def measured(at: Tokenised) -> Measured:
     ranks = at.policy.rewards or at.policy.template is not None
     rows = [] if ranks else at.task.held_out
     beta: Any = 1.0 if at.policy.rewards else at.cfg.loss.beta  # rewards as the head gives them
-    how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": beta}
+    engine = engine_of(at.cfg)
+    how = {"how": replace(Decoding.of(at.cfg, seed=at.cfg.seed), engine=engine), "beta": beta}
     how |= {
         "by": at.cfg.eval.by,
         "against": at.against,
@@ -194,7 +205,7 @@ def measured(at: Tokenised) -> Measured:
         "stages": at.stages,
     }
     found = held_out(at.policy, at.scorer, at.task, rows, at.held, **how)
-    found = beyond(found, at.cfg, at.policy, at.stages)
+    found = beyond(found, at.cfg, at.policy, at.stages, engine)
     numbers: dict[str, Any] = {**found.told}
     if at.theirs is not None and at.theirs.numbers:
         paired = changes(at.theirs.items, found.items)

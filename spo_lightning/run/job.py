@@ -12,7 +12,6 @@ from spo_lightning.records import checkpoints, loggers
 from spo_lightning.records.directory import RunDir, cut_after
 from spo_lightning.records.progress import quiet
 from spo_lightning.records.summary import run_table
-from spo_lightning.run import judging
 from spo_lightning.world import World
 
 if TYPE_CHECKING:
@@ -80,14 +79,11 @@ class Job:
 
 def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: World) -> Job:
     """Everything that can be refused before something slow is begun."""
-    from spo_lightning.evaluation.rivals import START, check_rival
     from spo_lightning.losses import asks
     from spo_lightning.models.device import set_threads
     from spo_lightning.models.sources import check_sources
 
     check_sources(cfg.model)
-    check_rival(cfg.eval.get("rival", START))
-    judging.chosen(cfg)
     set_threads(cfg.hardware)
     quiet()
     loss, solver = objective(cfg)

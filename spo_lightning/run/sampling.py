@@ -7,17 +7,25 @@ from typing import TYPE_CHECKING, Any
 from spo_lightning.errors import UserError
 from spo_lightning.records.progress import Stages, Stop, quiet
 from spo_lightning.run import stages as shared
-from spo_lightning.run.judging import called, judge_of
+from spo_lightning.run.judging import Unopened, called, check_judge, engine_of, judge_of
 from spo_lightning.run.record import Begun, Opened, Read, Stage, grown, walk
 from spo_lightning.sampling.record import record_of
 from spo_lightning.world import World
 
 if TYPE_CHECKING:
+    from spo_lightning.models.generate import Engine
     from spo_lightning.sampling.record import Record
 
 
 @dataclass(frozen=True)
-class Drawn(Opened):
+class Answering(Opened):
+    """Who answers: ``policy``, or in its place, and then there is none, an engine."""
+
+    engine: "Engine | None"
+
+
+@dataclass(frozen=True)
+class Drawn(Answering):
     """Every prompt's answers and scores, in a file."""
 
     record: "Record"
@@ -36,6 +44,7 @@ def sample(cfg: Any, world: World) -> dict[str, int]:
         refuse_output(cfg)
     for where in ("strategy", "judge"):
         called(cfg[where], where)
+    engine_of(cfg)
     stages = Stages(lambda *_: None, Stop(), "Run the same command to go on.", world)
     stages.stop.install()
     return walk(STAGES, Begun(cfg, world, stages, {})).found
@@ -63,17 +72,36 @@ def prompts(at: Read) -> Read:
     set_threads(at.cfg.hardware)
     quiet()
     check_sources(at.cfg.model)
+    policy = None if engine_of(at.cfg) is not None else Unopened()
+    if not check_judge(at.cfg, at.task, policy):
+        raise UserError("judge=task: this data has none: choose answer, function or likelihood")
     return grown(Read, at, task=replace(at.task, train=draw.prompts(at.cfg, at.task)))
 
 
-def sampled(at: Opened) -> Drawn:
+def answering(at: Read) -> Answering:
+    """The model as it is built or loaded, or the endpoint that answers in its place."""
+    from spo_lightning.models.device import precision_of
+
+    engine = engine_of(at.cfg, at.world.size)
+    if engine is None:
+        return grown(Answering, shared.policy(at), engine=None)
+    precision = precision_of(at.cfg.hardware, at.world.device)
+    return grown(Answering, at, policy=None, precision=precision, engine=engine)
+
+
+def warm_start(at: Answering) -> Answering:
+    """A model that was built here learns the task's texts."""
+    return at if at.engine is not None else grown(Answering, shared.warm_start(at))
+
+
+def sampled(at: Answering) -> Drawn:
     """Every prompt's answers, judged."""
     from spo_lightning.sampling.draw import draw
 
-    judge = judge_of(at, at.cfg.model)
-    if judge is None:
-        raise UserError("judge=task: this data has none: choose answer, function or likelihood")
-    return grown(Drawn, at, record=draw(at.cfg, at.policy, at.task.train, judge, at.stages))
+    judge = judge_of(at, at.cfg.model, at.world.size)
+    assert judge is not None
+    by = (at.policy, at.engine)
+    return grown(Drawn, at, record=draw(at.cfg, *by, at.task.train, judge, at.stages))
 
 
 def chosen(at: Drawn) -> Chosen:
@@ -89,8 +117,8 @@ def chosen(at: Drawn) -> Chosen:
 STAGES = [
     Stage("data", shared.data, "a pass over the rows", "reads again"),
     Stage("prompts", prompts, "a pass over the rows", "reads again"),
-    Stage("policy", shared.policy, "a model's load", "loads again"),
-    Stage("warm start", shared.warm_start, "of a built model, once for all runs", "begins again"),
+    Stage("policy", answering, "a model's load", "loads again"),
+    Stage("warm start", warm_start, "of a built model, once for all runs", "begins again"),
     Stage("sampling", sampled, "samples answers a prompt", "what was drawn stays"),
     Stage("pairs", chosen, "a pass over the answers", "writes again"),
 ]

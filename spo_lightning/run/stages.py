@@ -151,11 +151,6 @@ def init(job: Job, at: known.Referenced) -> known.Measured:
     rivals = None
     if at.places.rows:
         rivals = against(at, at.cfg.model, at.policy, at.places.rows)
-    looks = at.cfg.eval.get("judge", {}).get("every_n_steps")
-    if looks and rivals is None:
-        raise UserError(
-            f"eval.judge.every_n_steps={looks}: nothing is judged: name a judge, judge=..."
-        )
     before = beyond(_held_out(at, rivals), at.cfg, at.policy, at.stages)
     job.begin(before, at.seconds)
     return grown(known.Measured, at, before=before, against=rivals)

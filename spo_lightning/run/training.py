@@ -15,6 +15,7 @@ from spo_lightning.records.directory import RunDir
 from spo_lightning.records.lock import held
 from spo_lightning.records.progress import Stages, Stop
 from spo_lightning.run.job import Job, opened, refuse_processes, refuse_rows, refuse_to_compare
+from spo_lightning.run.judging import refuse_to_judge
 from spo_lightning.run.record import Begun, Read, Referenced, Stage, walk
 from spo_lightning.run.stages import (
     data,
@@ -142,6 +143,7 @@ def _run(
     refuse_processes(cfg, stages.world)
     at = walk([DATA], Begun(cfg, stages.world, stages, {}))
     refuse_to_compare(cfg, at.task)
+    refuse_to_judge(cfg, at.task)
     if at.task.layout is not None and "layout" in cfg.data:
         run.keep("data.layout", at.task.layout)  # a run that goes on reads its rows the same way
     job = opened(cfg, run, choices, stages.world)

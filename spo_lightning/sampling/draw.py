@@ -20,7 +20,7 @@ from spo_lightning.data.chat import as_asked, in_turns
 from spo_lightning.data.reading import read
 from spo_lightning.errors import UserError
 from spo_lightning.judges.local import Judge
-from spo_lightning.models.generate import Decoding, answers
+from spo_lightning.models.generate import Decoding, Engine, answers
 from spo_lightning.models.policy import Policy
 from spo_lightning.records.directory import write_text
 from spo_lightning.records.progress import Stages, Within
@@ -63,19 +63,27 @@ def parts_of(rows: Sequence[dict], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def draw(cfg: Any, policy: Policy, rows: Sequence[dict], judge: Judge, stages: Stages) -> Record:
-    """Answer and score every prompt that the record does not hold yet.
+def draw(
+    cfg: Any,
+    policy: Policy,
+    engine: Engine | None,
+    rows: Sequence[dict],
+    judge: Judge,
+    stages: Stages,
+) -> Record:
+    """Answer and score every prompt that the record does not hold yet. ``engine``: who answers in
+    the policy's place.
 
     A part is what one seed draws, so that parts may be dealt over processes; the first keeps them.
     """
     world, each = stages.world, cfg.samples
     parts = parts_of(rows, max(1, cfg.eval.batch_size // each))
-    record = Record(record_of(Path(cfg.output)), settings(cfg, policy, rows), parts)
+    record = Record(record_of(Path(cfg.output)), settings(cfg, policy, engine, rows), parts)
     done = world.once(record.begin)
     held = sum(map(len, parts[:done]))
     if held:
         log.info("%s: %d of %d prompts were drawn before", record.path, held, len(rows))
-    how = replace(Decoding.of(cfg, cfg.temperature), top_p=cfg.top_p)
+    how = replace(Decoding.of(cfg, cfg.temperature), top_p=cfg.top_p, engine=engine)
     began, drawn = time.monotonic(), 0
     with stages.stage("sampling", each * len(rows), done=each * held) as advance:
         for turn in world.deal([*enumerate(parts)][done:]):
@@ -102,12 +110,18 @@ def draw(cfg: Any, policy: Policy, rows: Sequence[dict], judge: Judge, stages: S
     return record
 
 
-def settings(cfg: Any, policy: Any, rows: Sequence[dict]) -> dict[str, Any]:
+def settings(
+    cfg: Any, policy: Policy, engine: Engine | None, rows: Sequence[dict]
+) -> dict[str, Any]:
     """What the record must agree in to be gone on with."""
     asked = json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()
+    if engine is None:
+        answering = {"weights": sft.key(policy, (), {})}
+    else:
+        answering = {"engine": OmegaConf.to_container(cfg.engine, resolve=True)}
     return {
         **provenance(cfg),
-        "weights": sft.key(policy, (), {}),
+        **answering,
         "prompts": hashlib.sha256(asked).hexdigest()[:16],
         "judge": OmegaConf.to_container(cfg.judge, resolve=True),
         "data": OmegaConf.to_container(cfg.data, resolve=True),
@@ -119,8 +133,9 @@ def settings(cfg: Any, policy: Any, rows: Sequence[dict]) -> dict[str, Any]:
 
 def provenance(cfg: Any) -> dict[str, Any]:
     """What a pair says of where it comes from."""
+    built = f"built from its config, {cfg.model.config.get('model_type')}"
     return {
-        "model": cfg.model.pretrained or f"built from its config, {cfg.model.config.model_type}",
+        "model": cfg.engine.get("model") or cfg.model.pretrained or built,
         "revision": cfg.model.revision,
         "sampling": {
             **{key: cfg[key] for key in ("samples", "temperature", "top_p", "seed")},

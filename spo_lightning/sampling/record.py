@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spo_lightning.errors import UserError
+from spo_lightning.records.directory import without_pace
 
 Drawn = dict[str, Any]  # number of the prompt, its row, samples, scores
 
@@ -40,12 +41,15 @@ class Record:
             told = "another command draws into it: wait for it, or take another output"
             raise UserError(f"{self.path}: {told}") from None
         self.file.seek(0)
-        head = self.file.readline()
-        if not head.endswith(b"\n"):  # new, or killed at once
+        head, first = self.file.readline(), self.file.readline()
+        differs = self._differs(head) if head.endswith(b"\n") else None
+        if differs and first.endswith(b"\n"):
+            raise UserError(differs)
+        if differs or not head.endswith(b"\n"):  # new, killed at once, or nothing was drawn
             self.file.truncate(0)
             self._write(self.head)
             return 0
-        self._refuse_other(head)
+        self.file.seek(len(head))
         done, lines, place, end = 0, 0, len(head), len(head)
         for line in self.file:
             if not line.endswith(b"\n") or done == len(self.parts):
@@ -61,19 +65,21 @@ class Record:
         self.file.flush()
         os.fsync(self.file.fileno())
 
-    def _refuse_other(self, head: bytes) -> None:
-        mine = json.loads(self.head)["settings"]
+    def _differs(self, head: bytes) -> str | None:
+        """In what another record's settings are others; how fast an endpoint was asked is none."""
         try:
-            theirs = json.loads(head)["settings"]
+            theirs = without_pace(json.loads(head)["settings"])
+            mine = without_pace(json.loads(self.head)["settings"])
             differ = [k for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             told = f"{self.path}: not a record of samples: take another output"
             raise UserError(told) from error
         for key in differ:
-            raise UserError(
+            return (
                 f"{self.path} holds samples of other settings ({key} is {theirs.get(key)!r} there "
                 f"and {mine.get(key)!r} here): take another output, or remove it"
             )
+        return None
 
     def append(self, rows: Sequence[Drawn]) -> None:
         """The next part, whole."""

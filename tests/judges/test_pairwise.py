@@ -30,7 +30,7 @@ def judge(server, cache=None, stages=None, option="pairwise", **keys):
     own.pop("defaults", None)
     quick = {"model": "m", "base_url": server.url, "timeout": 20.0, "retries": 3}
     node = OmegaConf.merge(base, own, quick, keys)
-    asked = SimpleNamespace(cache=cache, stages=stages or silent())
+    asked = SimpleNamespace(cache=cache, stages=stages or silent(), processes=1)
     return instantiate(node)(asked)
 
 

@@ -304,6 +304,19 @@ def test_what_may_differ(tmp_path, words):
     assert str(OmegaConf.select(cfg, key)) == value
 
 
+def test_how_fast_a_judge_is_asked_may_differ(tmp_path):
+    judge = ("judge=pairwise", "judge.model=m")
+    place = finished(tmp_path, *judge, "judge.timeout=9") / "config.yaml"
+    place.write_text(place.read_text().replace('"cpu"', '"cpu", "judge": "pairwise"', 1))
+    paced = ("judge.base_url=http://b/v1", "judge.concurrency=32")
+    cfg, _ = going_on(tmp_path, *judge, *paced, judge="pairwise")
+    found = (cfg.judge.base_url, cfg.judge.concurrency, cfg.judge.timeout)
+    assert found == ("http://b/v1", 32, 9)
+    for word in ("judge.model=another", "judge.temperature=0.5"):
+        with pytest.raises(UserError, match=f"{word.split('=')[0]} is"):
+            going_on(tmp_path, *judge, word, judge="pairwise")
+
+
 def test_a_layout_that_was_found_is_kept(tmp_path):
     """A run that names none goes on by what config.yaml has; another one is refused."""
     data = ("data=pairs", "data.path=a.jsonl")

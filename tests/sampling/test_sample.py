@@ -141,6 +141,24 @@ def test_the_record_goes_on_after_whole_parts(tmp_path):
         Record(path, {"seed": 0}, parts).begin()
 
 
+def test_a_record_goes_on_at_another_pace_and_over_one_that_holds_nothing(tmp_path):
+    def record(**judge):
+        return Record(tmp_path / "r.jsonl", {"judge": judge}, [[0]])
+
+    first = record(model="m", timeout=60.0, retries=5)
+    assert first.begin() == 0
+    first.file.close()
+    other = record(model="n", timeout=60.0, retries=5)
+    assert other.begin() == 0
+    other.append([{"number": 0, "row": {}, "samples": ["a"], "scores": [1.0]}])
+    other.file.close()
+    again = record(model="n", timeout=9.0)
+    assert again.begin() == 1
+    again.file.close()
+    with pytest.raises(UserError, match="judge is"):
+        record(model="m", timeout=60.0).begin()
+
+
 def test_parts_and_turns():
     rows = [{"prompt": "x" * n} for n in (3, 1, 2, 1)]
     assert parts_of(rows, 3) == [[1, 3, 2], [0]]

@@ -1,4 +1,4 @@
-"""Chat requests in, replies out: an endpoint of OpenAI's protocol, asked nothing twice.
+"""Requests in, replies out: an endpoint of OpenAI's protocol, asked nothing twice.
 
 Every reply is kept on the disk as it comes, under a name made of what was asked, so that a run
 that was stopped goes on where it was. The key comes from the environment and enters no file.
@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spo_lightning.errors import UserError
+from spo_lightning.records.progress import Stages
 
 BUSY = (408, 409, 425, 429)  # and 500 or more: asked again
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds; the wait doubles from try to try
@@ -29,6 +30,7 @@ class Reply:
     text: str
     top: Mapping[str, float] | None  # log-probabilities of the first token's likeliest
     tokens: tuple[int, int]  # read and written, as the endpoint counts them
+    cut: bool = False  # by the limit of tokens
 
     @classmethod
     def of(cls, found: Any) -> "Reply":
@@ -39,8 +41,9 @@ class Reply:
         first = ((choice.get("logprobs") or {}).get("content") or [{}])[0]
         if first.get("top_logprobs") is not None:
             top = {one["token"]: float(one["logprob"]) for one in first["top_logprobs"]}
-        text = str(choice["message"].get("content") or "")
-        return cls(text, top, (int(counts[0]), int(counts[1])))
+        text = choice["text"] if "text" in choice else choice["message"].get("content")
+        cut = choice.get("finish_reason") == "length"
+        return cls(str(text or ""), top, (int(counts[0]), int(counts[1])), cut)
 
 
 class Busy(Exception):
@@ -51,24 +54,47 @@ class Busy(Exception):
         self.wait = wait
 
 
-@dataclass
-class Endpoint:
-    """``key``: of the Authorization header, or None. ``cache``: None keeps nothing."""
+class Pace(NamedTuple):
+    """How patiently and how fast an endpoint is asked."""
 
-    base_url: str
-    key: str | None
-    timeout: float
+    timeout: float  # seconds
     retries: int
     concurrency: int
     requests_per_minute: float | None
+    processes: int  # that ask at a time, and keep the limits together
+
+    @property
+    def at_once(self) -> int:
+        """Requests of one process."""
+        return max(1, self.concurrency // self.processes)
+
+    @property
+    def apart(self) -> float:
+        """Seconds between its requests."""
+        limit = self.requests_per_minute
+        return 0.0 if limit is None else 60 * self.processes / limit
+
+
+@dataclass
+class Endpoint:
+    """``group``: of the configuration, whose keys a refusal names. ``key``: of the Authorization
+    header, or None. ``cache``: None keeps nothing. ``unsent``: keys of a request that tell it
+    apart on the disk alone."""
+
+    group: str
+    base_url: str
+    key: str | None
+    pace: Pace
     dollars: tuple[float | None, float | None]  # per million tokens read and written
     cache: Path | None
-    stages: Any
+    unsent: frozenset[str] = frozenset()
     _halt: threading.Event = field(default_factory=threading.Event, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _next: float = field(default=0.0, init=False)  # when the next request may begin
 
-    def replies(self, bodies: Sequence[Mapping[str, Any]]) -> tuple[list[Reply], str]:
+    def replies(
+        self, bodies: Sequence[Mapping[str, Any]], stages: Stages, title: str
+    ) -> tuple[list[Reply], str]:
         """A reply to each, and what they took in words."""
         names = [self._name(body) for body in bodies]
         found = {name: kept for name in dict.fromkeys(names) if (kept := self._kept(name))}
@@ -76,8 +102,8 @@ class Endpoint:
         before = len(found)
         self._halt.clear()
         with (
-            ThreadPoolExecutor(self.concurrency) as pool,
-            self.stages.stage("judging", before + len(wanted), done=before) as advance,
+            ThreadPoolExecutor(self.pace.at_once) as pool,
+            stages.stage(title, before + len(wanted), done=before) as advance,
         ):
             places = {pool.submit(self._reply, n, body): n for n, body in wanted.items()}
             try:
@@ -86,6 +112,8 @@ class Endpoint:
                     done, left = wait(left, 1.0, FIRST_COMPLETED)
                     found |= {places[future]: future.result() for future in done}
                     advance(len(done), self._told([found[n] for n in wanted if n in found]))
+                    if stages.stop.signal is not None:  # also within another stage
+                        raise stages.stop.raised(stages.how_to_go_on)
             except BaseException:
                 self._halt.set()
                 for future in places:  # those on their way come to their end, and are kept
@@ -115,7 +143,8 @@ class Endpoint:
             return None
         try:
             kept = json.loads(place.read_text(encoding="utf-8"))
-            return Reply(kept["text"], kept["top"], (kept["tokens"][0], kept["tokens"][1]))
+            counts = (kept["tokens"][0], kept["tokens"][1])
+            return Reply(kept["text"], kept["top"], counts, kept.get("cut", False))
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None  # asked again
 
@@ -123,7 +152,7 @@ class Endpoint:
         from spo_lightning.records.disk import write_text
 
         why = "stopped"
-        for tried in range(self.retries + 1):
+        for tried in range(self.pace.retries + 1):
             self._wait_for_turn()
             if self._halt.is_set():
                 break
@@ -131,42 +160,48 @@ class Endpoint:
                 reply = self._asked(body)
             except Busy as error:
                 why, wait = str(error), error.wait
-                if tried < self.retries:
+                if tried < self.pace.retries:
                     self._halt.wait(min(wait or FIRST_WAIT * 2**tried, LONGEST_WAIT))
                 continue
             place = self._place(name)
             if place is not None:
-                kept = {"asked": body, "text": reply.text, "top": reply.top}
+                kept = {"asked": body, "text": reply.text, "top": reply.top, "cut": reply.cut}
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_text(place, json.dumps(kept | {"tokens": reply.tokens}, ensure_ascii=False))
             return reply
         raise UserError(
-            f"{self.base_url} gave no reply in {self.retries + 1} tries ({why}): see that it runs "
-            "there, then go on; what was judged is kept where cache.enabled is true"
+            f"{self.base_url} gave no reply in {self.pace.retries + 1} tries ({why}): see that it "
+            "runs there, then go on; what came is kept where cache.enabled is true"
         )
 
     def _wait_for_turn(self) -> None:
-        if self.requests_per_minute is None:
-            return
         with self._lock:
             now = time.monotonic()
-            self._next = max(self._next, now) + 60 / self.requests_per_minute
-            wait = self._next - 60 / self.requests_per_minute - now
-        self._halt.wait(max(wait, 0))
+            wait = max(self._next - now, 0)
+            self._next = now + wait + self.pace.apart
+        self._halt.wait(wait)
 
     def _asked(self, body: Mapping[str, Any]) -> Reply:
-        """One request."""
+        """One request: of a prompt's text, or of a conversation's turns."""
         import requests
 
-        url = f"{self.base_url.rstrip('/')}/chat/completions"
+        path = "completions" if "prompt" in body else "chat/completions"
+        url = f"{self.base_url.rstrip('/')}/{path}"
+        sent = {key: value for key, value in body.items() if key not in self.unsent}
         head = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         try:
             # without auth, requests puts what ~/.netrc has in the place of the key
             found = requests.post(
-                url, json=body, headers=head, timeout=self.timeout, auth=lambda request: request
+                url,
+                json=sent,
+                headers=head,
+                timeout=self.pace.timeout,
+                auth=lambda request: request,
             )
         except ValueError as error:  # no address
-            raise UserError(f"judge.base_url={self.base_url}: {self._public(error)}") from error
+            raise UserError(
+                f"{self.group}.base_url={self.base_url}: {self._public(error)}"
+            ) from error
         except requests.RequestException as error:
             raise Busy(type(error).__name__) from error
         if found.status_code in BUSY or found.status_code >= 500:
@@ -174,8 +209,8 @@ class Endpoint:
         if not found.ok:
             said = self._public(found.text)
             raise UserError(
-                f"{url} answers {found.status_code} ({said}): see judge.model, judge.base_url and "
-                "the variable that judge.key_from names"
+                f"{url} answers {found.status_code} ({said}): see {self.group}.model, "
+                f"{self.group}.base_url and the variable that {self.group}.key_from names"
             )
         try:
             return Reply.of(found.json())
@@ -188,20 +223,22 @@ class Endpoint:
         return " ".join(text[:300].split())
 
 
-def key_of(variable: str | None) -> str | None:
+def key_of(group: str, variable: str | None) -> str | None:
     """The value of an environment variable; one that is named must be there."""
     if variable is None:
         return None
     if not variable.isidentifier():  # what it is may be the key itself, which is not repeated
-        raise UserError("judge.key_from names an environment variable, and holds no key itself")
+        raise UserError(f"{group}.key_from names an environment variable, and holds no key itself")
     if not os.environ.get(variable):
         raise UserError(
-            f"judge.key_from={variable}: no such environment variable: export it, or null where "
+            f"{group}.key_from={variable}: no such environment variable: export it, or null where "
             "the endpoint asks for no key"
         )
     key = os.environ[variable].strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"judge.key_from={variable}: no header can hold its value: export it anew")
+        raise UserError(
+            f"{group}.key_from={variable}: no header can hold its value: export it anew"
+        )
     return key
 
 
