@@ -22,11 +22,7 @@ BUILT = ("pretrained", "base", "config", "revision", "lora")  # of the model tha
 # (prefix of the knobs, when they are idle, why)
 IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     ("model.lora.", lambda c: c.model.lora.rank == 0, "model.lora.rank is 0"),
-    (
-        "model.config.",
-        lambda c: c.model.pretrained is not None,
-        "model.pretrained brings its own config",
-    ),
+    ("model.config.", lambda c: c.model.pretrained is not None, "model.pretrained brings its own"),
     *(
         (f"model.{key}", lambda c: c.model.pretrained is None, "model.pretrained is null")
         for key in ("revision", "trust_remote_code")
