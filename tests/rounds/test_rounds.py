@@ -1,24 +1,33 @@
-"""Loops of tiny models: rounds stand on one another, go on after a stop, and refuse in one line."""
+"""Loops of tiny models: rounds stand on one another, go on after a stop, or are refused."""
 
 import json
 import random
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, forked
+from conftest import SMALL, command, end, start
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from pairs import CONF
 from safetensors.torch import load_file
 
 from spo_lightning.config.knobs import Given
+from spo_lightning.data.load import load
+from spo_lightning.data.rows import Task
 from spo_lightning.errors import UserError
+from spo_lightning.records.progress import silent
 from spo_lightning.rounds import page
 from spo_lightning.rounds.asked import refuse
+from spo_lightning.rounds.drawing import shared
 from spo_lightning.rounds.loop import iterate
+from spo_lightning.run.record import Read
+from spo_lightning.sweep import again
 from spo_lightning.world import ALONE
 
+WAYS = ("whole", "cut")  # left alone, and killed
 MODULE = ("-m", "spo_lightning.iterate")
 # the small run, of answers that the data's own judge tells apart
 ARITHMETIC = [w.replace("slips", "arithmetic") for w in SMALL]
@@ -102,3 +111,145 @@ def test_a_loop_that_ended_goes_on_to_more_rounds_and_draws_nothing_again(whole,
     assert (mine / "round-2/metrics.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="optimizer.lr is 0.003 in .* and 0.1 here"):
         walked(mine, cache, "optimizer.lr=0.1")
+
+
+def test_apo_begins_ahead_and_lower_texts_grow(tmp_path, cache):
+    """Also the reference at the loop's start: the formula, and what the second run is told."""
+    words = ("loop=apo", "loop.betas=[0.05,0.5]", "loop.reference=start", "loop.lower=all")
+    walked(tmp_path, cache, *words, "solver=penalty", "loop.answers=4")
+    start, one, ahead = (
+        weights(tmp_path / name) for name in ("start", "round-1/model", "ahead-1")
+    )
+    for name, value in ahead.items():
+        wanted = one[name].double() + 0.3 * (one[name].double() - start[name].double())
+        assert (value.double() - wanted).abs().max() <= 1e-7 * max(1, wanted.abs().max())
+        assert not torch.equal(value, one[name])
+    first, second = (OmegaConf.load(tmp_path / f"round-{n}/config.yaml") for n in (1, 2))
+    assert second.model.pretrained == str(tmp_path / "ahead-1")
+    assert second.model.reference == str(tmp_path / "start") and first.model.reference is None
+    assert (first.loss.beta, second.loss.beta, second.solver.beta) == (0.05, 0.5, 0.5)
+    pairs = [rows(tmp_path / f"pairs-{n}.jsonl") for n in (1, 2)]
+    texts = [row["completion"] for row in rows(tmp_path / "lower-2.jsonl")]
+    assert texts == [row["chosen"] for some in pairs for row in some]
+    assert second.data.sft == str(tmp_path / "lower-2.jsonl")
+    assert not (tmp_path / "ahead-2").exists()
+
+
+def test_alpha_0_is_iterative():
+    apo = composed("loop=apo", "loop.alpha=0", "loop.betas=null", "loop.answers=4")
+    assert apo == composed("loop=iterative")
+
+
+def test_spin_chooses_the_datas_answer(tmp_path, cache):
+    """Of this round and the last one; here the answers are SFT rows, and a judge only looks on."""
+    walked(tmp_path, cache, "loop=spin")
+    given = {row["prompt"]: row["completion"] for row in load(composed().data).sft}
+    for number in (1, 2):
+        pairs = rows(tmp_path / f"pairs-{number}.jsonl")
+        assert pairs and all(row["chosen"] == given[row["prompt"]] for row in pairs)
+        assert all(row["rejected"] != row["chosen"] for row in pairs)
+    both = OmegaConf.load(tmp_path / "round-2/config.yaml").data.pairs
+    assert both == [str(tmp_path / f"pairs-{n}.jsonl") for n in (1, 2)]
+
+
+def test_rso_keeps_some_of_many(tmp_path, cache):
+    words = ("loop=rso", "loop.answers=12", "strategy.keep=4", "strategy.beta=1")
+    record = walked(tmp_path, cache, *words, "loop.rounds=1", "loop.prompts=6")
+    (one,) = record["rounds"]
+    drawn = rows(tmp_path / "pairs-1.samples.jsonl")[1:]
+    assert len(drawn) == one["prompts"] == 6 and {len(d["samples"]) for d in drawn} == {12}
+    pairs = rows(tmp_path / "pairs-1.jsonl")
+    assert 0 < len(pairs) <= 12
+    assert OmegaConf.load(tmp_path / "round-1/config.yaml").loss.beta == 0.05
+
+
+def test_prompts_are_asked_in_turn():
+    cfg = composed("loop.prompts=3")
+    task = Task(train=[{"prompt": p} for p in "abcd"], held_out=[])
+    at = Read(cfg, ALONE, silent(), {}, task)
+    asked = ["".join(row["prompt"] for row in shared(n, at).task.train) for n in (1, 2, 3)]
+    assert asked == ["abc", "dab", "cda"]
+    with pytest.raises(UserError, match="this data has no prompts"):
+        shared(1, Read(cfg, ALONE, silent(), {}, Task(train=[{"prompt": ""}], held_out=[])))
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["max_steps=0"], "no round would train"),
+        (["loss=reward"], "what gives rewards writes no answers"),
+        (["data.pairs=x.jsonl"], "a loop makes its pairs"),
+        (["ckpt_path=last"], "goes on with resume=DIR"),
+        (["model.lora.rank=4"], "set model.lora.merge=true"),
+        (["loop.lower=all"], "solver=none has no lower level"),
+        (["data.sft=own", "solver=penalty"], "data.sft has no effect: loop.lower is round"),
+        (["loop=apo", "loop.rounds=4"], "give 4 numbers above 0"),
+        (["loop=apo", "loss.beta=1"], "loss.beta has no effect"),
+        (["loop=rso", "loop.answers=4"], "strategy.keep=8 of loop.answers=4"),
+        (["loop=spin", "strategy=all_pairs"], "strategy has no effect"),
+    ],
+)
+def test_refused_before_anything_is_read(words, told):
+    cfg = composed(*words)
+    keys = [word.partition("=")[0] for word in words]
+    with pytest.raises(UserError, match=told) as refused:
+        refuse(cfg, Given(keys, {}, cfg))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["data=slips"], "judge=task: this data has none"),
+        (["loop.answers=1"], "a judge tells answers apart"),
+        (["judge=function", "judge.path=test_rounds.alike"], "its answers are all alike"),
+    ],
+)
+def test_refused_at_the_first_round(words, told, tmp_path, cache):
+    with pytest.raises(UserError, match=told):
+        walked(tmp_path, cache, *words)
+    assert not (tmp_path / "pairs-1.jsonl").exists()
+
+
+def alike(row, text):
+    return 1.0
+
+
+def test_a_command_is_found_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "l").mkdir()
+    record = {"command": ["loop=apo", "hydra.run.dir=l"], "cwd": str(tmp_path), "rounds": []}
+    (tmp_path / "l" / again.LOOP).write_text(json.dumps(record))
+    words = again.words(["resume=l", "loop.rounds=4"])
+    place = tmp_path / "l"
+    assert words == ["loop=apo", "loop.rounds=4", f"hydra.run.dir={place}", f"resume={place}"]
+    with pytest.raises(UserError, match="no loop to go on with"):
+        again.words(["resume=elsewhere"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("loop", ["apo", "spin"])
+def test_killed_at_random_moments(loop, tmp_path, cache):
+    """The end of a loop that was left alone, and the same records of answers."""
+    chance, words = random.Random(loop), (*LITTLE, cache, f"loop={loop}")
+    assert command(tmp_path, *words, "hydra.run.dir=whole", module=MODULE).code == 0
+    kills = 0
+    process = start(tmp_path, *words, "hydra.run.dir=cut", module=MODULE)
+    while True:
+        try:
+            process.wait(timeout=chance.uniform(6, 14) if kills < 10 else 600)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
+            end(process)
+            kills += 1
+            begun = (tmp_path / "cut" / again.LOOP).exists()
+            more = ["resume=cut"] if begun else [*words, "hydra.run.dir=cut"]
+            process = start(tmp_path, *more, module=MODULE)
+    ended = end(process)
+    assert ended.code == 0 and kills, ended.err
+    for number in (1, 2):
+        assert same(*(tmp_path / way / f"round-{number}/model" for way in WAYS))
+        whole, cut = (rows(tmp_path / way / f"pairs-{number}.samples.jsonl") for way in WAYS)
+        assert [one["samples"] for one in whole[1:]] == [one["samples"] for one in cut[1:]]
