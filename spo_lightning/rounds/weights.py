@@ -1,6 +1,5 @@
 """Weights of two rounds in, those that the next one begins with out; the loop's start, kept."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def ahead(last: Any, now: Any, alpha: float, world: World) -> Policy:
 
 def keep(policy: Policy, directory: Path, card: str, world: World) -> None:
     """Written beside and renamed: a kill leaves no half of it."""
-    beside = directory.with_name(f"{directory.name}.{world.once(os.getpid)}.tmp")
+    beside = directory.with_name(f"{directory.name}.tmp")  # a loop has one writer
     policy.save(beside, merge=True, card=card, world=world)
     if world.first:
         shutil.rmtree(directory, ignore_errors=True)

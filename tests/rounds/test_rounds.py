@@ -160,7 +160,9 @@ def test_rso_keeps_some_of_many(tmp_path, cache):
     assert len(drawn) == one["prompts"] == 6 and {len(d["samples"]) for d in drawn} == {12}
     pairs = rows(tmp_path / "pairs-1.jsonl")
     assert 0 < len(pairs) <= 12
-    assert OmegaConf.load(tmp_path / "round-1/config.yaml").loss.beta == 0.05
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        own = compose("iterate", ["loop=rso"])
+    assert own.loss.beta == 0.05 and own.solver._target_.endswith("NoLower")
 
 
 def test_prompts_are_asked_in_turn():
