@@ -4,11 +4,13 @@ import json
 import random
 import signal
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, command, end, start
+from conftest import SMALL, end, start
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from pairs import CONF
@@ -229,29 +231,37 @@ def test_a_command_is_found_again(tmp_path, monkeypatch, capsys):
         again.words(["resume=elsewhere"])
 
 
+def changed(process: subprocess.Popen, place: Path, times: int) -> bool:
+    """Wait until its directory has changed so often, or it has ended; whether it still runs."""
+    before: set[Path] = set()
+    while process.poll() is None and times:
+        with suppress(FileNotFoundError):  # of a folder that went away meanwhile
+            now = set(place.rglob("*"))
+            times, before = times - (now != before), now
+        time.sleep(0.01)
+    return process.poll() is None
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("loop", ["apo", "spin"])
 def test_killed_at_random_moments(loop, tmp_path, cache):
     """The end of a loop that was left alone, and the same records of answers."""
     chance, words = random.Random(loop), (*LITTLE, cache, f"loop={loop}")
-    assert command(tmp_path, *words, "hydra.run.dir=whole", module=MODULE).code == 0
-    kills = 0
+    left = end(start(tmp_path, *words, "hydra.run.dir=whole", module=MODULE), 900)
+    assert left.code == 0, left.err
+    cut = tmp_path / "cut"
     process = start(tmp_path, *words, "hydra.run.dir=cut", module=MODULE)
-    while True:
-        try:
-            process.wait(timeout=chance.uniform(6, 14) if kills < 10 else 600)
+    for kills in range(10):
+        if not changed(process, cut, chance.randint(2, 15)):
             break
-        except subprocess.TimeoutExpired:
-            process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
-            end(process)
-            kills += 1
-            begun = (tmp_path / "cut" / again.LOOP).exists()
-            more = ["resume=cut"] if begun else [*words, "hydra.run.dir=cut"]
-            process = start(tmp_path, *more, module=MODULE)
-    ended = end(process)
-    assert ended.code == 0 and kills, ended.err
+        process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
+        end(process, 300)
+        more = ["resume=cut"] if (cut / again.LOOP).exists() else [*words, "hydra.run.dir=cut"]
+        process = start(tmp_path, *more, module=MODULE)
+    ended = end(process, 900)
+    assert ended.code == 0 and kills > 2, ended.err
     for number in (1, 2):
         assert same(*(tmp_path / way / f"round-{number}/model" for way in WAYS))
-        whole, cut = (rows(tmp_path / way / f"pairs-{number}.samples.jsonl") for way in WAYS)
-        assert [one["samples"] for one in whole[1:]] == [one["samples"] for one in cut[1:]]
+        one, two = (rows(tmp_path / way / f"pairs-{number}.samples.jsonl") for way in WAYS)
+        assert [answers["samples"] for answers in one[1:]] == [a["samples"] for a in two[1:]]
