@@ -252,11 +252,11 @@ def test_killed_at_random_moments(loop, tmp_path, cache):
     assert left.code == 0, left.err
     cut = tmp_path / "cut"
     process = start(tmp_path, *words, "hydra.run.dir=cut", module=MODULE)
-    for kills in range(10):
-        if not changed(process, cut, chance.randint(2, 15)):
-            break
+    kills = 0
+    while kills < 10 and changed(process, cut, chance.randint(2, 15)):
         process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
         end(process, 300)
+        kills += 1
         more = ["resume=cut"] if (cut / again.LOOP).exists() else [*words, "hydra.run.dir=cut"]
         process = start(tmp_path, *more, module=MODULE)
     ended = end(process, 900)
