@@ -4,8 +4,10 @@ Every step leaves a file or a directory that is whole or not there, and one that
 done again: so a loop that was killed anywhere goes on, and ends as it would have ended.
 """
 
+import gc
 import json
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,7 @@ from omegaconf import OmegaConf, open_dict
 
 from spo_lightning import __version__
 from spo_lightning.config.knobs import warm_start_steps
+from spo_lightning.errors import UserError
 from spo_lightning.records.directory import (
     CHOICES,
     finished_numbers,
@@ -32,6 +35,7 @@ from spo_lightning.rounds.drawing import draw
 from spo_lightning.rounds.look import look
 from spo_lightning.rounds.lower import lower_texts
 from spo_lightning.run.record import Begun
+from spo_lightning.sampling.record import record_of
 from spo_lightning.sweep.again import LOOP
 from spo_lightning.world import World
 
@@ -117,6 +121,9 @@ def iterate(
         try:
             for number in range(1 + len(record["rounds"]), cfg.loop.rounds + 1):
                 _round(loop, number)
+        except UserError:
+            _withdraw(loop)
+            raise
         finally:
             for one, handler in before.items():
                 signal.signal(one, handler)
@@ -144,6 +151,14 @@ def _begun(
     return record
 
 
+def _withdraw(loop: Loop) -> None:
+    """Bad input before the first answer leaves no loop of its settings."""
+    if not record_of(loop.pairs(1)).exists():
+        for name in (LOOP, "config.yaml"):
+            (loop.place / name).unlink(missing_ok=True)
+        shutil.rmtree(loop.place / "start", ignore_errors=True)
+
+
 def _round(loop: Loop, number: int) -> None:
     """One round to its end: where it begins, its pairs, its run, its numbers and the page."""
     began, cfg = time.time(), loop.cfg
@@ -158,6 +173,7 @@ def _round(loop: Loop, number: int) -> None:
     loop.record["rounds"].append({**found, "seconds": round(time.time() - began, 1)})
     write_text(loop.place / LOOP, json.dumps(loop.record, indent=1) + "\n")
     write_text(loop.place / page.NAME, page.whole(loop.record["rounds"]))
+    gc.collect()  # a run's objects hold each other, and its model
 
 
 def _weights(loop: Loop, number: int) -> None:
