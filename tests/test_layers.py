@@ -19,8 +19,8 @@ PACKAGE = Path(spo_lightning.__file__).parent
 ROOMS = (
     *("errors", "world", "config", "records", "data", "models", "losses", "solvers", "cache"),
     *("evaluation", "judges", "capability", "training", "sampling", "studies", "run"),
-    *("sweep", "report", "command", "bench", "objectives", "preflight"),
-    *("train", "eval", "inspect", "sample", "export", "dashboard"),
+    *("sweep", "report", "command", "bench", "objectives", "preflight", "rounds"),
+    *("train", "eval", "inspect", "sample", "iterate", "export", "dashboard"),
 )
 # what the rooms that know least may import besides themselves
 NARROW = {
@@ -40,6 +40,7 @@ COMMANDS = (
         "eval",
         "inspect",
         "sample",
+        "iterate",
         "export",
         "bench.__main__",
         "command",

@@ -56,9 +56,8 @@ def _with_pairs(task: Task, node: dict[str, Any]) -> Task:
     if named is None:
         return task
     _check_kind(named, (str, list, NoneType), "data.pairs")
-    if task.samples or task.chunks is not None:
-        why = "samples its pairs from the policy" if task.samples else "is streamed"
-        raise UserError(f"data.pairs={named}: the data {why}: take a source of given pairs")
+    if task.chunks is not None:
+        raise UserError(f"data.pairs={named}: the data is streamed: set data.stream=false")
     raw = read(named, split=node.get("split", "train"), where="data.pairs")
     made = layouts.normalised(raw, str(named), layouts.COMPARED, node.get("unpaired", False))
     rows = without(made.rows, task.held_out)
@@ -67,7 +66,8 @@ def _with_pairs(task: Task, node: dict[str, Any]) -> Task:
     rows = limit(rows, node.get("max_rows"), node.get("seed", 0))
     notes = (*task.notes, *(f"data.pairs: {note}" for note in made.notes))
     counts = {"in data.pairs": len(raw)}
-    return replace(task, train=rows, counts=counts, notes=notes, dropped=made.dropped)
+    of = {"counts": counts, "notes": notes, "dropped": made.dropped}
+    return replace(task, train=rows, given=True, **of)
 
 
 def _apart(task: Task, node: dict[str, Any]) -> Task:

@@ -65,6 +65,7 @@ class Task:
     summary: bool = False  # ROUGE is reported
     samples: int = 0  # on-policy answers per prompt; 0: the pairs are given
     temperature: float = 1.0
+    given: bool = False  # the training pairs are, by data.pairs, also where ``samples`` > 0
     # the chunks from the given number on, where ``train`` is the first of them; None: it is all
     chunks: Callable[[int], Iterator[Chunk]] | None = None
     counts: dict[str, int] = field(default_factory=dict)

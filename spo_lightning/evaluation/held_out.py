@@ -234,8 +234,15 @@ def judged(
 ) -> Judged:
     """The policy's samples against the rivals' answers; the first process asks the judge."""
     mine = samples(policy, rows, task, how, MINE, stages)
+    return compared(policy, rows, mine, against, stages.world)
+
+
+def compared(
+    policy: Policy, rows: Sequence[dict], mine: Sequence[str], against: Against, world: World
+) -> Judged:
+    """Any answers against the rivals'; lengths are in the policy's tokens."""
     theirs, judge = against.texts, against.judge
-    verdicts = stages.world.once(lambda: judge.compare(rows, mine, theirs))
+    verdicts = world.once(lambda: judge.compare(rows, mine, theirs))
     if all(win is None for win in verdicts.wins):
         log.warning("judge: no verdict on any of %d prompts", len(rows))
     alone: dict[str, Any] = {"add_special_tokens": False, "verbose": False}

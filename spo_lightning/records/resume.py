@@ -35,6 +35,19 @@ def resumed(
     return _going_on(cfg, path, touched), chosen
 
 
+def refuse_another(cfg: DictConfig, path: Path, free: Sequence[str]) -> None:
+    """A key that differs from what config.yaml at ``path`` holds is refused by name, but ``free``
+    ones and those that change no number."""
+    _refuse_another_version(path.parent)
+    trees = (OmegaConf.load(path), cfg)
+    before, now = (_leaves(OmegaConf.to_container(tree, resolve=True), "") for tree in trees)
+    for key in sorted(before.keys() | now.keys()):
+        name, idle = key.removeprefix("."), (*free, *MAY_DIFFER, "cache")
+        differs = before.get(key) not in (now.get(key), REMOVED)
+        if differs and name not in idle and name.split(".")[0] not in idle:
+            raise UserError(_differs(name, before.get(key), now.get(key), path))
+
+
 def _refuse_another_version(directory: Path) -> None:
     """Keys and what they name change with the minor version; a run goes on with its own."""
     try:

@@ -64,11 +64,19 @@ def after_data(job: Job) -> list[Stage]:
 
 
 def train(
-    cfg: "DictConfig", run_dir: Path, choices: Mapping[str, str], world: World
+    cfg: "DictConfig",
+    run_dir: Path,
+    choices: Mapping[str, str],
+    world: World,
+    how: str | None = None,
 ) -> dict[str, Any]:
-    """What one process of a run does, from its first file to its last; what metrics.json holds."""
+    """What one process of a run does, from its first file to its last; what metrics.json holds.
+
+    ``how``: what a user who stops it is told to go on with, where that is no command of ours.
+    """
     run = RunDir(run_dir, writes=world.first)
-    how = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
+    own = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
+    how = how or own
     if cfg.get("study") is not None:
         how = "A study starts from its beginning"
     stages = Stages(run.note, Stop(), how, world)

@@ -38,9 +38,11 @@ def with_pairs(cfg: DictConfig, task: Task, policy: Policy, stages: Stages) -> t
     held = task.held_out[: cfg.eval.max_rows]
     if not task.samples:
         return replace(task, held_out=held), Places(held, list(range(len(held))))
-    train, _, ties = sampled(cfg, task, task.train, policy, stages)
+    train, counts = task.train, task.counts
+    if not task.given:
+        train, _, ties = sampled(cfg, task, train, policy, stages)
+        counts = {**counts, "prompts whose samples the judge ties": ties}
     pairs, of, _ = sampled(cfg, task, held, policy, stages)
-    counts = {**task.counts, "prompts whose samples the judge ties": ties}
     if cfg.data.get("unpaired"):
         train = apart(train)
     return replace(task, train=train, held_out=pairs, counts=counts), Places(held, of)

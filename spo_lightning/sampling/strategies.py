@@ -4,6 +4,7 @@ A new strategy is a function here and a yaml in ``conf/strategy``. Equal texts a
 answers without a score take no part; ``chance`` is the prompt's own.
 """
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -33,6 +34,38 @@ def all_pairs(texts: Sequence[str], scores: Scores, chance: random.Random, *, mo
     told = _distinct(texts, scores)
     found = [(a, b) for a in told for b in told if scores[a] > scores[b]]  # type: ignore[operator]
     return found if len(found) <= most else sorted(chance.sample(found, most))
+
+
+def rejection(
+    texts: Sequence[str], scores: Scores, chance: random.Random, *, keep: int, beta: float
+) -> Places:
+    """Answers accepted by statistical rejection sampling, two by two. Liu et al. 2309.06657."""
+    told = [place for place, score in enumerate(scores) if score is not None]
+    kept = [told[n] for n in accepted([scores[place] for place in told], chance, keep, beta)]  # type: ignore
+    chance.shuffle(kept)  # those of high score came first
+    both = zip(kept[::2], kept[1::2])
+    ordered = [(a, b) if scores[a] > scores[b] else (b, a) for a, b in both]  # type: ignore
+    return [(a, b) for a, b in ordered if scores[a] != scores[b] and texts[a] != texts[b]]
+
+
+def accepted(rewards: Sequence[float], chance: random.Random, keep: int, beta: float) -> list[int]:
+    """Places of ``keep`` candidates, or of all, as the policy that is proportional to theirs times
+    exp(reward / beta) would give them; ``beta`` 0: the highest. Algorithm 1 of the same paper.
+
+    Sweep by sweep: the highest reward that is left is fixed, and each candidate that is left is
+    accepted with probability exp((reward - highest) / beta), until there are enough.
+    """
+    left, found = list(range(len(rewards))), []
+    if beta == 0:
+        return sorted(left, key=lambda place: -rewards[place])[:keep]
+    while left and len(found) < keep:
+        highest, rest = max(rewards[place] for place in left), []
+        for place in left:
+            share = math.exp((rewards[place] - highest) / beta)
+            took = len(found) < keep and chance.random() < share
+            (found if took else rest).append(place)
+        left = rest
+    return found
 
 
 def _distinct(texts: Sequence[str], scores: Scores) -> list[int]:

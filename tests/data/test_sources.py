@@ -454,9 +454,13 @@ def test_pairs_of_a_file_train_in_place_of_the_sources_own(source, tmp_path, nam
     assert told.endswith("lacks rejected; rename them")
 
 
-def test_pairs_where_the_data_samples_its_own(source):
-    told = refusal(source, "data=arithmetic", "data.pairs=absent.jsonl")
-    assert told.startswith("data.pairs=absent.jsonl: the data samples its pairs from the policy")
+def test_pairs_where_the_data_samples_its_own(source, tmp_path):
+    """Training pairs are given; held-out ones are sampled as before."""
+    given = [{"prompt": f"q{n}", "chosen": "1", "rejected": "2"} for n in range(5)]
+    path = write(tmp_path / "p.jsonl", given)
+    own, found = (source("data=arithmetic", *more) for more in ((), (f"data.pairs={path}",)))
+    assert found.given and found.train == given and not own.given
+    assert (found.held_out, found.samples) == (own.held_out, own.samples)
 
 
 TALK = "\n\nHuman: q{n}\n\nAssistant:"

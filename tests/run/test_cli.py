@@ -12,7 +12,7 @@ from conftest import SMALL, command, environment, forked
 from spo_lightning.command import CONF
 
 KEY = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz123456"
-HYDRA = ("train", "eval", "inspect", "sample", "export", "bench")
+HYDRA = ("train", "eval", "inspect", "sample", "iterate", "export", "bench")
 
 
 def module(name: str) -> tuple[str, str]:

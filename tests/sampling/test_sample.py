@@ -1,9 +1,11 @@
 """Pairs from a model's own answers: judges, strategies, the record, and the command."""
 
 import json
+import math
 import random
 import signal
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +109,60 @@ def test_strategies_by_hand():
     assert sorted(every) == [(0, 4), (1, 0), (1, 4)]
     some = strategies.all_pairs(TEXTS, scores, chance, most=2)
     assert len(set(some)) == 2 and set(some) < set(every)
+
+
+def in_all_orders(rewards, keep, beta, left=None, found=()):
+    """Every sequence of accepted places and its probability, by the sweeps written out."""
+    left = range(len(rewards)) if left is None else left
+    if len(found) == keep or not left:
+        return {found: 1.0}
+    top, told = max(rewards[n] for n in left), {}
+    sweep = [((), (), 1.0)]  # accepted in it, left by it, how likely
+    for place in left:
+        share = math.exp((rewards[place] - top) / beta)
+        grown = []
+        for took, rest, p in sweep:
+            if len(found) + len(took) == keep:
+                grown.append((took, (*rest, place), p))
+            else:
+                grown += [
+                    ((*took, place), rest, p * share),
+                    (took, (*rest, place), p * (1 - share)),
+                ]
+        sweep = grown
+    for took, rest, p in sweep:
+        if p:
+            for whole, q in in_all_orders(rewards, keep, beta, rest, (*found, *took)).items():
+                told[whole] = told.get(whole, 0) + p * q
+    return told
+
+
+def test_rejection_sampling_against_its_exact_distribution():
+    """1e5 draws of three of five candidates; chi-square over all ordered outcomes."""
+    rewards, beta, chance, count = (0.5, 1.2, 1.0, 1.5, 0.2), 1.0, random.Random(0), 100_000
+    exact = in_all_orders(rewards, 3, beta)
+    assert sum(exact.values()) == pytest.approx(1)
+    seen = Counter(tuple(strategies.accepted(rewards, chance, 3, beta)) for _ in range(count))
+    assert seen.keys() <= exact.keys()
+    likely = [one for one, p in exact.items() if p * count >= 5]
+    assert len(likely) >= 8
+    distance = sum((seen[o] - count * exact[o]) ** 2 / (count * exact[o]) for o in likely)
+    half = torch.tensor([(len(likely) - 1) / 2, distance / 2], dtype=torch.float64)
+    assert torch.special.gammaincc(*half) > 1e-3  # the chance of as large a distance
+
+
+def test_rejection_sampling_at_its_ends():
+    chance = random.Random(0)
+    first = Counter(len(strategies.accepted((0.0, 1.0, 2.0), chance, 9, 0.5)) for _ in range(9))
+    assert first == {3: 9}  # no more than there are
+    assert strategies.accepted((1.0, 3.0, 2.0), chance, 2, 0) == [1, 2]
+    assert strategies.accepted((1.0, 3.0, 2.0), chance, 2, 1e9) == [0, 1]  # any
+    assert strategies.accepted((), chance, 2, 0.5) == []
+    texts, scores = ["a", "a", "b", "c"], [1.0, 2.0, None, 3.0]  # alike, and without a score
+    pairs = {
+        p for _ in range(50) for p in strategies.rejection(texts, scores, chance, keep=4, beta=1)
+    }
+    assert pairs == {(3, 0), (3, 1)}
 
 
 def test_the_record_goes_on_after_whole_parts(tmp_path):
