@@ -118,7 +118,13 @@ QUANTISED: list[tuple[str, Callable[[Any], bool], str]] = [
         "merged adapters leave full weights: export merges, then name what it wrote",
     ),
     ("model.dtype", lambda v: v == "float64", "quantised weights are read in float32 at most"),
-    ("hardware.compile", lambda v: bool(v), "bitsandbytes' layers do not compile: leave it out"),
+    ("hardware.compile", lambda v: bool(v), "quantised layers are not compiled: leave it out"),
+    ("sft.max_steps", lambda v: v > 0, "a warm start trains every weight: leave it out"),
+    (
+        "loss.rewards",
+        lambda v: bool(v),
+        "transformers does not know a body as quantised under another head: train it in full",
+    ),
     (
         "diagnostics.evolution.every_n_steps",
         lambda v: v > 0,
