@@ -109,11 +109,10 @@ def prepared(lm: Any, name: str) -> Any:
 def _four(layer: Any, x: Tensor) -> Tensor:
     """bitsandbytes' own forward without what it does in evaluation on some CPUs: there it packs
     the weights anew, in place, with scales in bfloat16."""
-    import bitsandbytes
+    from bitsandbytes.autograd._functions import matmul_4bit
 
     x, bias = _typed(layer, x)
-    state = layer.weight.quant_state
-    return bitsandbytes.matmul_4bit(x, layer.weight, bias=bias, quant_state=state)
+    return matmul_4bit(x, layer.weight, bias=bias, quant_state=layer.weight.quant_state)
 
 
 def _eight(layer: Any, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 def adamw_8bit(parameters: list[torch.nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
     """Its moments move between a CUDA GPU and the host; elsewhere they stay where they are."""
-    from bitsandbytes.optim import PagedAdamW8bit
+    from bitsandbytes.optim.adamw import PagedAdamW8bit
 
     if any(p.device.type != "cuda" for p in parameters):
         log.info("optimizer=paged_adamw_8bit: only a CUDA GPU pages; here it is adamw_8bit.")
