@@ -14,6 +14,6 @@ def adamw_8bit(parameters: list[torch.nn.Parameter], **settings: Any) -> torch.o
     from bitsandbytes.optim.adamw import PagedAdamW8bit
 
     if any(p.device.type != "cuda" for p in parameters):
-        warnings.filterwarnings("ignore", "Paged optimizers are not supported")  # one line is enough
+        warnings.filterwarnings("ignore", "Paged optimizers are not supported")
         log.info("optimizer=paged_adamw_8bit: only a CUDA GPU pages; here it is adamw_8bit.")
     return PagedAdamW8bit(parameters, **settings)
