@@ -31,6 +31,7 @@ from spo_lightning.models.policy import (
     opened,
     tokenizer_of,
 )
+from spo_lightning.models.quantized import Bits, bits_of
 from spo_lightning.models.scorer import Beside, Scorer, score
 from spo_lightning.models.sharing import as_read_by
 from spo_lightning.models.sources import found
@@ -79,7 +80,11 @@ def weights_name(policy: Policy, precision: Precision) -> str:
 
 
 def files_name(
-    checkpoint: str, settings: Any, device: torch.device, precision: Precision
+    checkpoint: str,
+    settings: Any,
+    device: torch.device,
+    precision: Precision,
+    bits: Bits | None = None,
 ) -> str | None:
     """The name of a checkpoint on this disk, from its files, so that they need not be loaded.
 
@@ -91,6 +96,7 @@ def files_name(
     where = Path(source.where)
     digest = _begun(device, DTYPES[settings.dtype], settings.attention, precision)
     digest.update(f"code of its own: {settings.trust_remote_code}\n".encode())
+    digest.update(b"" if bits is None else f"{bits}\n".encode())
     read = (".safetensors", ".json", ".py")
     for path in sorted(where.rglob("*") if source.gguf is None else [source.path]):
         if path.suffix in (*read, ".gguf") and path.is_file():
@@ -127,6 +133,7 @@ class Referee:
         # a model that is not packed pads, so more rows are put in order of their lengths
         self.block = self.batch_size * (1 if scorer.packs else PADDED)
         self.other, self.settings = cfg.model.reference, cfg.model
+        self.bits = bits_of(policy.lm)  # another model is read in as many
         if self.other is not None:
             plain = {**cfg.model, "revision": None}  # that one is the policy's
             theirs = tokenizer_of(self.other, plain)
@@ -134,7 +141,8 @@ class Referee:
         self.shards, home = None, cache_of(cfg)
         if home is not None:
             device = policy.lm.device
-            name = self.other and files_name(self.other, cfg.model, device, precision)
+            how = (cfg.model, device, precision, self.bits)
+            name = self.other and files_name(self.other, *how)
             name = name or weights_name(self.opened, precision)
             self.shards = Shards(home / "reference", name, limit_of(cfg))
 
@@ -142,7 +150,7 @@ class Referee:
     def opened(self) -> Policy:
         if self.other is None:
             return self.policy
-        return opened(self.other, self.settings, self.policy.lm.device)
+        return opened(self.other, self.settings, self.policy.lm.device, bits=self.bits)
 
     def judge(self) -> Scorer:
         return self.scorer if self.other is None else as_read_by(self.scorer, self.opened.lm)

@@ -5,20 +5,19 @@ reads or misses, a value of another kind than the default or out of range, and a
 chosen combination never reads.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from spo_lightning.config.objective import check_loss
-from spo_lightning.config.ranges import DIAGNOSTICS, RANGES
+from spo_lightning.config.ranges import DIAGNOSTICS, RANGES, check_kind, holds, number
 from spo_lightning.errors import UserError
 
-BUILT = ("pretrained", "base", "config", "revision", "lora")  # of the model that answers
+BUILT = ("pretrained", "base", "config", "revision", "lora", "quantize")  # of the model that answers
 # (prefix of the knobs, when they are idle, why)
 IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     ("model.lora.", lambda c: c.model.lora.rank == 0, "model.lora.rank is 0"),
@@ -26,6 +25,11 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     *(
         (f"model.{key}", lambda c: c.model.pretrained is None, "model.pretrained is null")
         for key in ("revision", "trust_remote_code")
+    ),
+    (
+        "model.double_quantization",
+        lambda c: c.model.get("quantize") != "nf4",
+        "only model.quantize=nf4 has scales that it rounds",
     ),
     ("model.sync.", lambda c: c.model.reference_sync is None, "model.reference_sync is null"),
     ("model.sync.alpha", lambda c: c.model.reference_sync == "hard", "a hard move takes all"),
@@ -97,6 +101,32 @@ FLEX: list[tuple[str, Callable[[Any], bool], str]] = [
         "diagnostics.evolution.every_n_steps",
         lambda v: v > 0,
         "it has no forward-mode derivative: leave one of them out",
+    ),
+]
+# what does not go with a quantised model: key, values refused, why
+QUANTISED: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "model.pretrained",
+        lambda v: v is None,
+        "a model that is built here first learns with every weight: name a checkpoint",
+    ),
+    (
+        "model.lora.fresh",
+        lambda v: bool(v),
+        "merged adapters leave full weights: export merges, then name what it wrote",
+    ),
+    ("model.dtype", lambda v: v == "float64", "quantised weights are read in float32 at most"),
+    ("hardware.compile", lambda v: bool(v), "quantised layers are not compiled: leave it out"),
+    ("sft.max_steps", lambda v: v > 0, "a warm start trains every weight: leave it out"),
+    (
+        "loss.rewards",
+        lambda v: bool(v),
+        "transformers does not know a body as quantised under another head: train it in full",
+    ),
+    (
+        "diagnostics.evolution.every_n_steps",
+        lambda v: v > 0,
+        "quantised layers have no forward-mode derivative: leave it out",
     ),
 ]
 # what cannot be had of rows that are never all there: key, values refused, why
@@ -188,13 +218,13 @@ def check(cfg: DictConfig, line: Given) -> None:
     for key in line.touched:
         if not (_declared(line.defaults, key) or key.startswith(OPEN) or key in line.choices):
             raise UserError(f"{key} is no setting of this command: leave it out")
-        _check_kind(key, OmegaConf.select(cfg, key), OmegaConf.select(line.defaults, key))
-    for key, (holds, words) in RANGES.items():
+        check_kind(key, OmegaConf.select(cfg, key), OmegaConf.select(line.defaults, key))
+    for key, (rule, words) in RANGES.items():
         value = OmegaConf.select(cfg, key)
-        if (value is not None or key in line.touched) and not _holds(holds, value):
+        if (value is not None or key in line.touched) and not holds(rule, value):
             raise UserError(f"{key}={value}: it must be {words}")
     check_loss(cfg, line.touched)
-    _check_attention(cfg)
+    _check_reading(cfg)
     _check_precision(cfg)
     _check_inner_steps(cfg)
     _check_looks(cfg)
@@ -232,18 +262,19 @@ def _check_whole(cfg: DictConfig, line: Given) -> None:
             "name a directory or hub id"
         )
     pairs, devices = (OmegaConf.select(cfg, key) for key in ("batch_size", "hardware.devices"))
-    if _number(pairs) and _number(devices) and 1 <= pairs < devices:
+    if number(pairs) and number(devices) and 1 <= pairs < devices:
         raise UserError(
             f"batch_size={pairs} gives no pair to some of the {devices} devices: raise it"
         )
 
 
-def _check_attention(cfg: DictConfig) -> None:
+def _check_reading(cfg: DictConfig) -> None:
+    """How the model is read."""
     if OmegaConf.select(cfg, "model.attention") == "flex":
-        for key, refused, why in FLEX:
-            value = OmegaConf.select(cfg, key)
-            if _holds(refused, value):
-                raise UserError(f"{key}={value} does not go with model.attention=flex: {why}")
+        _refuse(cfg, FLEX, "model.attention=flex")
+    bits = OmegaConf.select(cfg, "model.quantize")
+    if bits is not None:
+        _refuse(cfg, QUANTISED, f"model.quantize={bits}")
 
 
 def _check_precision(cfg: DictConfig) -> None:
@@ -297,48 +328,17 @@ def _check_looks(cfg: DictConfig) -> None:
 
 
 def _check_stream(cfg: DictConfig) -> None:
-    if "max_steps" not in cfg or not OmegaConf.select(cfg, "data.stream"):
-        return
-    for key, refused, why in STREAM:
+    if "max_steps" in cfg and OmegaConf.select(cfg, "data.stream"):
+        _refuse(cfg, STREAM, "data.stream=true")
+
+
+def _refuse(cfg: DictConfig, rules: Sequence[tuple], word: str) -> None:
+    """What does not go with a word."""
+    for key, refused, why in rules:
         value = OmegaConf.select(cfg, key)
-        if _holds(refused, value):
-            raise UserError(f"{key}={value} does not go with data.stream=true: {why}")
-
-
-def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return rule(value)
-    except TypeError:
-        return False
-
-
-def _check_kind(key: str, value: Any, default: Any) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key}={value}: it must be finite")
-    if value is None and key in RANGES and _holds(RANGES[key][0], None):
-        return
-    for kind, accepts, words in KINDS:
-        if isinstance(default, kind):
-            if value is not None and not accepts(value):
-                raise UserError(f"{key}={value}: it must be {words}")
-            if value is None and kind is not int and kind is not float:
-                raise UserError(f"{key}=null: it must be {words}")
-            return
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-# the default's kind, what is accepted for it, in words; bool first, because True is an int
-KINDS: list[tuple[type, Callable[[Any], bool], str]] = [
-    (bool, lambda v: isinstance(v, bool), "true or false"),
-    (int, lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
-    (float, _number, "a number"),
-    (str, lambda v: isinstance(v, (str, ListConfig)), "text"),
-    (DictConfig, lambda v: isinstance(v, DictConfig), "settings, key by key"),
-    (ListConfig, lambda v: isinstance(v, ListConfig), "a list, [...]"),
-]
+        if holds(refused, value):
+            told = "null" if value is None else value
+            raise UserError(f"{key}={told} does not go with {word}: {why}")
 
 
 def _declared(cfg: DictConfig, key: str) -> bool:

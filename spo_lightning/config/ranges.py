@@ -1,9 +1,12 @@
 """What a key's value must be, wherever a command has that key; ``knobs.py`` refuses the rest."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import ListConfig
+from omegaconf import DictConfig, ListConfig
+
+from spo_lightning.errors import UserError
 
 FORMS = "a directory, .gguf file, pkg://NAME or hub id"
 CHECKPOINTS = ("model.pretrained", "model.reference", "model.base", "base", "reference")
@@ -126,6 +129,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.sync.alpha": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "model.sync.every_n_steps": (lambda v: v >= 1, "at least 1"),
     "model.sync.value": (lambda v: v in ("start", "moving"), "start or moving"),
+    "model.quantize": (lambda v: v in (None, "nf4", "int8"), "nf4, int8 or null"),
     "model.lora.rank": (lambda v: v >= 0, "at least 0"),
     "model.lora.alpha": (lambda v: v > 0, "above 0"),
     **{key: (lambda v: v is None or isinstance(v, str), FORMS) for key in CHECKPOINTS},
@@ -147,3 +151,39 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "diagnostics.probes.rows": (lambda v: v >= 2, "at least 2"),
     "diagnostics.probes.share": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
 }
+
+
+def holds(rule: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return rule(value)
+    except TypeError:
+        return False
+
+
+def check_kind(key: str, value: Any, default: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value}: it must be finite")
+    if value is None and key in RANGES and holds(RANGES[key][0], None):
+        return
+    for kind, accepts, words in KINDS:
+        if isinstance(default, kind):
+            if value is not None and not accepts(value):
+                raise UserError(f"{key}={value}: it must be {words}")
+            if value is None and kind is not int and kind is not float:
+                raise UserError(f"{key}=null: it must be {words}")
+            return
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# the default's kind, what is accepted for it, in words; bool first, because True is an int
+KINDS: list[tuple[type, Callable[[Any], bool], str]] = [
+    (bool, lambda v: isinstance(v, bool), "true or false"),
+    (int, lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
+    (float, number, "a number"),
+    (str, lambda v: isinstance(v, (str, ListConfig)), "text"),
+    (DictConfig, lambda v: isinstance(v, DictConfig), "settings, key by key"),
+    (ListConfig, lambda v: isinstance(v, ListConfig), "a list, [...]"),
+]

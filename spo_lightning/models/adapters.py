@@ -3,7 +3,6 @@
 peft injects them in place, so the transformers model itself computes with them.
 """
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spo_lightning.errors import UserError
+from spo_lightning.models.quantized import bits_of, in_full
 from spo_lightning.models.rewards import gives_rewards
 
 FILE = "adapter_model.safetensors"
@@ -131,8 +131,11 @@ def write(module: Any, directory: Path, base: str) -> None:
     """The adapters alone, with the name of the base on which they stand."""
     for settings in module.peft_config.values():
         settings.base_model_name_or_path = base
+    bits = bits_of(module.get_base_model())
     # "auto" would look for the base's config on the hub
     module.save_pretrained(directory, save_embedding_layers=False)
+    if bits is not None:
+        bits.record(directory)
 
 
 def merged(module: Any) -> Any:
@@ -140,9 +143,9 @@ def merged(module: Any) -> Any:
 
     A copy, as merging and taking out again rounds.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    known: dict[int, Any] = {id(t): _on_cpu(t) for t in tensors}
-    twin = copy.deepcopy(module, known)
+    twin = in_full(module)
+    if bits_of(module.get_base_model()) is not None:
+        twin = _anew(twin)
     _untie(twin)
     try:
         return twin.merge_and_unload()
@@ -151,11 +154,19 @@ def merged(module: Any) -> Any:
         raise UserError(f"{kinds} cannot be merged: {_line(error)}") from error
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    moved = tensor.detach().to("cpu", copy=True)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(moved, requires_grad=tensor.requires_grad)
-    return moved
+def _anew(module: Any) -> Any:
+    """The same adapters, put into layers that have become full: peft's for quantised ones would
+    round what is merged."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    held = get_peft_model_state_dict(module, save_embedding_layers=False)
+    settings = module.peft_config["default"]
+    bare = module.unload()
+    if hasattr(bare, "peft_config"):
+        del bare.peft_config
+    made = get_peft_model(bare, settings)
+    set_peft_model_state_dict(made, held)
+    return made
 
 
 def _untie(module: Any) -> None:

@@ -5,13 +5,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from spo_lightning.errors import UserError, verdict
 from spo_lightning.models import adapters
 from spo_lightning.models.foreign import auto_class
+from spo_lightning.models.quantized import Bits, bits_of, in_bits, plain, prepared
 from spo_lightning.models.rewards import gives_rewards, with_head
 from spo_lightning.models.sources import Source, check, found
 
@@ -33,6 +34,9 @@ class Asked:
     revision: str | None  # of a hub id
     trust: bool  # run its own Python
     base: str | None  # of adapters, in place of the one that they name
+    bits: Bits | None = (
+        None  # of its linear layers; None: all, or what its adapters were trained on
+    )
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -49,7 +53,8 @@ def opened(name: str, asked: Asked, family: str, settings: dict[str, Any]) -> Op
         _check_room(source, tokenizer, lm)
         return Opened(lm, lm, tokenizer, source.lasting)
     below, asked_below = _below(source, directory, asked)
-    lm = _model(below, asked_below, family, settings)
+    bits = asked.bits or Bits.recorded(directory)
+    lm = _model(below, replace(asked_below, bits=bits), family, settings)
     tokenizer = tokenizer_of(name, asked)
     if adapters.of_rewards(directory) and not gives_rewards(lm):  # they bring the head
         lm = with_head(lm, tokenizer.pad_token_id, seed=0)
@@ -155,6 +160,8 @@ def _model(source: Source, asked: Asked, family: str, settings: dict[str, Any]) 
             config = AutoConfig.from_pretrained(source.where, **asked.hub)
             _check_family(source, config.model_type, family)
             opens = auto_class(config)
+            if asked.bits is not None:
+                how |= _in_bits(source, config, asked.bits)
         else:
             from transformers import GgufConfig
 
@@ -168,8 +175,19 @@ def _model(source: Source, asked: Asked, family: str, settings: dict[str, Any]) 
     _check_whole(source, type(lm).__name__, read)
     if source.gguf is not None:
         _check_family(source, lm.config.model_type, family)
-        _plain(lm)
-    return lm
+        if any(not p.dtype.is_floating_point for p in lm.parameters()):
+            raise UserError("the .gguf file was not dequantised: upgrade transformers")
+        plain(lm)
+        if asked.bits is not None:
+            lm = in_bits(lm, asked.bits, settings)
+    return lm if bits_of(lm) is None else prepared(lm, source.name)
+
+
+def _in_bits(source: Source, config: Any, bits: Bits) -> dict[str, Any]:
+    """How transformers quantises what it reads, file by file."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"model.quantize: {source.name} is quantised already: leave it out")
+    return {"quantization_config": bits.settings(), "device_map": {"": "cpu"}}
 
 
 def _check_whole(source: Source, kind: str, read: dict[str, Any]) -> None:
@@ -181,16 +199,6 @@ def _check_whole(source: Source, kind: str, read: dict[str, Any]) -> None:
                 f"{source.name} does not load: it {words} {len(names)} of the weights of {kind}, "
                 f"the first {names[0]}"
             )
-
-
-def _plain(lm: Any) -> None:
-    """Weights that were dequantised are weights like any: nothing says otherwise when saved."""
-    if any(not p.dtype.is_floating_point for p in lm.parameters()):
-        raise UserError("the .gguf file was not dequantised: upgrade transformers")
-    for holder in (lm.config, lm.config.get_text_config()):
-        if hasattr(holder, "quantization_config"):
-            del holder.quantization_config
-    lm.is_quantized, lm.hf_quantizer, lm.quantization_method = False, None, None
 
 
 def _check_family(source: Source, kind: str, family: str) -> None:

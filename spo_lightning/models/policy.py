@@ -19,6 +19,7 @@ from spo_lightning.models import adapters, opening
 from spo_lightning.models.attention import FLEX, IMPLEMENTATION
 from spo_lightning.models.foreign import auto_class, take_attention, without_dropout
 from spo_lightning.models.opening import Asked, Opened
+from spo_lightning.models.quantized import Bits, bits_of, in_full, scales
 from spo_lightning.models.rewards import gives_rewards, with_head
 from spo_lightning.world import ALONE, World
 
@@ -80,6 +81,7 @@ class Policy:
             if not (self.adapted and value.requires_grad):
                 yield name.replace(".base_layer.", "."), value
         yield from (self.began or {}).items()
+        yield from scales(self.lm)
         yield from self.lm.named_buffers()  # also those that no file holds: rotary frequencies
 
     def agree(self, world: World) -> None:
@@ -113,8 +115,10 @@ class Policy:
         world.barrier()
 
     def whole(self) -> Any:
-        """A transformers model without peft's layers."""
-        return adapters.merged(self.module) if self.adapted else self.lm
+        """A transformers model without peft's layers, in full."""
+        if self.adapted:
+            return adapters.merged(self.module)
+        return self.lm if bits_of(self.lm) is None else in_full(self.lm)
 
 
 def load(
@@ -127,6 +131,7 @@ def load(
     config: dict,
     seed: int,
     base: str | None = None,
+    bits: Bits | None = None,
     device: torch.device | str = "cpu",
 ) -> Policy:
     """Build or load a policy on ``device``: every weight trains, or the checkpoint's adapters."""
@@ -143,7 +148,7 @@ def load(
         lm, tokenizer = _build(dict(config), settings)
         found = Opened(lm, lm, tokenizer, None)
     else:
-        asked = Asked(revision, trust_remote_code, base)
+        asked = Asked(revision, trust_remote_code, base, bits)
         found = opening.opened(pretrained, asked, str(config.get("model_type", "")), settings)
     lm = found.lm
     without_dropout(lm)
@@ -167,7 +172,7 @@ def of_config(cfg: DictConfig, device: torch.device | str) -> Policy:
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     named = ("pretrained", "revision", "trust_remote_code", "dtype", "attention", "config")
     some = {key: model[key] for key in named} | {"base": model.get("base")}
-    policy = load(**some, seed=cfg.seed, device=device)
+    policy = load(**some, bits=Bits.of(model), seed=cfg.seed, device=device)
     _refuse_idle(policy, cfg.model)
     if not OmegaConf.select(cfg, "loss.rewards"):
         _refuse_rewards(policy, cfg.model.pretrained)
@@ -192,6 +197,11 @@ def _refuse_idle(policy: Policy, model: DictConfig) -> None:
         )
     if policy.adapted:
         return
+    if bits_of(policy.lm) is not None and not lora.rank:
+        raise UserError(
+            f"the weights of {name} are quantised, and such do not train: set model.lora.rank, "
+            "for adapters that do"
+        )
     if lora.get("fresh"):
         raise UserError(f"model.lora.fresh has no effect: {name} holds no adapters; leave it out")
     if lora.merge and not lora.rank:
@@ -201,11 +211,16 @@ def _refuse_idle(policy: Policy, model: DictConfig) -> None:
 
 
 def opened(
-    where: str, settings: DictConfig, device: torch.device | str, *, rewards: bool = False
+    where: str,
+    settings: DictConfig,
+    device: torch.device | str,
+    *,
+    rewards: bool = False,
+    bits: Bits | None = None,
 ) -> Policy:
     """A checkpoint as it is; ``settings``: its dtype, attention, trust_remote_code and base.
 
-    ``rewards``: whether it may be a reward model.
+    ``rewards``: whether it may be a reward model. ``bits``: of its linear layers.
     """
     found = load(
         pretrained=where,
@@ -216,6 +231,7 @@ def opened(
         config={},
         seed=0,
         base=settings.get("base"),
+        bits=bits,
         device=device,
     )
     if not rewards:

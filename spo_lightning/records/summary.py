@@ -39,6 +39,8 @@ def run_table(numbers: Mapping[str, Any]) -> str:
 def model_card(choices: Mapping[str, str], cfg: Any) -> str:
     """The README.md of a saved policy."""
     start = cfg.model.pretrained or "a model built from its config"
+    bits = cfg.model.get("quantize")
+    start += f", its linear layers in {bits}" if bits else ""
     chosen = "\n".join(f"- {group}: {option}" for group, option in sorted(choices.items()))
     return (
         "---\nlibrary_name: transformers\ntags: [preference-optimization, spo_lightning]\n---\n\n"

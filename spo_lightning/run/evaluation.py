@@ -129,10 +129,13 @@ def reference(at: Opened) -> Compared:
     """The reference, if one is named, what it can do, and the answers that wins are against."""
     from spo_lightning.capability.look import look
     from spo_lightning.models.policy import check_same_tokens, opened
+    from spo_lightning.models.quantized import bits_of
 
     theirs = looked = None
     if at.cfg.reference is not None:
-        theirs = opened(at.cfg.reference, at.cfg, at.world.device)
+        # adapters on a quantised base are compared with a model in as many bits, as in their run
+        bits = bits_of(at.policy.lm)
+        theirs = opened(at.cfg.reference, at.cfg, at.world.device, bits=bits)
         check_same_tokens(at.policy.tokenizer, theirs.tokenizer, at.cfg.reference)
         looked = look(at.cfg, theirs, at.stages)
     rivals = None

@@ -248,6 +248,18 @@ KNOBS = [
         "diagnostics.evolution.every_n_steps=1 does not go with model.attention=flex",
         slow=True,
     ),
+    Case(
+        "quantised from nothing",
+        ("model.quantize=nf4", "model.lora.rank=2"),
+        "model.pretrained=null does not go with model.quantize=nf4: a model that is built here",
+    ),
+    Case("no such bits", ("model.quantize=fp4",), "it must be nf4, int8 or null", slow=True),
+    Case(
+        "idle double quantisation",
+        ("model.double_quantization=false",),
+        "model.double_quantization has no effect: only model.quantize=nf4",
+        slow=True,
+    ),
     Case("run directory in a file", ("hydra.run.dir=good.jsonl/run",), "cannot write"),
 ]
 WHOLE = ("loss=aot", "data=slips")

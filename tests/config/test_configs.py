@@ -183,9 +183,11 @@ def test_products_are_ways_to_the_same_parameters(tmp_path, solver):
 
 def test_optimizers_train_apart(tmp_path):
     shared = (*SLIPS, *LLAMA, "hardware=cpu")
-    assert_all_differ(
-        {name: trained(tmp_path, f"optimizer={name}", *shared) for name in options("optimizer")}
-    )
+    table = {
+        name: trained(tmp_path, f"optimizer={name}", *shared) for name in options("optimizer")
+    }
+    assert table.pop("paged_adamw_8bit") == table["adamw_8bit"]  # pages are a GPU's
+    assert_all_differ(table)
 
 
 @pytest.mark.parametrize("name", options("model"))
