@@ -17,7 +17,8 @@ from spo_lightning.config.objective import check_loss
 from spo_lightning.config.ranges import DIAGNOSTICS, RANGES, check_kind, holds, number
 from spo_lightning.errors import UserError
 
-BUILT = ("pretrained", "base", "config", "revision", "lora", "quantize")  # of the model that answers
+# of the model that answers
+BUILT = ("pretrained", "base", "config", "revision", "lora", "quantize")
 # (prefix of the knobs, when they are idle, why)
 IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     ("model.lora.", lambda c: c.model.lora.rank == 0, "model.lora.rank is 0"),
