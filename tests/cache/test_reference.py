@@ -708,8 +708,8 @@ def from_checkpoints(home, name, mine, theirs, *words):
 def test_another_checkpoint_is_not_even_loaded(tmp_path, counted, checkpoints, monkeypatch):
     opened, plain = [], reference.opened
 
-    def watched(*args):
-        found = plain(*args)
+    def watched(*args, **how):
+        found = plain(*args, **how)
         opened.append(weakref.ref(found.lm))
         return found
 
