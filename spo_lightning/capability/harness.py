@@ -17,6 +17,7 @@ from spo_lightning.capability.choices import Choices
 from spo_lightning.config.build import one_line
 from spo_lightning.errors import UserError
 from spo_lightning.evaluation.shares import Items
+from spo_lightning.judges.verifier import steady
 from spo_lightning.models.policy import Policy
 from spo_lightning.records.progress import Stages
 
@@ -89,6 +90,7 @@ def _run(cfg: Any, policy: Policy, name: str) -> tuple[dict[str, float], Items]:
         import lm_eval  # type: ignore[import-not-found]
         from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
+        steady()
         # their decorators hide from a type checker what they take
         loads, evaluates = cast(Any, HFLM), cast(Any, lm_eval.simple_evaluate)
         known = manager([name], cfg.eval.tasks_path)

@@ -4,6 +4,7 @@ and the checks of IFEval in lm-eval for instructions."""
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from spo_lightning.errors import UserError
@@ -31,6 +32,14 @@ def verifier(asked: Asked) -> Judge:
     return ByScore(judge)
 
 
+def steady() -> None:
+    """IFEval's check of a language draws, and a short text had now this verdict, now that one."""
+    with suppress(ModuleNotFoundError):
+        from langdetect import DetectorFactory  # type: ignore[import-not-found]
+
+        DetectorFactory.seed = 0
+
+
 def instructions(asked: Asked) -> Judge:
     """The share of a row's instructions that the text follows, as IFEval's strict check has it:
     ``instruction_id_list`` and ``kwargs``, its columns. None of rows without, and of those whose
@@ -42,6 +51,7 @@ def instructions(asked: Asked) -> Judge:
     except ModuleNotFoundError as error:
         told = "pip install 'lm-eval[ifeval]'"
         raise UserError(f"judge=instructions needs {error.name}: {told}") from error
+    steady()
 
     def follows(row: Mapping[str, Any], name: str, given: Mapping[str, Any], text: str) -> bool:
         if name not in INSTRUCTION_DICT:

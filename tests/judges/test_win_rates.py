@@ -271,3 +271,10 @@ def test_ifevals_checks_follow_its_columns(tmp_path):
     wrong = {**read[1], "instruction_id_list": ["nothing:such"]}
     with pytest.raises(UserError, match="IFEval has no instruction nothing:such"):
         judge([wrong], ["a"])
+    dutch = {
+        "prompt": "In Dutch.",
+        "instruction_id_list": ["language:response_language"],
+        "kwargs": [{"language": "nl"}],
+    }
+    unsure = "1 2 3 hello"  # Dutch or Finnish, as its detector draws
+    assert len({*judge([dutch] * 40, [unsure] * 40)}) == 1
