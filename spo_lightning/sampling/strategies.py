@@ -40,12 +40,13 @@ def rejection(
     texts: Sequence[str], scores: Scores, chance: random.Random, *, keep: int, beta: float
 ) -> Places:
     """Answers accepted by statistical rejection sampling, two by two. Liu et al. 2309.06657."""
-    told = [place for place, score in enumerate(scores) if score is not None]
-    kept = [told[n] for n in accepted([scores[place] for place in told], chance, keep, beta)]  # type: ignore
+    told = {place: score for place, score in enumerate(scores) if score is not None}
+    places = [*told]
+    kept = [places[n] for n in accepted([*told.values()], chance, keep, beta)]
     chance.shuffle(kept)  # those of high score came first
     both = zip(kept[::2], kept[1::2])
-    ordered = [(a, b) if scores[a] > scores[b] else (b, a) for a, b in both]  # type: ignore
-    return [(a, b) for a, b in ordered if scores[a] != scores[b] and texts[a] != texts[b]]
+    ordered = [(a, b) if told[a] > told[b] else (b, a) for a, b in both]
+    return [(a, b) for a, b in ordered if told[a] != told[b] and texts[a] != texts[b]]
 
 
 def accepted(rewards: Sequence[float], chance: random.Random, keep: int, beta: float) -> list[int]:
