@@ -214,6 +214,7 @@ def parsed(name: str, words: list[str], monkeypatch) -> None:
 def small(name: str, words: list[str], built: bool) -> list[str]:
     """The words, and those that make them a matter of a second."""
     keys = {word.partition("=")[0] for word in words}
+    words = [re.sub(r"(?<=sync.every_n_steps=)\d+", "1", word) for word in words]  # within STEPS
     more = [*LOOK, *{"train": STEPS, "sample": ("samples=2",)}.get(name, ())]
     if name != "eval" and "data" not in keys:
         more += DATA
