@@ -519,7 +519,7 @@ def run_child(tmp_path, how):
     return done, [json.loads(path.read_text()) for path in sorted(out.iterdir())]
 
 
-@pytest.mark.parametrize("how", ["locks", "no locks"])
+@pytest.mark.parametrize("how", ["locks", pytest.param("no locks", marks=pytest.mark.slow)])
 def test_eight_processes_on_one_cold_cache(tmp_path, made, how):
     done, found = run_child(tmp_path, how)
     assert done.returncode == 0, done.stderr
@@ -541,7 +541,9 @@ def test_eight_processes_on_one_cold_cache(tmp_path, made, how):
     assert len(keys) == len(set(keys)) == 24
 
 
-@pytest.mark.parametrize("how", ["kill half", "kill before the rename"])
+@pytest.mark.parametrize(
+    "how", ["kill half", pytest.param("kill before the rename", marks=pytest.mark.slow)]
+)
 def test_a_kill_in_mid_write(tmp_path, made, how):
     done, found = run_child(tmp_path, how)
     assert done.returncode == -9

@@ -71,11 +71,13 @@ def checkpoint(tmp_path_factory):
 
 
 def test_losses_train_apart(tmp_path):
-    shared = (*SLIPS, *LLAMA, *PLAIN)
+    shared = (*SLIPS, *LLAMA, *PLAIN, "micro_batch_size=8")  # some need the whole batch
+    parts = ("loss.parts.dpo.weight=1", "loss.parts.sft.weight=0.1")
     table = {}
     # rows with scores, and with sentences, have tests of their own
     for loss in (loss for loss in options("loss") if loss not in ("odpo", "aspo")):
-        table[loss] = trained(tmp_path, f"loss={loss}", *shared, *needs(loss))
+        more = parts if loss == "mixture" else ()
+        table[loss] = trained(tmp_path, f"loss={loss}", *shared, *more)
     for kind in options("loss/divergence"):
         if kind != "reverse_kl":
             table[kind] = trained(tmp_path, f"loss/divergence={kind}", *shared)
@@ -83,13 +85,6 @@ def test_losses_train_apart(tmp_path):
         table[key] = trained(tmp_path, "loss=dpo", *shared, key)
     table["start"] = start(tmp_path)
     assert_all_differ(table)
-
-
-def needs(loss):
-    """What a loss asks for besides itself."""
-    if loss == "mixture":
-        return ["loss.parts.dpo.weight=1", "loss.parts.sft.weight=0.1"]
-    return ["micro_batch_size=8"] if config(f"loss={loss}").loss.get("whole_batch") else []
 
 
 def test_odpo_trains_on_rows_with_scores(tmp_path):

@@ -50,23 +50,8 @@ OBJECTIVES = {
     "bf16 adamw_8bit": ("loss=dpo", *HALF, "optimizer=adamw_8bit"),
     "adapters": ("loss=dpo", *SOLVERS["inner"], "model.lora.rank=2", "model.lora.merge=true"),
 }
-# those with a memory of their own, or a path that no other has
-USUAL = (
-    "none",
-    "mean",
-    "inner",
-    "preconditioned",
-    "dual",
-    "gap",
-    "alpha_dpo",
-    "reward",
-    "sgdpo",
-    "tdpo1",
-    "bco",
-    "own texts",
-    "bf16",
-    "bf16 master",
-)
+# those with a memory or a path of their own; what is like one of them is slow
+USUAL = ("none", "inner", "dual", "alpha_dpo", "reward", "sgdpo", "own texts", "bf16")
 CUT = [
     pytest.param(name, marks=[] if name in USUAL else [pytest.mark.slow]) for name in OBJECTIVES
 ]

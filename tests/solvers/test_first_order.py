@@ -139,6 +139,7 @@ def test_measured_is_the_change_of_the_log_probabilities(tmp_path):
     assert rows[0]["train/evolution/both_fall"] == float(share)
 
 
+@pytest.mark.slow
 def test_first_order_holds_in_training_at_a_small_rate(tmp_path):
     """200 steps of AdamW at 1e-5 on a float32 Llama: correlation >= 0.95, slope within 1%."""
     adam = partial(torch.optim.AdamW, lr=1e-5)

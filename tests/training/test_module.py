@@ -24,11 +24,15 @@ LOSSES = ("dpo", "simpo", "sft", "alpha_dpo")
 
 
 USUAL = ("none", "penalty", "softplus", "linear", "mean", "ramp", "unrolled")
+PAIRED = [(s, "dpo") for s in SOLVERS] + [(s, loss) for s in USUAL for loss in LOSSES[1:]]
+# each way a step is made, and each loss once; how they go together is slow
+FEW = [(s, "dpo") for s in ("none", "penalty", "inner", "unrolled", "implicit")]
+FEW += [("penalty", loss) for loss in LOSSES[1:]]
 
 
 @pytest.mark.parametrize(
     ("solver", "loss"),
-    [(s, "dpo") for s in SOLVERS] + [(s, loss) for s in USUAL for loss in LOSSES[1:]],
+    [pytest.param(*two, marks=[] if two in FEW else [pytest.mark.slow]) for two in PAIRED],
 )
 def test_accumulation_changes_nothing(solver, loss):
     found = []
