@@ -55,7 +55,8 @@ def bco(
     et al. 2024 (2404.04656), without its density ratio of the prompts: that weighs bad answers by
     a classifier on embeddings of their prompts, so it needs a second model.
 
-    The mean is over all answers of earlier outer steps, 0 in the first.
+    The mean is over all answers of earlier outer steps, 0 in the first. It lags where all rewards
+    move one way, and the loss of one kind of answer then grows: a smaller rate ends that.
 
     $-\log\sigma(\beta (s_w - \mu))$, $-\log\sigma(\beta (\mu - s_l))$
     """
