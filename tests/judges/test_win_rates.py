@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,11 @@ def test_ifevals_checks_follow_its_columns(tmp_path):
     }
     unsure = "1 2 3 hello"  # Dutch or Finnish, as its detector draws
     assert len({*judge([dutch] * 40, [unsure] * 40)}) == 1
+    hashes = {
+        "prompt": "With #.",
+        "instruction_id_list": ["keywords:letter_frequency"],
+        "kwargs": [{"letter": "#", "let_frequency": 1, "let_relation": "at least"}],
+    }
+    half = "abcdefghijklm"  # a check that counts a letter drawn in the place of what is none
+    state = random.getstate()
+    assert len({*judge([hashes] * 40, [half] * 40)}) == 1 and random.getstate() == state
