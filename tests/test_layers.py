@@ -20,7 +20,8 @@ ROOMS = (
     *("errors", "world", "config", "records", "data", "models", "losses", "solvers", "cache"),
     *("evaluation", "judges", "capability", "training", "sampling", "studies", "run"),
     *("sweep", "report", "command", "bench", "objectives", "preflight", "rounds"),
-    *("train", "eval", "inspect", "sample", "iterate", "export", "dashboard"),
+    "prompting",
+    *("train", "eval", "inspect", "sample", "iterate", "prompt_search", "export", "dashboard"),
 )
 # what the rooms that know least may import besides themselves
 NARROW = {
@@ -41,6 +42,7 @@ COMMANDS = (
         "inspect",
         "sample",
         "iterate",
+        "prompt_search",
         "export",
         "bench.__main__",
         "command",

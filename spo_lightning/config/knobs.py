@@ -148,7 +148,7 @@ STUDY_READS = ("experiment", "seed", "study", "sweep")
 # what stands here goes to a constructor, which knows its own keys
 OPEN = (
     *("model.config.", "optimizer.", "solver.", "solvers.", "data.", "logger."),
-    *("judge.", "engine.", "strategy.", "loss.parts."),
+    *("judge.", "engine.", "strategy.", "loss.parts.", "roles.", "retrieval."),
 )
 
 

@@ -10,7 +10,8 @@ from spo_lightning.errors import UserError
 
 FORMS = "a directory, .gguf file, pkg://NAME or hub id"
 CHECKPOINTS = ("model.pretrained", "model.reference", "model.base", "base", "reference")
-ASKING = ("judge", "engine")  # what may ask an endpoint
+# what may ask an endpoint
+ASKING = ("judge", "judge.engine", "engine", "roles.base", "roles.optimizer")
 DIAGNOSTICS = (
     *("displacement", "evolution", "geometry", "ches", "overoptimisation", "quality", "probes"),
 )
@@ -102,7 +103,23 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loop.alpha": (lambda v: 0 <= v <= 1, "at least 0 and at most 1"),
     "loop.betas": (lambda v: v is None or isinstance(v, ListConfig), "a list, [...], or null"),
     "loop.lower": (lambda v: v in ("round", "all", "data"), "round, all or data"),
-    "resume": (lambda v: v is None or isinstance(v, str), "the directory of a loop"),
+    "resume": (lambda v: v is None or isinstance(v, str), "the directory of a loop or a search"),
+    **{
+        f"search.{key}": (lambda v: v >= 1, "at least 1")
+        for key in ("actions", "beam", "depth", "questions", "shown", "max_tokens")
+    },
+    "search.temperature": (lambda v: v >= 0, "at least 0"),
+    "search.top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "search.enough": (lambda v: v is None or number(v), "a number, or null"),
+    "search.again": (lambda v: 0 <= v <= 9, "0 to 9"),
+    "budget.calls": (lambda v: v is None or (type(v) is int and v >= 1), "at least 1, or null"),
+    "budget.dollars": (lambda v: v is None or (number(v) and v > 0), "above 0, or null"),
+    "bank.rounds": (lambda v: v >= 0, "at least 0"),
+    "check.rows": (lambda v: v >= 0, "at least 0"),
+    "examples.count": (lambda v: v >= 1, "at least 1"),
+    "examples.path": (lambda v: v is None or isinstance(v, str), "a file, or null"),
+    "system_prompt": (lambda v: v is None or isinstance(v, str), "the file of a prompt, or null"),
+    "judge.again": (lambda v: v >= 0, "at least 0"),
     "strategy.keep": (lambda v: v >= 2, "at least 2"),
     "strategy.beta": (lambda v: v >= 0, "at least 0"),
     "prompts.max_rows": (lambda v: v is None or v >= 1, "at least 1, or null"),

@@ -70,6 +70,8 @@ class Asked:
     max_length: int
     cache: Path | None = None  # where what was paid for is kept
     processes: int = 1  # that ask at a time
+    # of who asks and whom, the same one or one that counts what is asked
+    metered: Callable[[str, Any], Any] = lambda who, speaker: speaker
 
 
 def each_against_all(judge: Judge, rows: Sequence[dict], texts: Sequence[str]) -> Scores:

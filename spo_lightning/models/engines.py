@@ -1,18 +1,21 @@
-"""Prompts in, answers out, by whom ``engine`` names: the policy in memory, or an endpoint.
+"""Prompts in, answers out, by whom ``engine`` names: a model in memory, or an endpoint.
 
 A new engine is a function that takes ``Place`` and its own keys, and a yaml in ``conf/engine``.
+What can be asked beside the policy, by a judge that reads or by a search, is a ``Speaker``.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from spo_lightning.data.chat import plain
+from spo_lightning.data.encode import prompt_ids
 from spo_lightning.errors import UserError
-from spo_lightning.models.endpoint import Endpoint, Pace, Reply, key_of
-from spo_lightning.models.generate import Answer, Decoding, Engine
+from spo_lightning.models.endpoint import MILLION, Endpoint, Pace, Reply, key_of
+from spo_lightning.models.generate import Answer, Decoding, Engine, answered
+from spo_lightning.models.policy import Policy
 from spo_lightning.records.progress import Stages
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,39 @@ class Place(NamedTuple):
 
     cache: Path | None  # where what was paid for is kept
     processes: int  # that draw at a time
+    group: str = "engine"  # of the configuration, whose keys a refusal names
+    opened: Callable[[str], Policy] | None = None  # None: no model but the command's own
+
+
+class Said(NamedTuple):
+    """A reply, and what it took."""
+
+    text: str
+    read: int  # tokens
+    written: int
+    dollars: float
+
+
+class Speaker(Protocol):
+    """Who is asked for replies; every row has a ``seed`` of its own beside its ``prompt``."""
+
+    def say(
+        self, rows: Sequence[dict], how: Decoding, stages: Stages, title: str
+    ) -> list[Said]: ...
+
+
+@dataclass(frozen=True)
+class Another:
+    """A model of this machine beside the command's own."""
+
+    policy: Policy
+
+    def say(self, rows: Sequence[dict], how: Decoding, stages: Stages, title: str) -> list[Said]:
+        """Drawn together, from the first row's seed on."""
+        seeded = replace(how, seed=rows[0]["seed"])
+        given = answered(self.policy, rows, seeded, stages, title)
+        read = (len(prompt_ids(row, self.policy.tokenizer)) for row in rows)
+        return [Said(one.text, count, one.tokens, 0.0) for one, count in zip(given, read)]
 
 
 @dataclass(frozen=True)
@@ -48,6 +84,20 @@ class Openai:
         if stages.world.first:
             log.info("Answered by %s: %s", self.model, told)
         return [_answer(one, how.stop) for one in replies]
+
+    def say(self, rows: Sequence[dict], how: Decoding, stages: Stages, title: str) -> list[Said]:
+        """A reply to each, with what the endpoint's prices make of it."""
+        bodies = [self._asked(row, replace(how, seed=row["seed"]), 0) for row in rows]
+        replies, _ = self.endpoint.replies(bodies, stages, title)
+        prices = [price or 0.0 for price in self.endpoint.dollars]
+        return [
+            Said(
+                _answer(one, how.stop).text,
+                *one.tokens,
+                sum(count * price for count, price in zip(one.tokens, prices)) / MILLION,
+            )
+            for one in replies
+        ]
 
     def _asked(self, row: Mapping[str, Any], how: Decoding, place: int) -> dict[str, Any]:
         """Messages are a conversation, which the endpoint renders; a text is read as it stands, as
@@ -75,9 +125,27 @@ def _answer(reply: Reply, stop: Sequence[str]) -> Answer:
     return Answer(text, reply.tokens[1], cut=reply.cut and text == reply.text)
 
 
-def hf(place: Place) -> Engine | None:
-    """The policy in memory: nobody in its place."""
-    return None
+def hf(place: Place, *, model: str | None) -> Any:
+    """The policy in memory, nobody in its place; or a model by its name, beside it."""
+    if model is None:
+        return None
+    if place.opened is None:
+        raise UserError(
+            f"{place.group}.model={model}: with engine=hf the command's own model answers: leave "
+            "it out"
+        )
+    return Another(place.opened(model))
+
+
+def speaker(engine: Callable[[Place], Any], place: Place) -> Speaker:
+    """Whom an ``engine`` node names, to be asked beside the policy."""
+    found = engine(place)
+    if found is None:
+        raise UserError(
+            f"{place.group}.model=null: name who answers: a directory, .gguf file, pkg://NAME or "
+            f"hub id, or an endpoint (engine@{place.group}=openai)"
+        )
+    return found
 
 
 def openai(
@@ -98,11 +166,12 @@ def openai(
     for key in more:
         if key in OWN or (key in SAID and more[key] is not None):
             raise UserError(
-                f"engine.more.{key}: the command says it itself: set its own key, or leave it out"
+                f"{place.group}.more.{key}: the command says it itself: set its own key, or "
+                "leave it out"
             )
     pace = Pace(timeout, retries, concurrency, requests_per_minute, place.processes)
     prices, unsent = (dollars_read, dollars_written), frozenset(k for k in more if more[k] is None)
-    key = key_of("engine", key_from)
+    key = key_of(place.group, key_from)
     return Openai(
-        Endpoint("engine", base_url, key, pace, prices, place.cache, unsent), model, more
+        Endpoint(place.group, base_url, key, pace, prices, place.cache, unsent), model, more
     )

@@ -8,21 +8,19 @@ import importlib
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import UserError
+from spo_lightning.models.nearest import Similarity, embedded
 
 log = logging.getLogger(__name__)
-
-Similarity = Callable[[str, Sequence[str]], list[float]]  # of a prompt to each sentence
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Sentences:
         if loss.similarity is None:
             return cls(segmenter, None)
         if Path(loss.similarity).is_dir():
-            return cls(segmenter, _embedded(loss.similarity, device))
+            return cls(segmenter, embedded(loss.similarity, device, "loss.similarity"))
         return cls(segmenter, _called(loss.similarity))
 
     def __call__(self, pairs: Pairs, tokenizer: Any) -> Pairs:
@@ -92,32 +90,5 @@ def _called(path: str) -> Similarity:
             if not (isinstance(value, int | float) and math.isfinite(value)):
                 raise UserError(f"loss.similarity={path} returned {value!r}, not a finite number")
         return [float(value) for value in found]
-
-    return similarity
-
-
-def _embedded(directory: str, device: torch.device) -> Similarity:
-    """Cosines of the means of a model's last hidden states."""
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model: Any = AutoModel.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(f"loss.similarity={directory} holds no embedding model: {said}") from error
-    model.to(device).eval()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    limit = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-
-    @torch.no_grad()
-    def similarity(prompt: str, sentences: Sequence[str]) -> list[float]:
-        how = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
-        words = tokenizer([prompt, *sentences], **how).to(device)
-        states, read = model(**words).last_hidden_state, words["attention_mask"][..., None]
-        means = (states * read).sum(1) / read.sum(1).clamp(min=1)
-        return F.cosine_similarity(means[:1], means[1:]).tolist()
 
     return similarity

@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -132,9 +133,9 @@ def engine_of(cfg: Any, processes: int = 1) -> "Engine | None":
     return called(cfg.engine, "engine")(Place(cache and cache / "answers", processes))
 
 
-def judge_of(at: Opened, settings: Any, processes: int = 1) -> "Judge | None":
+def judge_of(at: Opened, settings: Any, processes: int = 1, **more: Any) -> "Judge | None":
     """None where the data is to judge and has no judge. ``settings``: as ``opened`` reads them.
-    ``processes``: that judge at a time."""
+    ``processes``: that judge at a time. ``more``: of ``Asked``, in the place of these."""
     from spo_lightning.cache.shards import cache_of
     from spo_lightning.judges.local import Asked
     from spo_lightning.models.policy import opened
@@ -151,7 +152,7 @@ def judge_of(at: Opened, settings: Any, processes: int = 1) -> "Judge | None":
         cache and cache / "verdicts",
         processes,
     )
-    return chosen(cfg)(asked)
+    return chosen(cfg)(replace(asked, **more))
 
 
 def against(at: Opened, settings: Any, start: "Policy | None", rows: Any) -> "Against | None":

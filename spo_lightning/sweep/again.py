@@ -1,5 +1,5 @@
 """``sweep.resume=DIR`` on the command line becomes the command that DIR was begun with; so does
-``resume=DIR`` of a loop."""
+``resume=DIR`` of a loop or of a search for prompts."""
 
 import json
 import os
@@ -13,26 +13,28 @@ from spo_lightning.errors import UserError
 from spo_lightning.records.directory import REMOVED, words_without_secrets
 from spo_lightning.sweep import jobs
 
-LOOP = "loop.json"
+LOOP, TREE = "loop.json", "tree.json"  # of a loop; of a search for prompts
 
 
-def _of_loop(directory: Path) -> dict[str, Any]:
-    path = directory / LOOP
+def _begun(directory: Path) -> dict[str, Any]:
+    path = directory / (TREE if (directory / TREE).exists() else LOOP)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {key: found[key] for key in ("command", "cwd")}
     except OSError as error:
-        raise UserError(f"{path}: no loop to go on with ({error.strerror})") from error
+        raise UserError(
+            f"{path}: no loop to go on with, nor a search ({error.strerror})"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no record of a loop ({error})") from error
+        raise UserError(f"{path}: no record of how it was begun ({error})") from error
 
 
 # the key, what it goes on with, where Hydra is told that this stands
-KINDS = (("sweep.resume=", jobs.read, "hydra.sweep.dir="), ("resume=", _of_loop, "hydra.run.dir="))
+KINDS = (("sweep.resume=", jobs.read, "hydra.sweep.dir="), ("resume=", _begun, "hydra.run.dir="))
 
 
 def words(given: Sequence[str]) -> list[str]:
-    """The words to run: ``given``, or those of the sweep or loop to go on with, then the new ones.
+    """The words to run: ``given``, or those of what is gone on with, then the new ones.
 
     It goes on in the directory where its command was given, as its words may name files.
     """

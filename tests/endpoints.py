@@ -17,12 +17,13 @@ def longer(first, second):
 
 class Server(ThreadingHTTPServer):
     """``says``: the reply to two answers. ``faults``: of the n-th request, from 0, in its place:
-    a status, ``slow``, ``garbled`` or ``cut``."""
+    a status, ``slow``, ``garbled`` or ``cut``. ``at``: what is done when the n-th comes."""
 
     daemon_threads = True
 
-    def __init__(self, says=longer, faults=(), key=None, top=None):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, says=longer, faults=(), key=None, top=None, handler=None, at=()):
+        super().__init__(("127.0.0.1", 0), handler or Handler)
+        self.at = dict(at)
         self.says, self.faults, self.key, self.top = says, dict(faults), key, top
         self.asked, self.lock, self.times, self.at_once, self.most = [], threading.Lock(), [], 0, 0
 
@@ -43,7 +44,11 @@ class Handler(BaseHTTPRequestHandler):
             self.server.times.append(time.monotonic())
             self.server.at_once += 1
             self.server.most = max(self.server.most, self.server.at_once)
+        self.server.at.get(number, lambda: None)()
         self.answer(body, self.server.faults.get(number))
+
+    def said(self, body):
+        return self.server.says(*BOTH.search(body["messages"][-1]["content"]).groups())
 
     def answer(self, body, fault):
         if self.path != "/v1/chat/completions":
@@ -57,8 +62,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(3)
         if fault == "garbled":
             return self.send(200, {"nothing": "of the protocol"})
-        said = self.server.says(*BOTH.search(body["messages"][-1]["content"]).groups())
-        choice = {"message": {"role": "assistant", "content": said}}
+        choice = {"message": {"role": "assistant", "content": self.said(body)}}
         if body.get("logprobs") and self.server.top is not None:
             top = [{"token": token, "logprob": logp} for token, logp in self.server.top.items()]
             choice["logprobs"] = {"content": [{"top_logprobs": top}]}
