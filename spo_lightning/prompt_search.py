@@ -22,7 +22,7 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> dict[str, Any]:
     from spo_lightning.prompting.asked import refuse
 
     knobs.check(cfg, line)
-    refuse(cfg, line)
+    refuse(cfg)
     from spo_lightning.prompting.found import find
     from spo_lightning.run import processes
 

@@ -19,6 +19,7 @@ from spo_lightning.errors import UserError
 from spo_lightning.evaluation.shares import Items
 from spo_lightning.judges.verifier import steady
 from spo_lightning.models.policy import Policy
+from spo_lightning.models.prompted import text_of
 from spo_lightning.records.progress import Stages
 
 
@@ -60,11 +61,26 @@ def check(cfg: Any) -> None:
     """Refuse tasks that are not there, or whose data cannot be had, before anything slow."""
     names = list(cfg.eval.get("tasks") or ())
     if names:
+        _check_prompt(cfg)
         index.cache_clear()  # a file may have been added since the last run of this process
         with _quietly():
             known = manager(names, cfg.eval.tasks_path)
             for name in names:
                 _loaded(known, name)
+
+
+def _check_prompt(cfg: Any) -> None:
+    """A system prompt reaches the tasks in one way alone."""
+    if text_of(cfg) is None:
+        return
+    if cfg.system_turn != cfg.eval.tasks_chat:
+        raise UserError(
+            f"system_turn={cfg.system_turn} does not go with eval.tasks_chat="
+            f"{cfg.eval.tasks_chat}: a task is asked as a chat, or as a text, like all else: set "
+            "both alike"
+        )
+    if cfg.examples.path is not None:
+        raise UserError("examples.path does not go with eval.tasks, which bring their own")
 
 
 def results(cfg: Any, policy: Policy, stages: Stages) -> tuple[dict[str, float], Items]:
@@ -106,6 +122,7 @@ def _run(cfg: Any, policy: Policy, name: str) -> tuple[dict[str, float], Items]:
                 limit=cfg.eval.tasks_limit,
                 batch_size=size,
                 apply_chat_template=cfg.eval.tasks_chat,
+                system_instruction=text_of(cfg),
             )
         except (LookupError, TypeError, ValueError, OSError) as error:
             raise UserError(f"eval.tasks: {name}: {one_line(error)}") from error

@@ -16,6 +16,7 @@ from spo_lightning.evaluation.held_out import HeldOut
 from spo_lightning.evaluation.shares import Items, items, shares
 from spo_lightning.models.generate import Decoding, Engine, answered
 from spo_lightning.models.policy import Policy
+from spo_lightning.models.prompted import check_template, prompted, text_of
 from spo_lightning.records.progress import Stages
 
 
@@ -39,7 +40,8 @@ def prompts_of(cfg: Any) -> list[Row]:
             isinstance(it, dict) for it in row["prompt"]
         ):
             raise UserError(f"{found.named(at)}: 'prompt' is a list, and not of messages")
-    return [in_turns(row, chat=cfg.data.chat, system=cfg.data.system) for row in found]
+    rows = [in_turns(row, chat=cfg.data.chat, system=cfg.data.system) for row in found]
+    return prompted(cfg, rows)
 
 
 def check(cfg: Any) -> None:
@@ -53,6 +55,8 @@ def check(cfg: Any) -> None:
 
 def check_policy(cfg: Any, policy: Policy) -> None:
     """Refuse a model that cannot be asked, before anything slow."""
+    if text_of(cfg) is not None:
+        check_template(policy.tokenizer, cfg.system_turn, "the model")
     for row in prompts_of(cfg):
         prompt_ids(row, policy.tokenizer)
     if cfg.eval.get("tasks") and cfg.eval.tasks_chat and policy.tokenizer.chat_template is None:

@@ -61,6 +61,14 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         (key, lambda c: "samples" in c and "base_url" in c.engine, "an endpoint answers")
         for key in ("checkpoint", "base", *(f"model.{key}" for key in BUILT), "sft.")
     ),
+    *(
+        (key, lambda c: c.get("system_prompt", "") is None, "system_prompt is null")
+        for key in ("system_turn", "examples", "retrieval")
+    ),
+    *(
+        (key, lambda c: c.examples.path is None, "examples.path is null")
+        for key in ("examples.count", "retrieval", "bank", "revise")
+    ),
     ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
     (
         "eval.judge.",

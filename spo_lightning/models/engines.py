@@ -137,13 +137,18 @@ def hf(place: Place, *, model: str | None) -> Any:
     return Another(place.opened(model))
 
 
-def speaker(engine: Callable[[Place], Any], place: Place) -> Speaker:
-    """Whom an ``engine`` node names, to be asked beside the policy."""
+def speaker(engine: Callable[[Place], Any], place: Place, *, turns: bool = True) -> Speaker:
+    """Whom an ``engine`` node names, to be asked beside the policy; by ``turns``, or by texts."""
     found = engine(place)
     if found is None:
         raise UserError(
             f"{place.group}.model=null: name who answers: a directory, .gguf file, pkg://NAME or "
             f"hub id, or an endpoint (engine@{place.group}=openai)"
+        )
+    if turns and isinstance(found, Another) and found.policy.tokenizer.chat_template is None:
+        raise UserError(
+            f"{place.group}.model has no chat template, and is asked by turns: name another, or of "
+            "the base set system_turn=false"
         )
     return found
 

@@ -59,6 +59,15 @@ def text_of(cfg: Any) -> str | None:
     return text
 
 
+def check_template(tokenizer: Any, turns: bool, who: str) -> None:
+    """Refuse to ask a model by turns that has no way to say them."""
+    if turns and tokenizer.chat_template is None:
+        raise UserError(
+            f"{who} has no chat template to say a system prompt with: set system_turn=false, and "
+            "it stands before the prompt's text"
+        )
+
+
 def prompted(cfg: Any, rows: Sequence[Row]) -> list[Row]:
     """The rows as ``eval`` and ``sample`` ask them; without a system prompt as they are."""
     system = text_of(cfg)

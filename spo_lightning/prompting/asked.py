@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from spo_lightning.config.knobs import Given
 from spo_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ ROLES = ("roles.base", "roles.optimizer", "judge.engine")
 NAMES = {"rewrite": ("history", "cases"), "revise": ("cases",)}
 
 
-def refuse(cfg: "DictConfig", line: Given) -> None:
+def refuse(cfg: "DictConfig") -> None:
     """Before anything is read."""
     from omegaconf import OmegaConf
 
@@ -31,9 +30,6 @@ def refuse(cfg: "DictConfig", line: Given) -> None:
     for key, names in NAMES.items():
         for name in (name for name in names if f"{{{name}}}" not in cfg[key]):
             raise UserError(f"{key} has no {{{name}}}: it must hold each of {names}")
-    for key in line.touched if cfg.examples.path is None else ():
-        if key.split(".")[0] in ("examples", "retrieval", "bank", "revise"):
-            raise UserError(f"{key} has no effect: examples.path names none; leave it out")
     _refuse_roles(cfg, {role: OmegaConf.select(cfg, role) for role in ROLES})
 
 

@@ -56,7 +56,7 @@ class Calls:
     def cost(self) -> float:
         return sum(one.dollars for one in self.known.values())
 
-    def metered(self, role: str, speaker: Speaker) -> Speaker:
+    def metered(self, role: str, speaker: Speaker) -> "Metered":
         """The same speaker, whose calls are counted and kept."""
         return Metered(self, role, speaker)
 

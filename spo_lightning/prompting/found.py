@@ -7,6 +7,7 @@ from its start, asks nothing that stands there, and ends as it would have ended.
 import json
 import logging
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ log = logging.getLogger(__name__)
 
 ROLES = ("roles.base", "roles.optimizer", "judge.engine", "judge")
 MAY_DIFFER = (
-    *("resume", "search.depth", "budget", "batch_size"),
+    *("resume", "search.depth", "budget"),
     *(f"{role}.{key}" for role in ROLES for key in PACE),
 )
+PAGE_SECONDS = 30.0  # between two pages of a search that goes on
 PROMPT, EXAMPLES, CALLS = "prompt.txt", "examples.jsonl", "calls.jsonl"
 
 
@@ -90,8 +92,10 @@ def walked(cfg: Any, place: Path, record: dict[str, Any], calls: Calls, stages: 
     """The bank, the search, the comparison: each as far as the budget goes."""
     roles = roles_of(cfg, calls, stages)
     tree: list[Node] = []
+    drawn = 0.0  # when the page was
 
-    def note() -> None:
+    def note(*, ended: bool = False) -> None:
+        nonlocal drawn
         record["nodes"] = [node.told() for node in tree]
         record["best"] = best_of(tree).number if tree else None
         record["calls"] = {
@@ -101,7 +105,9 @@ def walked(cfg: Any, place: Path, record: dict[str, Any], calls: Calls, stages: 
         best = best_of(tree).prompt if tree else roles.start
         write_text(place / PROMPT, best + "\n")
         write_text(place / TREE, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
-        write_text(place / page.NAME, page.whole(record))
+        if ended or time.monotonic() - drawn > PAGE_SECONDS:
+            write_text(place / page.NAME, page.whole(record))
+            drawn = time.monotonic()
 
     def keep(rows: Sequence[Row]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -119,4 +125,4 @@ def walked(cfg: Any, place: Path, record: dict[str, Any], calls: Calls, stages: 
     except Spent as error:
         record["stopped"] = str(error)
         log.warning("The budget is spent (%s): the search ends with what it has", error)
-    note()
+    note(ended=True)

@@ -20,7 +20,7 @@ from spo_lightning.models.generate import Decoding
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.prompted import Bank, bank_of, under
 from spo_lightning.prompting.beam import Case
-from spo_lightning.prompting.calls import Calls
+from spo_lightning.prompting.calls import Calls, Metered
 from spo_lightning.prompting.rewriting import Rewriter
 from spo_lightning.records.progress import Stages
 from spo_lightning.run.judging import Unopened, called, check_judge, judge_of
@@ -81,17 +81,18 @@ def roles_of(cfg: Any, calls: Calls, stages: Stages) -> Roles:
         raise UserError(f"check.rows={cfg.check.rows} leaves no prompt to search with: lower it")
     if not check_judge(cfg, at.task, Unopened()):
         raise UserError("judge=task: this data has none: choose dynamic, answer or instructions")
-    bank = bank_of(cfg)
+    bank, start = bank_of(cfg), start_of(cfg)
     set_threads(cfg.hardware)
     opening = {key: cfg[key] for key in ("dtype", "attention", "trust_remote_code")}
     opened = cache(partial(_opened, OmegaConf.create(opening), stages.world.device))
     kept = cache_of(cfg)
 
-    def role(name: str) -> Speaker:
+    def role(name: str, *, turns: bool = True) -> Metered:
         where = Place(kept and kept / "answers", 1, f"roles.{name}", opened)
-        return calls.metered(name, speaker(called(cfg.roles[name], "engine"), where))
+        who = speaker(called(cfg.roles[name], "engine"), where, turns=turns)
+        return calls.metered(name, who)
 
-    base, optimizer = role("base"), role("optimizer")
+    base, optimizer = role("base", turns=cfg.system_turn), role("optimizer")
     search, limit = cfg.search, cfg.batch_size
     drawn = {"temperature": search.temperature, "top_p": search.top_p}
     rewriter = Rewriter(
@@ -103,7 +104,7 @@ def roles_of(cfg: Any, calls: Calls, stages: Stages) -> Roles:
         *(search.actions, search.shown, cfg.seed, search.again),
     )
     return Roles(
-        start_of(cfg),
+        start,
         rows,
         apart,
         base,
@@ -135,7 +136,7 @@ def _opened(settings: Any, device: Any, model: str, *, rewards: bool = False) ->
 
 
 def _verdicts(
-    at: Read, base: Any, opened: Callable[..., Policy], calls: Calls
+    at: Read, base: Metered, opened: Callable[..., Policy], calls: Calls
 ) -> Callable[[Sequence[Row], Sequence[str]], list[Verdict]]:
     """What the judge says; of one that gives a score alone, that."""
     from spo_lightning.models.device import precision_of

@@ -76,6 +76,7 @@ def data(at: Begun) -> Read:
     from spo_lightning.capability import look
     from spo_lightning.data.load import load_to_look
     from spo_lightning.evaluation.groups import check
+    from spo_lightning.models.prompted import prompted
 
     task = load_to_look(at.cfg.data)
     if task.unpaired and not at.cfg.data.unpaired:
@@ -88,7 +89,7 @@ def data(at: Begun) -> Read:
         raise UserError("no held-out rows: raise data.eval_fraction or set data.eval_path")
     judged = check_judge(at.cfg, task, Unopened())
     check_rival(at.cfg, task.held_out, judged, start=at.cfg.reference is not None)
-    return grown(Read, at, task=task)
+    return grown(Read, at, task=replace(task, held_out=prompted(at.cfg, task.held_out)))
 
 
 def policy(at: Read) -> Opened:

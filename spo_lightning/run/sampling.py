@@ -66,6 +66,7 @@ def refuse_output(cfg: Any) -> None:
 def prompts(at: Read) -> Read:
     """The rows to be answered, each prompt once: of a file, or the data's own."""
     from spo_lightning.models.device import set_threads
+    from spo_lightning.models.prompted import prompted
     from spo_lightning.models.sources import check_sources
     from spo_lightning.sampling import draw
 
@@ -75,7 +76,8 @@ def prompts(at: Read) -> Read:
     policy = None if engine_of(at.cfg) is not None else Unopened()
     if not check_judge(at.cfg, at.task, policy):
         raise UserError("judge=task: this data has none: choose answer, function or likelihood")
-    return grown(Read, at, task=replace(at.task, train=draw.prompts(at.cfg, at.task)))
+    rows = prompted(at.cfg, draw.prompts(at.cfg, at.task))
+    return grown(Read, at, task=replace(at.task, train=rows))
 
 
 def answering(at: Read) -> Answering:

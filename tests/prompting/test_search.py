@@ -127,21 +127,21 @@ def test_nonsense_is_asked_anew_and_then_left_out(place, caplog):
 
 def test_it_stops_at_its_budget_with_what_it_has(place, caplog):
     with playing() as server:
-        searched(place, *roles(server.url), "budget.calls=30")
+        one = (*roles(server.url), "batch_size=1")
+        searched(place, *one, "budget.calls=30")
         assert once(server) == 30 == len(calls(place))
         kept = tree(place)
         assert kept["stopped"] == "budget.calls=30" and "The budget is spent" in caplog.text
         depth = kept["nodes"][-1]["depth"]
         assert 1 <= depth < 7 and (place / "run/prompt.txt").read_text().startswith(START)
-        money = ("budget.calls=null", "budget.dollars=0.006", "batch_size=1")
-        searched(place, *roles(server.url), *money)  # 0.00012 a call
+        searched(place, *one, "budget.dollars=0.006")  # 0.00012 a call
         assert once(server) == 50 and tree(place)["stopped"] == "budget.dollars=0.006"
         assert tree(place)["nodes"][-1]["depth"] > depth
-        searched(place, *roles(server.url))
+        searched(place, *one)
         whole = tree(place)
         assert whole["stopped"] is None and once(server) == len(calls(place))
     with playing() as server:  # as one that was never stopped
-        searched(place, *roles(server.url), "cache.dir=elsewhere", run="other")
+        searched(place, *roles(server.url), "batch_size=1", "cache.dir=elsewhere", run="other")
         assert tree(place, "other")["nodes"] == whole["nodes"]
 
 
@@ -215,7 +215,7 @@ def test_examples_are_rewritten_and_asked_after(place):
     "words, says",
     [
         (("roles.base.model=x",), "roles.optimizer.model=null: name who answers"),
-        (("examples.count=3",), "examples.count has no effect: examples.path names none"),
+        (("examples.count=3",), "examples.count has no effect: examples.path is null"),
         (("data.system=Be.",), "start is the system prompt"),
         (("search.actions=0",), "search.actions=0: it must be at least 1"),
         (("budget.dollars=1", "judge=answer"), "no role has a price"),
@@ -236,9 +236,8 @@ def test_refused_in_one_line(place, words, says):
     cfg = composed(*names, *where, *words)
     keys = [word.partition("=")[0] for word in words]
     with pytest.raises(UserError) as refused:
-        line = knobs.Given(keys, {}, composed())
-        knobs.check(cfg, line)
-        refuse(cfg, line)
+        knobs.check(cfg, knobs.Given(keys, {}, composed()))
+        refuse(cfg)
         find(cfg, place / "run", {}, [], ALONE)
     assert says in str(refused.value) and "\n" not in str(refused.value)
     assert not (place / "run/tree.json").exists()
