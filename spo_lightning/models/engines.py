@@ -147,8 +147,8 @@ def speaker(engine: Callable[[Place], Any], place: Place, *, turns: bool = True)
         )
     if turns and isinstance(found, Another) and found.policy.tokenizer.chat_template is None:
         raise UserError(
-            f"{place.group}.model has no chat template, and is asked by turns: name another, or of "
-            "the base set system_turn=false"
+            f"{place.group}.model has no chat template, and is asked by turns: name another, or "
+            "of the base set system_turn=false"
         )
     return found
 
