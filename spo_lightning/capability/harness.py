@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from spo_lightning.capability.choices import Choices
+from spo_lightning.capability.prompted import text_of
 from spo_lightning.config.build import one_line
 from spo_lightning.errors import UserError
 from spo_lightning.evaluation.shares import Items
 from spo_lightning.judges.verifier import steady
 from spo_lightning.models.policy import Policy
-from spo_lightning.models.prompted import text_of
 from spo_lightning.records.progress import Stages
 
 

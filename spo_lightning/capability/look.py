@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from spo_lightning.capability import harness
+from spo_lightning.capability.prompted import check_template, prompted, text_of
 from spo_lightning.data.chat import in_turns
 from spo_lightning.data.encode import prompt_ids
 from spo_lightning.data.reading import read
@@ -16,7 +17,6 @@ from spo_lightning.evaluation.held_out import HeldOut
 from spo_lightning.evaluation.shares import Items, items, shares
 from spo_lightning.models.generate import Decoding, Engine, answered
 from spo_lightning.models.policy import Policy
-from spo_lightning.models.prompted import check_template, prompted, text_of
 from spo_lightning.records.progress import Stages
 
 

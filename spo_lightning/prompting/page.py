@@ -17,8 +17,8 @@ TREE = (
     "or with a beam of 1 the last score."
 )
 NODES = (
-    "Changed: against the prompt that it was made of, new words marked, words that went struck "
-    "out. Aspects: mean scores over the step's questions."
+    "Aspects: mean scores over the step's questions. Against the prompt that it was made of, new "
+    "words are marked, words that went are struck out."
 )
 MENU = {"beam": "went on", "left": "left", "best": "on the way to the best"}
 Record = Mapping[str, Any]
@@ -119,12 +119,11 @@ def table(nodes: Sequence[Record], way: Sequence[int]) -> Browsed:
                 *(float(node["reward"]), float(node["value"])),
                 Text([(told, "", "")]),
                 Text(changes(before, node["prompt"])),
-                folded(node["prompt"]),
             ]
         )
         on = "best" if node["number"] in way else ""
         marks.append(f"{'beam' if node['in_beam'] else 'left'} {on}")
-    head = ["", "made of", "step", "how", "score", "value", "aspects", "changed", "prompt"]
+    head = ["", "made of", "step", "how", "score", "value", "aspects", "prompt"]
     return Browsed("nodes", head, rows, marks, MENU, digits=3)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from spo_lightning.capability.prompted import Bank, bank_of, under
 from spo_lightning.data.chat import shown
 from spo_lightning.data.rows import Row
 from spo_lightning.errors import UserError
@@ -18,7 +19,6 @@ from spo_lightning.judges.dynamic import Dynamic, Verdict, by_score
 from spo_lightning.models.engines import Another, Place, Speaker, speaker
 from spo_lightning.models.generate import Decoding
 from spo_lightning.models.policy import Policy
-from spo_lightning.models.prompted import Bank, bank_of, under
 from spo_lightning.prompting.beam import Case
 from spo_lightning.prompting.calls import Calls, Metered
 from spo_lightning.prompting.rewriting import Rewriter

@@ -74,9 +74,9 @@ def evaluate(cfg: Any, world: World) -> dict[str, Any]:
 def data(at: Begun) -> Read:
     """The held-out rows."""
     from spo_lightning.capability import look
+    from spo_lightning.capability.prompted import prompted
     from spo_lightning.data.load import load_to_look
     from spo_lightning.evaluation.groups import check
-    from spo_lightning.models.prompted import prompted
 
     task = load_to_look(at.cfg.data)
     if task.unpaired and not at.cfg.data.unpaired:

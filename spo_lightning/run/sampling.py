@@ -65,8 +65,8 @@ def refuse_output(cfg: Any) -> None:
 
 def prompts(at: Read) -> Read:
     """The rows to be answered, each prompt once: of a file, or the data's own."""
+    from spo_lightning.capability.prompted import prompted
     from spo_lightning.models.device import set_threads
-    from spo_lightning.models.prompted import prompted
     from spo_lightning.models.sources import check_sources
     from spo_lightning.sampling import draw
 

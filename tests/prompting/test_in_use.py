@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from pairs import CONF
 from tiny import GATED, policy
 
+from spo_lightning.capability.prompted import Bank, under
 from spo_lightning.errors import UserError
-from spo_lightning.models.prompted import Bank, under
 from spo_lightning.prompting.found import find
 from spo_lightning.run.evaluation import evaluate
 from spo_lightning.run.sampling import sample
