@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from spo_lightning.config.objective import check_loss
-from spo_lightning.config.ranges import DIAGNOSTICS, RANGES, check_kind, holds, number
+from spo_lightning.config.ranges import DIAGNOSTICS, NEEDS, RANGES, check_kind, holds, number
 from spo_lightning.errors import UserError
 
 # of the model that answers
@@ -24,15 +24,14 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
     ("model.lora.", lambda c: c.model.lora.rank == 0, "model.lora.rank is 0"),
     ("model.config.", lambda c: c.model.pretrained is not None, "model.pretrained brings its own"),
     *(
-        (f"model.{key}", lambda c: c.model.pretrained is None, "model.pretrained is null")
-        for key in ("revision", "trust_remote_code")
+        (key, lambda c, of=of: OmegaConf.select(c, of, default="") is None, f"{of} is null")
+        for key, of in NEEDS
     ),
     (
         "model.double_quantization",
         lambda c: c.model.get("quantize") != "nf4",
         "only model.quantize=nf4 has scales that it rounds",
     ),
-    ("model.sync.", lambda c: c.model.reference_sync is None, "model.reference_sync is null"),
     ("model.sync.alpha", lambda c: c.model.reference_sync == "hard", "a hard move takes all"),
     ("model.reference_sync", lambda c: not c.get("max_steps"), "nothing is trained"),
     ("sft.", lambda c: warm_start_steps(c) == 0, "there is no warm start (sft.max_steps is 0)"),
@@ -61,15 +60,6 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         (key, lambda c: "samples" in c and "base_url" in c.engine, "an endpoint answers")
         for key in ("checkpoint", "base", *(f"model.{key}" for key in BUILT), "sft.")
     ),
-    *(
-        (key, lambda c: c.get("system_prompt", "") is None, "system_prompt is null")
-        for key in ("system_turn", "examples", "retrieval")
-    ),
-    *(
-        (key, lambda c: c.examples.path is None, "examples.path is null")
-        for key in ("examples.count", "retrieval", "bank", "revise")
-    ),
-    ("checkpoint.mode", lambda c: c.checkpoint.monitor is None, "checkpoint.monitor is null"),
     (
         "eval.judge.",
         lambda c: not OmegaConf.select(c, "eval.judge.every_n_steps"),

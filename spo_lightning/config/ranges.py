@@ -15,6 +15,14 @@ ASKING = ("judge", "judge.engine", "engine", "roles.base", "roles.optimizer")
 DIAGNOSTICS = (
     *("displacement", "evolution", "geometry", "ches", "overoptimisation", "quality", "probes"),
 )
+# a key, or those below it, that has no effect while the other one is null
+NEEDS = (
+    *((f"model.{key}", "model.pretrained") for key in ("revision", "trust_remote_code")),
+    ("model.sync.", "model.reference_sync"),
+    ("checkpoint.mode", "checkpoint.monitor"),
+    *((key, "system_prompt") for key in ("system_turn", "examples", "retrieval")),
+    *((key, "examples.path") for key in ("examples.count", "retrieval", "bank", "revise")),
+)
 # key -> (what holds, in words)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: v >= 0, "at least 0"),
