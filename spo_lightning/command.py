@@ -95,6 +95,16 @@ def _prepare() -> None:
     sys.path.append(PLUGINS)  # with our launcher
 
 
+def begun_with(several: bool) -> list[str]:
+    """The words that ``resume=DIR`` finds again; ``several``: of one job of -m, which is gone on
+    with alone."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    own: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    return [word for word in (own if several else sys.argv[1:]) if not word.startswith("resume=")]
+
+
 def named(words: Sequence[str]) -> list[str]:
     """The words as Hydra wants those whose key ends in a name of the user's: with a sign."""
     return [f"++{word}" if NAMED.match(word) else word for word in words]

@@ -1,6 +1,5 @@
 """Rounds: ``python -m spo_lightning.iterate loop=NAME ...``; ``resume=DIR`` goes on with one."""
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +21,10 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> dict[str, Any]:
 
     knobs.check(cfg, line)
     refuse(cfg, line)
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
     from spo_lightning.rounds.loop import iterate
     from spo_lightning.run import processes
 
-    # a job of -m is gone on with alone
-    own: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
-    words = own if line.several else sys.argv[1:]
-    words = [word for word in words if not word.startswith("resume=")]
+    words = command.begun_with(line.several)
     walked = partial(iterate, cfg, Path(run_dir).absolute(), line.choices, words)
     return processes.together(walked, cfg.hardware)
 

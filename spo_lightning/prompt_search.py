@@ -1,7 +1,6 @@
 """Alignment without training: ``python -m spo_lightning.prompt_search ...``; ``resume=DIR`` goes
 on with a search."""
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> dict[str, Any]:
     from spo_lightning.prompting.found import find
     from spo_lightning.run import processes
 
-    words = [word for word in sys.argv[1:] if not word.startswith("resume=")]
+    words = command.begun_with(line.several)
     searched = partial(find, cfg, Path(run_dir).absolute(), line.choices, words)
     return processes.together(searched, cfg.hardware)
 

@@ -121,7 +121,7 @@ def dynamic(
     asked: Asked,
     *,
     engine: Callable[[Place], Any],
-    aspects: Mapping[str, str],
+    aspects: Sequence[str],
     pick: str,
     question: str,
     again: int,
@@ -135,12 +135,14 @@ def dynamic(
                 raise UserError(
                     f"judge.{key} has no {{{name}}}: it must hold each of {NAMES[key]}"
                 )
-    if not aspects or not all(isinstance(one, str) and one for one in aspects.values()):
-        raise UserError("judge.aspects: give names and what each means, {NAME: TEXT}")
+    parts = [str(one).partition(": ") for one in aspects]
+    if not parts or not all(name and meaning for name, _, meaning in parts):
+        raise UserError("judge.aspects: give names and what each means, ['NAME: TEXT', ...]")
+    meanings = {name: meaning for name, _, meaning in parts}
     place = Place(asked.cache, asked.processes, "judge.engine", asked.opened)
     who = asked.metered("judge", speaker(engine, place))
     how = Decoding(max_tokens, asked.batch_size, (), temperature)
-    return Dynamic(who, how, asked.stages, aspects, pick, question, again)
+    return Dynamic(who, how, asked.stages, meanings, pick, question, again)
 
 
 def filled(text: str, **of: str) -> str:
