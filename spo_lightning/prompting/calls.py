@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spo_lightning.errors import UserError
 from spo_lightning.models.engines import Said, Speaker
 from spo_lightning.models.generate import Decoding
 from spo_lightning.records.disk import writing
@@ -40,12 +41,11 @@ class Calls:
         """Read what was asked before; a line that a kill left unfinished is cut off."""
         end = 0
         with suppress(FileNotFoundError), self.path.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     break
-                one, end = json.loads(line), end + len(line)
-                said = Said(one["said"], one["read"], one["written"], one["dollars"])
-                self._note(one["role"], one["name"], said)
+                self._note(*_read(line, f"{self.path}, line {number}"))
+                end += len(line)
             os.truncate(self.path, end)
 
     @property
@@ -125,6 +125,16 @@ class Metered:
 
     def say(self, rows: Sequence[dict], how: Decoding, stages: Stages, title: str) -> list[Said]:
         return self.calls.say(self.role, self.speaker, rows, how, stages)
+
+
+def _read(line: bytes, where: str) -> tuple[str, str, Said]:
+    """Of a line of the log: role, name, reply."""
+    try:
+        one = json.loads(line)
+        said = Said(one["said"], one["read"], one["written"], float(one["dollars"]))
+        return one["role"], one["name"], said
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: no call of a search: take the line out") from error
 
 
 def name_of(role: str, row: dict, how: Decoding) -> str:

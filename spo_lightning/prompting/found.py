@@ -105,6 +105,9 @@ def walked(cfg: Any, place: Path, record: dict[str, Any], calls: Calls, stages: 
         best = best_of(tree).prompt if tree else roles.start
         write_text(place / PROMPT, best + "\n")
         write_text(place / TREE, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        if tree and not ended:
+            at = best_of(tree)
+            log.info("Step %d: value %.3f, score %.3f", tree[-1].depth, at.value, at.reward)
         if ended or time.monotonic() - drawn > PAGE_SECONDS:
             write_text(place / page.NAME, page.whole(record))
             drawn = time.monotonic()

@@ -75,10 +75,10 @@ def roles_of(cfg: Any, calls: Calls, stages: Stages) -> Roles:
 
     at = shared.data(Begun(cfg, stages.world, stages, {}))
     rows = draw.prompts(cfg, at.task)
-    apart = rows[len(rows) - cfg.check.rows :] if cfg.check.rows else []
-    rows = rows[: len(rows) - len(apart)]
-    if not rows:
+    count = len(rows) - cfg.check.rows
+    if count < 1:
         raise UserError(f"check.rows={cfg.check.rows} leaves no prompt to search with: lower it")
+    rows, apart = rows[:count], rows[count:]
     if not check_judge(cfg, at.task, Unopened()):
         raise UserError("judge=task: this data has none: choose dynamic, answer or instructions")
     bank, start = bank_of(cfg), start_of(cfg)

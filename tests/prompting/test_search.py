@@ -177,7 +177,11 @@ def test_what_ends_it_anywhere_loses_one_request(place):
             searched(place, *roles(server.url), *words)
         log = place / "run/calls.jsonl"
         assert len(calls(place)) == 17
-        log.write_bytes(log.read_bytes()[:-9])
+        whole = log.read_bytes()
+        log.write_bytes(whole.replace(b"{", b"", 1))
+        with pytest.raises(UserError, match="calls.jsonl, line 1: no call of a search"):
+            searched(place, *roles(server.url), *words)
+        log.write_bytes(whole[:-9])
         searched(place, *roles(server.url), *words)
         assert len(server.asked) == len(calls(place)) + 2
         with pytest.raises(UserError, match="search.beam is 2 in .* and 3 here"):
@@ -220,7 +224,7 @@ def test_examples_are_rewritten_and_asked_after(place):
         (("search.actions=0",), "search.actions=0: it must be at least 1"),
         (("budget.dollars=1", "judge=answer"), "no role has a price"),
         (("judge.pick=none",), "judge.pick has no {prompt}"),
-        (("check.rows=12",), "check.rows=12 leaves no prompt"),
+        (("check.rows=20",), "check.rows=20 leaves no prompt"),
         (("rewrite=none",), "rewrite has no {history}"),
         (("start=' '",), "is empty: give a prompt"),
         (("judge=task",), "judge=task: this data has none"),
