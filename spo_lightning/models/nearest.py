@@ -57,7 +57,7 @@ def bm25(*, k1: float, b: float) -> Similarity:
         ) from error
 
     def words(texts: Sequence[str]) -> Any:
-        return bm25s.tokenize([*texts], stopwords=None, return_ids=False, show_progress=False)
+        return bm25s.tokenize([*texts], stopwords=[], return_ids=False, show_progress=False)
 
     def similarity(text: str, others: Sequence[str]) -> list[float]:
         known = words(others)

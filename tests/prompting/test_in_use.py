@@ -119,13 +119,13 @@ def test_models_of_this_machine_search(tmp_path):
     """Tiny ones write nothing that can be read: the start is kept; a second try asks nothing."""
     words = ("prompt_search", "roles.base.model=chat", "roles.optimizer.model=chat")
     words += ("judge=function", f"judge.path={__name__}.letters", "search.depth=2")
-    words += ("search.max_tokens=4", "search.actions=2")
+    words += ("search.max_tokens=4", "search.actions=1")
     found = find(composed(*words), tmp_path / "run", {}, [], ALONE)
     assert [node["how"] for node in found["nodes"]] == ["start", "kept", "kept"]
     case = found["nodes"][0]["cases"][0]
     assert found["nodes"][0]["reward"] == len(case["answer"]) == case["score"]
     # of two steps whose question is another; the optimizer is asked anew once each time
-    assert found["calls"]["base"]["calls"] == 3 and found["calls"]["optimizer"]["calls"] == 8
+    assert found["calls"]["base"]["calls"] == 3 and found["calls"]["optimizer"]["calls"] == 4
     log = (tmp_path / "run/calls.jsonl").read_text()
     assert json.loads(log.splitlines()[0])["asked"][0]["role"] == "system"
     again = find(composed(*words), tmp_path / "run", {}, [], ALONE)

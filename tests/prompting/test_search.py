@@ -127,13 +127,13 @@ def test_nonsense_is_asked_anew_and_then_left_out(place, caplog):
 
 def test_it_stops_at_its_budget_with_what_it_has(place, caplog):
     with playing() as server:
-        one = (*roles(server.url), "batch_size=1")
+        one = (*roles(server.url), "batch_size=1", "search.depth=4")
         searched(place, *one, "budget.calls=30")
         assert once(server) == 30 == len(calls(place))
         kept = tree(place)
         assert kept["stopped"] == "budget.calls=30" and "The budget is spent" in caplog.text
         depth = kept["nodes"][-1]["depth"]
-        assert 1 <= depth < 7 and (place / "run/prompt.txt").read_text().startswith(START)
+        assert 1 <= depth < 4 and (place / "run/prompt.txt").read_text().startswith(START)
         searched(place, *one, "budget.dollars=0.006")  # 0.00012 a call
         assert once(server) == 50 and tree(place)["stopped"] == "budget.dollars=0.006"
         assert tree(place)["nodes"][-1]["depth"] > depth
@@ -141,7 +141,8 @@ def test_it_stops_at_its_budget_with_what_it_has(place, caplog):
         whole = tree(place)
         assert whole["stopped"] is None and once(server) == len(calls(place))
     with playing() as server:  # as one that was never stopped
-        searched(place, *roles(server.url), "batch_size=1", "cache.dir=elsewhere", run="other")
+        again = (*roles(server.url), "batch_size=1", "search.depth=4", "cache.dir=elsewhere")
+        searched(place, *again, run="other")
         assert tree(place, "other")["nodes"] == whole["nodes"]
 
 
