@@ -74,17 +74,19 @@ def find(
 def _begun(
     cfg: Any, place: Path, choices: Mapping[str, str], command: Sequence[str]
 ) -> dict[str, Any]:
-    """What tree.json holds before the first call; a search of other settings is refused."""
-    config = place / "config.yaml"
+    """What tree.json holds before the next call; a search of other settings is refused."""
+    config, path = place / "config.yaml", place / TREE
     if config.exists():
         refuse_another(cfg, config, MAY_DIFFER)
-        log.info("Going on with the search of %s", place)
     head = f"{CHOICES}{json.dumps(dict(choices))}\n"
     plain = without_secrets(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     write_text(config, head + OmegaConf.to_yaml(plain))
+    if path.exists():
+        log.info("Going on with the search of %s", place)
+        return json.loads(path.read_text(encoding="utf-8")) | {"stopped": None}
     record: dict[str, Any] = {"version": __version__, "command": words_without_secrets(command)}
     record |= {"cwd": str(Path.cwd()), "stopped": None, "best": None, "check": None, "nodes": []}
-    write_text(place / TREE, json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     return record
 
 
