@@ -79,6 +79,10 @@ class Scorer(nn.Module):
         self.model, self.shared, self.logits, self.compiled = model, shared, logits, False
         self.squares = False  # whether PairLogps comes with them
         self.beside: Beside | None = None  # the reference, where PairLogps comes with divergences
+        # its parameters by name, where processes have parts of them, and whether layers keep
+        # what they have gathered until backward (sharded.py)
+        self.spread: dict[str, nn.Parameter] | None = None
+        self.stays = False
         self.reading = reading or reading_of(model)
 
     @property
@@ -129,7 +133,8 @@ class Scorer(nn.Module):
     def twice(self) -> Callable[[], AbstractContextManager] | None:
         """A context whose forwards can be differentiated twice, None where there is none."""
         known = ("eager", "sdpa", attention.IMPLEMENTATION)
-        known = () if self.compiled else known  # what torch compiles has a first derivative only
+        # what torch compiles has a first derivative only, and so has what is spread
+        known = () if self.compiled or self.spread is not None else known
         return attention.MathKernel if self._attention in known else None
 
     def smaller(self, batch: PairBatch) -> list[PairBatch]:

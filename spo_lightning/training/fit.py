@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra.utils
+import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -30,9 +32,11 @@ from spo_lightning.training.callbacks.recorder import Recorder
 from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.callbacks.start import StartCheck
 from spo_lightning.training.feed import Feed, Mismatched
+from spo_lightning.training.microbatch import trainable
 from spo_lightning.training.module import Preference
 from spo_lightning.training.reference import MovingReference
-from spo_lightning.world import World
+from spo_lightning.training.sharding import Sharded
+from spo_lightning.world import World, spread_like
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class GoesOn(NamedTuple):
 
     def refuse_another(self, scorer: Scorer) -> None:
         """A checkpoint whose trained weights are not the scorer's."""
-        named = {f"scorer.{n}": p for n, p in scorer.named_parameters() if p.requires_grad}
+        named = {f"scorer.{name}": p for name, p in trainable(scorer).items()}
         mine = {name: p.shape for name, p in named.items()}
         theirs = {name: value.shape for name, value in self.weights.items()}
         for name in sorted(mine.keys() | theirs.keys()):
@@ -71,8 +75,11 @@ class GoesOn(NamedTuple):
 
     def restore(self, scorer: Scorer) -> None:
         """The scorer's weights become the checkpoint's."""
-        plain = {name.removeprefix("scorer."): value for name, value in self.weights.items()}
-        scorer.load_state_dict(plain, strict=False)
+        own = trainable(scorer)
+        with torch.no_grad():
+            for name, value in self.weights.items():
+                mine = own[name.removeprefix("scorer.")]
+                mine.copy_(spread_like(value, mine))
 
 
 class OuterSteps(IterableDataset):
@@ -171,8 +178,7 @@ def fit(
     data = OuterSteps.of(cfg, module, given.train, given.lower, **beside)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
-        **_processes(stages.world),
-        precision=lightning_precision(cfg.hardware),
+        **_processes(cfg.hardware, stages.world, given.scorer),
         max_steps=steps,
         max_epochs=-1,
         callbacks=_callbacks(cfg, given, data.epoch, run, stages, steps),
@@ -220,19 +226,22 @@ def steps_alone(cfg: DictConfig, data: OuterSteps, steps: int, watch: Callback) 
         raise Interrupted(143, "stopped by SIGTERM") from error
 
 
-def _processes(world: World) -> dict[str, Any]:
+def _processes(hardware: DictConfig, world: World, scorer: Scorer) -> dict[str, Any]:
     """What Lightning's Trainer is told of the processes, which have begun before."""
+    precision = lightning_precision(hardware)
     if world.size == 1:
-        return {"devices": 1}
+        return {"devices": 1, "precision": precision}
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     here = int(os.environ["LOCAL_WORLD_SIZE"])
-    return {
-        "devices": here,
-        "num_nodes": world.size // here,
-        "strategy": "ddp",
-        "plugins": [TorchElasticEnvironment()],  # it reads what run/processes.py has set
-    }
+    told = {"devices": here, "num_nodes": world.size // here, "precision": precision}
+    plugins: list[Any] = [TorchElasticEnvironment()]  # it reads what run/processes.py has set
+    if scorer.spread is None:
+        return {**told, "strategy": "ddp", "plugins": plugins}
+    if precision == "64-true":  # told its name, the strategy refuses it
+        told["precision"] = None
+        plugins.append(DoublePrecision())
+    return {**told, "strategy": Sharded(world.size), "plugins": plugins}
 
 
 def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: int) -> Preference:

@@ -16,12 +16,15 @@ from spo_lightning.data.batch import Microbatches, PairBatch
 from spo_lightning.errors import Diverged
 from spo_lightning.evaluation.totals import Totals
 from spo_lightning.models.scorer import Scorer
+from spo_lightning.models.sharded import kept
 from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
 from spo_lightning.solvers.none import NoLower
 from spo_lightning.training import bf16
 from spo_lightning.training.microbatch import Moved, moved_from_reference, problem_of, trainable
 from spo_lightning.training.observation import Observation
 from spo_lightning.training.reference import MovingReference
+from spo_lightning.training.sharding import dealt, gathered
+from spo_lightning.world import whole
 
 BESIDE = 4  # parts of a pass beside a graph that is kept: second order fits in twice the memory
 
@@ -66,6 +69,9 @@ class Preference(LightningModule):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return trainable(self.scorer)
+
+    def configure_model(self) -> None:
+        """The scorer comes as it is trained: where it is spread, it has been before."""
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(list(self.trainable().values()))
@@ -230,13 +236,14 @@ class Preference(LightningModule):
             p.grad = None
         watched = Totals()
         for number, part in enumerate(batch):
-            terms = closure(self._part(part, kl, seen))
-            summed = torch.stack([term.sum() for term in terms.minimise]).sum()
-            seen.close(summed)
-            seen.objective = seen.objective + summed.detach()
-            with self._reducing(last=number == len(batch) - 1):
-                # DDP averages over ranks; the mean is over all pairs of the outer step
-                self.manual_backward(summed * (self.trainer.world_size / self.batch_size))
+            with kept(self.scorer):
+                terms = closure(self._part(part, kl, seen))
+                summed = torch.stack([term.sum() for term in terms.minimise]).sum()
+                seen.close(summed)
+                seen.objective = seen.objective + summed.detach()
+                with self._reducing(last=number == len(batch) - 1):
+                    # ranks are averaged; the mean is over all pairs of the outer step
+                    self.manual_backward(summed * (self.trainer.world_size / self.batch_size))
             watched.add(terms.watch)
         direction = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
         for p in parameters:
@@ -255,10 +262,10 @@ class Preference(LightningModule):
     ) -> float:
         """Displace theta, clip, take the optimizer's step; returns the norm before clipping."""
         parameters = tuple(self.trainable().values())
-        total = get_total_norm(direction)
+        total = whole(get_total_norm(direction))
         sizes = [total, objective]
         if displacement is not None:
-            sizes.append(get_total_norm(displacement))
+            sizes.append(whole(get_total_norm(displacement)))
         # the one place where a GPU is waited for: nothing may move before this is known
         norm, *others = torch.stack([size.to(total.device).double() for size in sizes]).tolist()
         if not all(map(math.isfinite, (norm, *others))):
@@ -327,20 +334,21 @@ class Preference(LightningModule):
             "outer_step": self.outer_step,
             "pairs_seen": self.pairs_seen,
             "num_tokens": self.num_tokens,
-            "solver": self.solver_state,
+            "solver": gathered(self.solver_state),
             "moments": self.moments_state,
             "ratios": self.ratios,
-            "reference": self.moving.state_dict(),
+            "reference": gathered(self.moving.state_dict()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         ours = checkpoint["spo_lightning"]
         self.outer_step, self.pairs_seen = ours["outer_step"], ours["pairs_seen"]
         self.num_tokens = ours["num_tokens"]
-        self.solver_state, self.moments_state = ours["solver"], ours["moments"]
+        theta = tuple(self.trainable().values())
+        self.solver_state, self.moments_state = dealt(ours["solver"], theta), ours["moments"]
         self.ratios = tuple(ours.get("ratios", self.ratios))
         if "reference" in ours:
-            self.moving.load_state_dict(ours["reference"], self.scorer)
+            self.moving.load_state_dict(dealt(ours["reference"], theta), self.scorer)
 
 
 def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

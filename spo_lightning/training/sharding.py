@@ -1,0 +1,87 @@
+"""How Lightning trains a module whose parameters are spread, and how a checkpoint holds them.
+
+The module comes spread (``models/sharded.py``). A checkpoint is one file of whole tensors, the
+same as of one process: a run goes on from it on any number of processes, spread or not.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies.model_parallel import ModelParallelStrategy
+from torch import Tensor
+
+from spo_lightning.world import spread_like, whole
+
+Tree = Any  # of dicts, lists and tuples
+
+
+class Sharded(ModelParallelStrategy):
+    """Gathers what is saved and deals what is read; ``size``: processes."""
+
+    def __init__(self, size: int):
+        super().__init__(size, 1, save_distributed_checkpoint=False)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return gathered(self._named())
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return gathered(optimizer.state_dict())
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    @torch.no_grad()
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        named = self._named()
+        for name, value in checkpoint["state_dict"].items():
+            named[name].copy_(spread_like(value, named[name]))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        theta = list(self._named().values())
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
+            optimizer.load_state_dict(dealt(state, theta))
+
+    def _named(self) -> dict[str, Tensor]:
+        module: Any = self.lightning_module
+        return {f"scorer.{name}": p for name, p in module.trainable().items()}
+
+
+def gathered(tree: Tree) -> Tree:
+    """The tree with whole tensors, on the CPU where they were spread. Every process calls it."""
+    return _mapped(tree, lambda t: whole(t.detach()).cpu() if hasattr(t, "full_tensor") else t)
+
+
+def dealt(tree: Tree, theta: Sequence[Tensor]) -> Tree:
+    """The tree in which what stands for each of ``theta`` is spread as it is: lists and tuples of
+    as many tensors, and dicts by their number, of which an optimizer's state is one."""
+    if isinstance(tree, dict):
+        if tree and all(isinstance(key, int) for key in tree):
+            return {k: _mapped(v, partial(_as, like=theta[k])) for k, v in tree.items()}
+        return {key: dealt(value, theta) for key, value in tree.items()}
+    if not isinstance(tree, (list, tuple)):
+        return tree
+    one_each = len(tree) == len(theta) and all(isinstance(v, Tensor) for v in tree)
+    if one_each and all(v.shape == t.shape for v, t in zip(tree, theta)):
+        return type(tree)(spread_like(v, t) for v, t in zip(tree, theta))
+    return type(tree)(dealt(value, theta) for value in tree)
+
+
+def _as(value: Tensor, like: Tensor) -> Tensor:
+    """An optimizer counts its steps beside its moments."""
+    return spread_like(value, like) if value.shape == like.shape else value
+
+
+def _mapped(tree: Tree, of: Callable[[Tensor], Tensor]) -> Tree:
+    if isinstance(tree, Tensor):
+        return of(tree)
+    if isinstance(tree, dict):
+        return {key: _mapped(value, of) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_mapped(value, of) for value in tree)
+    return tree
