@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from spo_lightning.cache.shards import KEY, Shards, cache_of, limit_of
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.sets import Pairs
+from spo_lightning.errors import UserError
 from spo_lightning.models.policy import (
     DTYPES,
     Policy,
@@ -199,6 +200,11 @@ class Referee:
         return Beside(self._copy(), nullcontext)
 
     def _copy(self) -> Scorer:
+        if self.scorer.spread is not None:
+            raise UserError(
+                "hardware=fsdp: this loss reads a copy of the start in every step, and what is "
+                "spread is not copied: train adapters (model.lora.rank), or take hardware=ddp"
+            )
         return copy.deepcopy(self.scorer).requires_grad_(False)
 
 

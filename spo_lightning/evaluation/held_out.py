@@ -68,6 +68,7 @@ def pair_totals(
             numbers["loss"] = losses.evaluate(loss, policy, reference, moments, kl=kl)
         # of labelled rows all may be bad ones: then none of their tokens is looked at
         none = batch.with_chosen is not None and not len(batch.with_chosen)
+        none = none and scorer.spread is None  # what is spread is read by all processes together
         chosen, tops = batch.of(~batch.rejected) if none else batch.chosen_only, {}
         if top and not policy.rewards:
             looked = policy.logps.new_zeros(2, 0) if none else scorer.top(chosen, TOP)

@@ -7,7 +7,7 @@ is given a copy that has them, see ``Spread``.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,8 +32,11 @@ class Sharding:
     reshard_after_forward: bool
     offload: bool
 
-    def __call__(self, policy: Policy, scorer: Scorer, world: World) -> Policy:
-        """The policy with its parameters spread, in place; every process calls it."""
+    def __call__(
+        self, policy: Policy, scorer: Scorer, world: World, *, unpaired: bool = False
+    ) -> Policy:
+        """The policy with its parameters spread, in place; every process calls it. ``unpaired``:
+        whether rows may have one answer."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import (
             CPUOffloadPolicy,
@@ -42,7 +45,7 @@ class Sharding:
             register_fsdp_forward_method,
         )
 
-        _refuse(policy, scorer, world)
+        _refuse(policy, scorer, unpaired)
         if self.offload and world.device.type == "cpu":
             raise UserError("hardware.sharding.offload has no effect on a CPU: leave it out")
         spread = Spread.of(policy)
@@ -109,23 +112,24 @@ def layers_of(lm: Any) -> list[nn.Module]:
     return [*lists[sizes.index(max(sizes))]]
 
 
-def _refuse(policy: Policy, scorer: Scorer, world: World) -> None:
+def _refuse(policy: Policy, scorer: Scorer, unpaired: bool) -> None:
     """What cannot be spread, or would have processes wait for one another in vain."""
-    if world.size == 1:
-        raise UserError(
-            "hardware=fsdp spreads a model over several processes, and here is one: set "
-            "hardware.devices, or take hardware=auto"
-        )
     if bits_of(policy.lm) is not None:
         raise UserError(
             "hardware=fsdp: quantised weights are bytes that no process can have a part of: take "
             "hardware=ddp, or weights in full"
         )
     kinds = {p.dtype for p in policy.lm.parameters() if p.requires_grad}
-    if len(kinds) > 1:
+    if torch.bfloat16 in kinds:
         raise UserError(
-            f"hardware=fsdp: weights in {' and '.join(sorted(map(str, kinds)))} train together, "
-            "and it gathers one kind: set model.dtype"
+            "hardware=fsdp: weights in bfloat16 that train would need copies in float32, which "
+            "are not spread: set model.dtype=float32 and hardware.precision=bf16-mixed, or train "
+            "adapters (model.lora.rank)"
+        )
+    if unpaired and not (scorer.packs or scorer.shared):
+        raise UserError(
+            "hardware=fsdp: this model reads its answers apart, so that processes would run other "
+            "numbers of forwards on rows of one answer and wait for one another: take hardware=ddp"
         )
 
 
@@ -145,23 +149,29 @@ def kept(scorer: Scorer) -> Iterator[None]:
 
 @contextmanager
 def at(scorer: Scorer, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The parameters hold these inside; what was gathered before would not know of them."""
+    """The spread parameters hold these inside; what was gathered before would not know of them."""
     assert scorer.spread is not None
-    held = {name: scorer.spread[name].detach().clone() for name in values}
+    own = [scorer.spread[name] for name in values]
+    held = [p.detach().clone() for p in own]
+    _let_go(scorer)
+    write(own, [*values.values()])
     try:
-        _write(scorer, values)
         yield
     finally:
-        _write(scorer, held)
+        _let_go(scorer)
+        write(own, held)
 
 
-@torch.no_grad()
-def _write(scorer: Scorer, values: Mapping[str, Tensor]) -> None:
+def _let_go(scorer: Scorer) -> None:
+    """Of what layers have gathered."""
     from torch.distributed.fsdp import FSDPModule
 
-    assert scorer.spread is not None
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    for name, value in values.items():
-        scorer.spread[name].copy_(value)
+
+
+@torch.no_grad()
+def write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values):
+        parameter.copy_(value)

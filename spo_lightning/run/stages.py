@@ -108,7 +108,8 @@ def tokens(at: known.Paired) -> known.Tokenised:
     sets["held-out"] = replace(sets["held-out"], groups=of)
     counts = sides["train"].counts
     if at.cfg.hardware.get("sharding") is not None:
-        policy = built(at.cfg.hardware.sharding)(policy, scorer, at.world)
+        shard, unpaired = built(at.cfg.hardware.sharding), at.cfg.loss.get("unpaired", False)
+        policy = shard(policy, scorer, at.world, unpaired=unpaired)
     more = {"policy": policy, "places": places, "scorer": scorer, "sets": sets, "task": task}
     return grown(known.Tokenised, at, **more, counts=counts)
 

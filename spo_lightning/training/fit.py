@@ -1,7 +1,6 @@
 """Prepared pairs and an objective in, a trained policy out: the part that runs under Lightning."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import hydra.utils
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -35,8 +33,8 @@ from spo_lightning.training.feed import Feed, Mismatched
 from spo_lightning.training.microbatch import trainable
 from spo_lightning.training.module import Preference
 from spo_lightning.training.reference import MovingReference
-from spo_lightning.training.sharding import Sharded
-from spo_lightning.world import World, spread_like
+from spo_lightning.training.sharding import processes
+from spo_lightning.world import spread_like
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ def fit(
     data = OuterSteps.of(cfg, module, given.train, given.lower, **beside)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
-        **_processes(cfg.hardware, stages.world, given.scorer),
+        **processes(stages.world, given.scorer, lightning_precision(cfg.hardware)),
         max_steps=steps,
         max_epochs=-1,
         callbacks=_callbacks(cfg, given, data.epoch, run, stages, steps),
@@ -224,24 +222,6 @@ def steps_alone(cfg: DictConfig, data: OuterSteps, steps: int, watch: Callback) 
         trainer.fit(data.module, DataLoader(data, batch_size=None))
     except SIGTERMException as error:  # Lightning has taken the signal over
         raise Interrupted(143, "stopped by SIGTERM") from error
-
-
-def _processes(hardware: DictConfig, world: World, scorer: Scorer) -> dict[str, Any]:
-    """What Lightning's Trainer is told of the processes, which have begun before."""
-    precision = lightning_precision(hardware)
-    if world.size == 1:
-        return {"devices": 1, "precision": precision}
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
-    told = {"devices": here, "num_nodes": world.size // here, "precision": precision}
-    plugins: list[Any] = [TorchElasticEnvironment()]  # it reads what run/processes.py has set
-    if scorer.spread is None:
-        return {**told, "strategy": "ddp", "plugins": plugins}
-    if precision == "64-true":  # told its name, the strategy refuses it
-        told["precision"] = None
-        plugins.append(DoublePrecision())
-    return {**told, "strategy": Sharded(world.size), "plugins": plugins}
 
 
 def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: int) -> Preference:

@@ -1,7 +1,7 @@
 """Losses in, a solver's direction out, one optimizer step, logged numbers: the LightningModule."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -16,7 +16,7 @@ from spo_lightning.data.batch import Microbatches, PairBatch
 from spo_lightning.errors import Diverged
 from spo_lightning.evaluation.totals import Totals
 from spo_lightning.models.scorer import Scorer
-from spo_lightning.models.sharded import kept
+from spo_lightning.models.sharded import kept, write
 from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
 from spo_lightning.solvers.none import NoLower
 from spo_lightning.training import bf16
@@ -218,11 +218,11 @@ class Preference(LightningModule):
             return
         bf16.refuse_rounding(parameters)
         kept = [p.detach().clone() for p in parameters]
-        _write(parameters, theta)
+        write(parameters, theta)
         try:
             yield
         finally:
-            _write(parameters, kept)
+            write(parameters, kept)
 
     def _gradient(
         self,
@@ -276,7 +276,7 @@ class Preference(LightningModule):
             )
         if displacement is not None:
             bf16.refuse_rounding(parameters)
-            _write(parameters, [p.detach() + d for p, d in zip(parameters, displacement)])
+            write(parameters, [p.detach() + d for p, d in zip(parameters, displacement)])
         for p, along in zip(parameters, direction):
             p.grad = along
         if self.clip_norm:
@@ -309,12 +309,9 @@ class Preference(LightningModule):
         return wrapped.no_sync()  # type: ignore[union-attr]
 
     def _over_ranks(self, value: Tensor | float) -> Tensor:
-        whole = torch.as_tensor(value, dtype=torch.float64, device=self.device)
-        return (
-            whole
-            if self.trainer.world_size == 1
-            else self.trainer.strategy.reduce(whole, reduce_op="sum")
-        )
+        wide = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        alone = self.trainer.world_size == 1
+        return wide if alone else self.trainer.strategy.reduce(wide, reduce_op="sum")
 
     def _reduce(self, totals: Totals) -> Totals:
         """The same sums and counts over all ranks."""
@@ -330,28 +327,22 @@ class Preference(LightningModule):
         kept = {f"scorer.{name}" for name in self.trainable()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: v for name, v in state.items() if name in kept}
-        checkpoint["spo_lightning"] = {
+        ours = {
             "outer_step": self.outer_step,
             "pairs_seen": self.pairs_seen,
             "num_tokens": self.num_tokens,
-            "solver": gathered(self.solver_state),
+            "solver": self.solver_state,
             "moments": self.moments_state,
             "ratios": self.ratios,
-            "reference": gathered(self.moving.state_dict()),
+            "reference": self.moving.state_dict(),
         }
+        checkpoint["spo_lightning"] = gathered(ours)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        ours = checkpoint["spo_lightning"]
+        ours = dealt(checkpoint["spo_lightning"], tuple(self.trainable().values()))
         self.outer_step, self.pairs_seen = ours["outer_step"], ours["pairs_seen"]
         self.num_tokens = ours["num_tokens"]
-        theta = tuple(self.trainable().values())
-        self.solver_state, self.moments_state = dealt(ours["solver"], theta), ours["moments"]
+        self.solver_state, self.moments_state = ours["solver"], ours["moments"]
         self.ratios = tuple(ours.get("ratios", self.ratios))
         if "reference" in ours:
-            self.moving.load_state_dict(dealt(ours["reference"], theta), self.scorer)
-
-
-def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values):
-            parameter.copy_(value)
+            self.moving.load_state_dict(ours["reference"], self.scorer)

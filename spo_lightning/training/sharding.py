@@ -1,20 +1,40 @@
-"""How Lightning trains a module whose parameters are spread, and how a checkpoint holds them.
+"""How Lightning trains on several processes, and how a checkpoint holds parameters that are spread.
 
 The module comes spread (``models/sharded.py``). A checkpoint is one file of whole tensors, the
 same as of one process: a run goes on from it on any number of processes, spread or not.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor
 
-from spo_lightning.world import spread_like, whole
+from spo_lightning.models.scorer import Scorer
+from spo_lightning.world import World, spread_like, whole
 
 Tree = Any  # of dicts, lists and tuples
+
+
+def processes(world: World, scorer: Scorer, precision: Any) -> dict[str, Any]:
+    """What Lightning's Trainer is told of the processes, which have begun before."""
+    if world.size == 1:
+        return {"devices": 1, "precision": precision}
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    told = {"devices": here, "num_nodes": world.size // here, "precision": precision}
+    plugins: list[Any] = [TorchElasticEnvironment()]  # it reads what run/processes.py has set
+    if scorer.spread is None:
+        return {**told, "strategy": "ddp", "plugins": plugins}
+    if precision == "64-true":  # told its name, the strategy refuses it
+        told["precision"] = None
+        plugins.append(DoublePrecision())
+    return {**told, "strategy": Sharded(world.size), "plugins": plugins}
 
 
 class Sharded(ModelParallelStrategy):
