@@ -336,7 +336,7 @@ class Preference(LightningModule):
             "ratios": self.ratios,
             "reference": self.moving.state_dict(),
         }
-        checkpoint["spo_lightning"] = gathered(ours)
+        checkpoint["spo_lightning"] = gathered(ours, self.trainer.is_global_zero)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         ours = dealt(checkpoint["spo_lightning"], tuple(self.trainable().values()))

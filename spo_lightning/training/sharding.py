@@ -1,6 +1,6 @@
-"""How Lightning trains on several processes, and how a checkpoint holds parameters that are spread.
+"""How Lightning trains on several processes, and how checkpoints hold what is spread over them.
 
-The module comes spread (``models/sharded.py``). A checkpoint is one file of whole tensors, the
+The module comes as it is trained (``models/sharded.py``). A checkpoint is one file of whole tensors, the
 same as of one process: a run goes on from it on any number of processes, spread or not.
 """
 
@@ -48,10 +48,10 @@ class Sharded(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return gathered(self._named())
+        return gathered(self._named(), self.is_global_zero)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        return gathered(optimizer.state_dict())
+        return gathered(optimizer.state_dict(), self.is_global_zero)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
@@ -72,9 +72,17 @@ class Sharded(ModelParallelStrategy):
         return {f"scorer.{name}": p for name, p in module.trainable().items()}
 
 
-def gathered(tree: Tree) -> Tree:
-    """The tree with whole tensors, on the CPU where they were spread. Every process calls it."""
-    return _mapped(tree, lambda t: whole(t.detach()).cpu() if hasattr(t, "full_tensor") else t)
+def gathered(tree: Tree, first: bool) -> Tree:
+    """The tree with whole tensors in place of spread ones, on the CPU of the ``first`` process;
+    every process calls it."""
+
+    def together(tensor: Tensor) -> Tensor:
+        if not hasattr(tensor, "full_tensor"):
+            return tensor
+        found = whole(tensor.detach())
+        return found.cpu() if first else tensor
+
+    return _mapped(tree, together)
 
 
 def dealt(tree: Tree, theta: Sequence[Tensor]) -> Tree:
