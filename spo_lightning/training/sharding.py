@@ -1,7 +1,7 @@
 """How Lightning trains on several processes, and how checkpoints hold what is spread over them.
 
-The module comes as it is trained (``models/sharded.py``). A checkpoint is one file of whole tensors, the
-same as of one process: a run goes on from it on any number of processes, spread or not.
+The module comes as it is trained (``models/sharded.py``). A checkpoint is one file of whole
+tensors, the same as of one process: a run goes on from it on any number of them, spread or not.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What does not go with hardware=fsdp is refused before anything is loaded, by a line of its key."""
+"""What does not go with hardware=fsdp is refused before anything is loaded, by its key."""
 
 import pytest
 from fitting import SOLVERS, config

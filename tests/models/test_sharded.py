@@ -1,4 +1,4 @@
-"""A policy whose parameters are spread reads, answers and is saved as the whole; in one process."""
+"""A policy whose parameters are spread reads, answers and is saved as the whole."""
 
 import copy
 

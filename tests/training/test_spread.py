@@ -1,4 +1,4 @@
-"""Parameters spread over processes: every solver ends where one process ends, steps between too."""
+"""Parameters spread over processes: every solver takes the steps that one process takes."""
 
 import contextlib
 import os
@@ -10,7 +10,6 @@ import torch
 from fitting import SGD, SOLVERS, fitted, objective, scored
 from tiny import lora, policy, random_pairs
 
-from spo_lightning.data.sets import Pairs
 from spo_lightning.evaluation.held_out import pair_totals
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.models.sharded import Sharding
@@ -53,7 +52,6 @@ CASES = [
     Case("penalty, sdpa", ("solver=penalty",), attention="sdpa"),
     Case("penalty, recomputed", ("solver=penalty",), recomputed=True),
     Case("moving reference", ("solver=none",), moving=True),
-    Case("kto", ("loss=kto", "solver=none")),
     Case("ipo", ("loss=ipo", "solver=none")),
 ]  # fmt: skip
 
