@@ -69,7 +69,7 @@ def weights_name(policy: Policy, precision: Precision) -> str:
     """
     lm = policy.lm
     config = {k: v for k, v in lm.config.to_dict().items() if k not in UNREAD}
-    digest = _begun(lm.device, lm.dtype, lm.config._attn_implementation, precision)
+    digest = _begun(policy.device, lm.dtype, lm.config._attn_implementation, precision)
     shape = [type(lm).__name__, config]
     shape += [policy.settings()] if policy.settings() else []
     digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
@@ -141,7 +141,7 @@ class Referee:
             check_same_tokens(policy.tokenizer, theirs, self.other)
         self.shards, home = None, cache_of(cfg)
         if home is not None:
-            device = policy.lm.device
+            device = policy.device
             how = (cfg.model, device, precision, self.bits)
             name = self.other and files_name(self.other, *how)
             name = name or weights_name(self.opened, precision)
@@ -151,7 +151,7 @@ class Referee:
     def opened(self) -> Policy:
         if self.other is None:
             return self.policy
-        return opened(self.other, self.settings, self.policy.lm.device, bits=self.bits)
+        return opened(self.other, self.settings, self.policy.device, bits=self.bits)
 
     def judge(self) -> Scorer:
         return self.scorer if self.other is None else as_read_by(self.scorer, self.opened.lm)

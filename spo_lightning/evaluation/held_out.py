@@ -60,7 +60,7 @@ def pair_totals(
     pairs of this one add to them."""
     totals = Totals()
     for turn in world.deal(pairs.batches(batch_size)):
-        batch = pairs.batch(turn.item).to(scorer.model.device)
+        batch = pairs.batch(turn.item).to(scorer.device)
         policy = scorer(batch)
         reference = None if batch.reference is None else reference_logps(batch)
         numbers: dict[str, Any] = pair_numbers(policy, reference, beta=beta)

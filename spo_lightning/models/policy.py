@@ -120,6 +120,11 @@ class Policy:
             (directory / "README.md").write_text(card, encoding="utf-8")
         world.barrier()
 
+    @property
+    def device(self) -> Any:
+        """Where it computes."""
+        return self.lm.device if self.spread is None else self.spread.device
+
     def gathered(self, device: Any) -> "Policy | None":
         """The policy with every weight in this process: itself, or of parts a copy on ``device``
         (None: this process wants none). Every process calls it."""

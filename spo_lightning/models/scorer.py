@@ -79,11 +79,16 @@ class Scorer(nn.Module):
         self.model, self.shared, self.logits, self.compiled = model, shared, logits, False
         self.squares = False  # whether PairLogps comes with them
         self.beside: Beside | None = None  # the reference, where PairLogps comes with divergences
-        # its parameters by name, where processes have parts of them, and whether layers keep
-        # what they have gathered until backward (sharded.py)
+        # its parameters by name, where processes have parts of them; whether layers keep what they
+        # have gathered until backward; where it computes, if not where its parts are (sharded.py)
         self.spread: dict[str, nn.Parameter] | None = None
-        self.stays = False
+        self.stays, self.place = False, None
         self.reading = reading or reading_of(model)
+
+    @property
+    def device(self) -> Any:
+        """Where it computes."""
+        return self.place or self.model.device
 
     @property
     def packs(self) -> bool:
@@ -328,7 +333,7 @@ def score(
         for indices, mine, together in stages.world.deal(batches):
             batch = bare.batch(indices)
             with precision():
-                logps = scorer(batch.to(scorer.model.device)).logps.cpu()
+                logps = scorer(batch.to(scorer.device)).logps.cpu()
             sizes = batch.scored.sum(1).tolist()
             for index, row in zip(indices, logps.split(sizes)) if mine else ():
                 scored[index] = row.clone()

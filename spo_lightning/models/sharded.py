@@ -48,7 +48,7 @@ class Sharding:
         _refuse(policy, scorer, unpaired)
         if self.offload and world.device.type == "cpu":
             raise UserError("hardware.sharding.offload has no effect on a CPU: leave it out")
-        spread = Spread.of(policy)
+        spread = Spread.of(policy, world.device)
         how = {
             "mesh": init_device_mesh(world.device.type, (world.size,)),
             "reshard_after_forward": True,  # what reads without a gradient leaves nothing behind
@@ -60,7 +60,7 @@ class Sharding:
         for name in READS:
             register_fsdp_forward_method(scorer, name)
         scorer.spread = dict(scorer.named_parameters())
-        scorer.stays = not self.reshard_after_forward
+        scorer.stays, scorer.place = not self.reshard_after_forward, world.device
         return replace(policy, spread=spread)
 
 
@@ -69,15 +69,17 @@ class Spread:
     """The policy's module without its parameters, which are filled in from all processes."""
 
     empty: nn.Module
+    device: Any  # where it computes, wherever its parts are
 
     @classmethod
-    def of(cls, policy: Policy) -> "Spread":
+    def of(cls, policy: Policy, device: Any) -> "Spread":
         """Before it is sharded: what is sharded cannot be copied."""
         hollow = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
             for p in policy.module.parameters()
         }
-        return cls(copy.deepcopy(policy.module, hollow))  # type: ignore[arg-type] (a memo)
+        empty = copy.deepcopy(policy.module, hollow)  # type: ignore[arg-type] (a memo)
+        return cls(empty, device)
 
     @torch.no_grad()
     def filled(self, policy: Policy, device: Any) -> Policy | None:
