@@ -33,10 +33,12 @@ class Sharding:
     offload: bool
 
     def __call__(
-        self, policy: Policy, scorer: Scorer, world: World, *, unpaired: bool = False
+        self, policy: Policy, scorer: Scorer, world: World, *, trains: bool, unpaired: bool
     ) -> Policy:
-        """The policy with its parameters spread, in place; every process calls it. ``unpaired``:
-        whether rows may have one answer."""
+        """The policy with its parameters spread, in place; every process calls it.
+
+        ``trains``: whether it is trained then. ``unpaired``: whether rows may have one answer.
+        """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import (
             CPUOffloadPolicy,
@@ -45,7 +47,7 @@ class Sharding:
             register_fsdp_forward_method,
         )
 
-        _refuse(policy, scorer, unpaired)
+        _refuse(policy, scorer, trains, unpaired)
         if self.offload and world.device.type == "cpu":
             raise UserError("hardware.sharding.offload has no effect on a CPU: leave it out")
         spread = Spread.of(policy, world.device)
@@ -114,7 +116,7 @@ def layers_of(lm: Any) -> list[nn.Module]:
     return [*lists[sizes.index(max(sizes))]]
 
 
-def _refuse(policy: Policy, scorer: Scorer, unpaired: bool) -> None:
+def _refuse(policy: Policy, scorer: Scorer, trains: bool, unpaired: bool) -> None:
     """What cannot be spread, or would have processes wait for one another in vain."""
     if bits_of(policy.lm) is not None:
         raise UserError(
@@ -122,7 +124,7 @@ def _refuse(policy: Policy, scorer: Scorer, unpaired: bool) -> None:
             "hardware=ddp, or weights in full"
         )
     kinds = {p.dtype for p in policy.lm.parameters() if p.requires_grad}
-    if torch.bfloat16 in kinds:
+    if trains and torch.bfloat16 in kinds:
         raise UserError(
             "hardware=fsdp: weights in bfloat16 that train would need copies in float32, which "
             "are not spread: set model.dtype=float32 and hardware.precision=bf16-mixed, or train "

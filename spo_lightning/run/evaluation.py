@@ -175,13 +175,11 @@ def pairs(at: Compared) -> Tokenised:
         held = to_reward(held, at.policy.lm)
     if template is not None:
         held = to_letters(held)
-    scorer, policy = (
-        scorer_of(at.policy, longest_of(held.pairs), share=True, logits=logits),
-        at.policy,
-    )
+    policy = at.policy
+    scorer = scorer_of(policy, longest_of(held.pairs), share=True, logits=logits)
     if cfg.hardware.get("sharding") is not None:
-        shard = built(cfg.hardware.sharding)
-        policy = shard(policy, scorer, at.world, unpaired=bool(at.task.unpaired))
+        how = {"trains": False, "unpaired": bool(at.task.unpaired)}
+        policy = built(cfg.hardware.sharding)(policy, scorer, at.world, **how)
     return grown(Tokenised, at, policy=policy, scorer=scorer, held=held, rows=rows, of=of)
 
 

@@ -108,8 +108,8 @@ def tokens(at: known.Paired) -> known.Tokenised:
     sets["held-out"] = replace(sets["held-out"], groups=of)
     counts = sides["train"].counts
     if at.cfg.hardware.get("sharding") is not None:
-        shard, unpaired = built(at.cfg.hardware.sharding), at.cfg.loss.get("unpaired", False)
-        policy = shard(policy, scorer, at.world, unpaired=unpaired)
+        how = {"trains": at.cfg.max_steps != 0, "unpaired": at.cfg.loss.get("unpaired", False)}
+        policy = built(at.cfg.hardware.sharding)(policy, scorer, at.world, **how)
     more = {"policy": policy, "places": places, "scorer": scorer, "sets": sets, "task": task}
     return grown(known.Tokenised, at, **more, counts=counts)
 

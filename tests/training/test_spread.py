@@ -66,7 +66,7 @@ def found(case, world):
         made.lm.train()
     scorer = Scorer(made.lm, True)
     if world.size > 1:
-        made = Sharding(case.reshard, False)(made, scorer, world)
+        made = Sharding(case.reshard, False)(made, scorer, world, trains=True, unpaired=False)
     moving = MovingReference(0.5, 2, True) if case.moving else None
     objectives = ("loss=dpo", *case.words)
     how = {"steps": STEPS, "micro": 2, "scorer": scorer, "clip_norm": 1.0, "world": world}
