@@ -26,10 +26,11 @@ READS = ("top", "greedy", "hidden_sums")  # of a scorer, beside its forward
 
 @dataclass(frozen=True)
 class Sharding:
-    """How parameters are spread: whether layers keep them from forward to backward, and whether
-    parts stay in the host's memory."""
+    """How parameters are spread: whether layers keep them from forward to backward, over how many
+    groups of processes all parts stand again, and whether parts stay in the host's memory."""
 
     reshard_after_forward: bool
+    copies: int
     offload: bool
 
     def __call__(
@@ -52,7 +53,7 @@ class Sharding:
             raise UserError("hardware.sharding.offload has no effect on a CPU: leave it out")
         spread = Spread.of(policy, world.device)
         how = {
-            "mesh": init_device_mesh(world.device.type, (world.size,)),
+            "mesh": init_device_mesh(world.device.type, self._shape(world.size)),
             "reshard_after_forward": True,  # what reads without a gradient leaves nothing behind
             "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
         }
@@ -64,6 +65,15 @@ class Sharding:
         scorer.spread = dict(scorer.named_parameters())
         scorer.stays, scorer.place = not self.reshard_after_forward, world.device
         return replace(policy, spread=spread)
+
+    def _shape(self, size: int) -> tuple[int, ...]:
+        """Of the processes: groups and their members, or one group alone."""
+        if size % self.copies:
+            raise UserError(
+                f"hardware.sharding.copies={self.copies} does not divide the {size} processes: "
+                "begin a multiple"
+            )
+        return (size,) if self.copies == 1 else (self.copies, size // self.copies)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Case:
     adapters: bool = False
     tied: bool = False
     reshard: bool = True
+    copies: int = 1  # groups of processes with all parts each, where there are four processes
     lower: bool = False  # texts of its own for the lower level
     moving: bool = False
     attention: str = "auto"
@@ -47,6 +48,7 @@ CASES = [
     Case("penalty, gpt2", ("solver=penalty",), family="gpt2", tied=True),
     Case("penalty, gathered once", ("solver=penalty",), reshard=False),
     Case("inner, gathered once", tuple(SOLVERS["inner"]), reshard=False),
+    Case("penalty, two groups", ("solver=penalty",), copies=2),
     Case("penalty, texts", ("solver=penalty",), lower=True),
     Case("penalty, texts, gathered once", ("solver=penalty",), lower=True, reshard=False),
     Case("penalty, sdpa", ("solver=penalty",), attention="sdpa"),
@@ -66,7 +68,10 @@ def found(case, world):
         made.lm.train()
     scorer = Scorer(made.lm, True)
     if world.size > 1:
-        made = Sharding(case.reshard, False)(made, scorer, world, trains=True, unpaired=False)
+        copies = case.copies if world.size > 2 else 1
+        made = Sharding(case.reshard, copies, False)(
+            made, scorer, world, trains=True, unpaired=False
+        )
     moving = MovingReference(0.5, 2, True) if case.moving else None
     objectives = ("loss=dpo", *case.words)
     how = {"steps": STEPS, "micro": 2, "scorer": scorer, "clip_norm": 1.0, "world": world}
