@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -21,10 +21,8 @@ from spo_lightning.models.foreign import auto_class, take_attention, without_dro
 from spo_lightning.models.opening import Asked, Opened
 from spo_lightning.models.quantized import Bits, bits_of, in_full, scales
 from spo_lightning.models.rewards import gives_rewards, with_head
+from spo_lightning.models.spread import Spread
 from spo_lightning.world import ALONE, World, whole
-
-if TYPE_CHECKING:
-    from spo_lightning.models.sharded import Spread
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ class Policy:
     # what the adapters of a checkpoint held when they were loaded; None: they are new
     began: Mapping[str, Tensor] | None = None
     # how the whole is made of the parts that processes have; None: each has the whole
-    spread: "Spread | None" = None
+    spread: Spread | None = None
 
     @property
     def rewards(self) -> bool:
@@ -128,7 +126,13 @@ class Policy:
     def gathered(self, device: Any) -> "Policy | None":
         """The policy with every weight in this process: itself, or of parts a copy on ``device``
         (None: this process wants none). Every process calls it."""
-        return self if self.spread is None else self.spread.filled(self, device)
+        if self.spread is None:
+            return self
+        made: Any = self.spread.filled(self.module, device)
+        if made is None:
+            return None
+        lm = made if self.module is self.lm else made.get_base_model()
+        return replace(self, module=made, lm=lm, spread=None)
 
     def whole(self) -> Any:
         """A transformers model without peft's layers, in full."""

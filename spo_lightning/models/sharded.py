@@ -3,10 +3,9 @@
 torch's FSDP2 gathers a layer's parameters for as long as it computes. The scorer is the root, so
 that its forward has the embedding and the head whole: the head's matrix is read block by block,
 outside of any forward of its own (``head.py``). What needs every weight at once (answers, files)
-is given a copy that has them, see ``Spread``.
+is given a copy that has them (``spread.py``).
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from spo_lightning.errors import UserError
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.quantized import bits_of
 from spo_lightning.models.scorer import Scorer
-from spo_lightning.world import World, whole
+from spo_lightning.models.spread import Spread
+from spo_lightning.world import World
 
 READS = ("top", "greedy", "hidden_sums")  # of a scorer, beside its forward
 
@@ -51,9 +51,9 @@ class Sharding:
         _refuse(policy, scorer, trains, unpaired)
         if self.offload and world.device.type == "cpu":
             raise UserError("hardware.sharding.offload has no effect on a CPU: leave it out")
-        spread = Spread.of(policy, world.device)
+        spread = Spread.of(policy.module, world.device)
         how = {
-            "mesh": init_device_mesh(world.device.type, self._shape(world.size)),
+            "mesh": init_device_mesh(world.device.type, **self._mesh(world.size)),
             "reshard_after_forward": True,  # what reads without a gradient leaves nothing behind
             "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
         }
@@ -66,52 +66,16 @@ class Sharding:
         scorer.stays, scorer.place = not self.reshard_after_forward, world.device
         return replace(policy, spread=spread)
 
-    def _shape(self, size: int) -> tuple[int, ...]:
-        """Of the processes: groups and their members, or one group alone."""
+    def _mesh(self, size: int) -> dict[str, tuple]:
+        """The processes as groups and their members, or as one group."""
         if size % self.copies:
             raise UserError(
                 f"hardware.sharding.copies={self.copies} does not divide the {size} processes: "
                 "begin a multiple"
             )
-        return (size,) if self.copies == 1 else (self.copies, size // self.copies)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The policy's module without its parameters, which are filled in from all processes."""
-
-    empty: nn.Module
-    device: Any  # where it computes, wherever its parts are
-
-    @classmethod
-    def of(cls, policy: Policy, device: Any) -> "Spread":
-        """Before it is sharded: what is sharded cannot be copied."""
-        hollow = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-            for p in policy.module.parameters()
-        }
-        empty = copy.deepcopy(policy.module, hollow)  # type: ignore[arg-type] (a memo)
-        return cls(empty, device)
-
-    @torch.no_grad()
-    def filled(self, policy: Policy, device: Any) -> Policy | None:
-        """The policy whole on ``device``, None where that is None; every process calls it."""
-        made = copy.deepcopy(self.empty)
-        pairs = zip(made.parameters(), policy.module.parameters(), strict=True)
-        values: dict[int, nn.Parameter] = {}
-        for hollow, part in pairs:
-            value = whole(part.detach())
-            if device is not None:
-                values[id(hollow)] = nn.Parameter(value.to(device), part.requires_grad)
-        if device is None:
-            return None
-        for module in made.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = values[id(parameter)]
-        made.to(device)  # its buffers
-        lm = made if policy.module is policy.lm else made.get_base_model()  # type: ignore[operator]
-        return replace(policy, module=made, lm=lm, spread=None)
+        shape, names = (self.copies, size // self.copies), ("copies", "parts")
+        own = slice(1 if self.copies == 1 else 0, None)
+        return {"mesh_shape": shape[own], "mesh_dim_names": names[own]}
 
 
 def layers_of(lm: Any) -> list[nn.Module]:
