@@ -66,7 +66,7 @@ class Sharding:
         scorer.stays, scorer.place = not self.reshard_after_forward, world.device
         return replace(policy, spread=spread)
 
-    def _mesh(self, size: int) -> dict[str, tuple]:
+    def _mesh(self, size: int) -> dict[str, Any]:
         """The processes as groups and their members, or as one group."""
         if size % self.copies:
             raise UserError(
