@@ -12,19 +12,15 @@ from spo_lightning.models.generate import Decoding, answers
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.models.sharded import Sharding, at, kept, layers_of
 from spo_lightning.records.progress import silent
-from spo_lightning.world import World, spread_like, whole
+from spo_lightning.world import spread_like, whole
 
 PAIRS = random_pairs(5)
 HOW = {"trains": True, "unpaired": False}
 
 
 @pytest.fixture
-def world(tmp_path):
-    """A group of one: parts are wholes, and all that gathers them runs."""
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
-    yield World(place=lambda: torch.device("cpu"))
-    torch.distributed.destroy_process_group()
+def world(group_of_one):
+    return group_of_one
 
 
 def made(name="llama", adapters=False, **changes):
