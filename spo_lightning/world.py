@@ -111,3 +111,20 @@ class World:
 
 
 ALONE = World()
+
+
+def whole(tensor: "torch.Tensor") -> "torch.Tensor":
+    """The tensor itself; of one that is spread over processes all parts together, in each."""
+    gathered: Any = getattr(tensor, "full_tensor", None)  # of torch's DTensor alone
+    return tensor if gathered is None else gathered()
+
+
+def spread_like(tensor: "torch.Tensor", like: "torch.Tensor") -> "torch.Tensor":
+    """A tensor that every process has whole, as ``like`` is: whole, or this process's part."""
+    if getattr(like, "full_tensor", None) is None or hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    of: Any = like
+    value = tensor.to(like.device)
+    return distribute_tensor(value, of.device_mesh, of.placements, src_data_rank=None)

@@ -142,3 +142,16 @@ def _run(cwd: Path, line: list[str], env: dict[str, str], out: Path, err: Path) 
 def cache(tmp_path_factory) -> str:
     """The warm start is trained once for all tests."""
     return f"cache.dir={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    """A process of torch's that is all there are: its parts are wholes, and what gathers runs."""
+    import torch
+
+    from spo_lightning.world import World
+
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
+    yield World(place=lambda: torch.device("cpu"))
+    torch.distributed.destroy_process_group()

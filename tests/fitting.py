@@ -24,6 +24,8 @@ from spo_lightning.training.feed import mismatches
 from spo_lightning.training.fit import OuterSteps
 from spo_lightning.training.module import Preference
 from spo_lightning.training.reference import MovingReference
+from spo_lightning.training.sharding import processes
+from spo_lightning.world import ALONE
 
 PAD_ID = 257
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -151,6 +153,7 @@ def fitted(
     scorer=None,
     beside=None,
     moving=None,
+    world=ALONE,
 ):
     """Drive ``Preference`` through Lightning's Trainer as ``fit.py`` does."""
     loss, solver, beta = chosen
@@ -175,7 +178,7 @@ def fitted(
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = Trainer(
         accelerator=accelerator,
-        precision="64-true" if made.lm.dtype == torch.float64 else "32-true",
+        **processes(world, scorer, "64-true" if made.lm.dtype == torch.float64 else "32-true"),
         max_steps=steps,
         max_epochs=-1,
         callbacks=[watch, *callbacks],

@@ -32,7 +32,7 @@ NARROW = {
     "data": {"errors"},
     "models": {"errors", "world", "records", "data"},
     "losses": {"models"},
-    "solvers": {"errors"},
+    "solvers": {"errors", "world"},
     "report": {"errors", "records"},  # it reads files, not objects
 }
 COMMANDS = (

@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from spo_lightning.cache.shards import KEY, Shards, cache_of, limit_of
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.sets import Pairs
+from spo_lightning.errors import UserError
 from spo_lightning.models.policy import (
     DTYPES,
     Policy,
@@ -68,7 +69,7 @@ def weights_name(policy: Policy, precision: Precision) -> str:
     """
     lm = policy.lm
     config = {k: v for k, v in lm.config.to_dict().items() if k not in UNREAD}
-    digest = _begun(lm.device, lm.dtype, lm.config._attn_implementation, precision)
+    digest = _begun(policy.device, lm.dtype, lm.config._attn_implementation, precision)
     shape = [type(lm).__name__, config]
     shape += [policy.settings()] if policy.settings() else []
     digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
@@ -140,7 +141,7 @@ class Referee:
             check_same_tokens(policy.tokenizer, theirs, self.other)
         self.shards, home = None, cache_of(cfg)
         if home is not None:
-            device = policy.lm.device
+            device = policy.device
             how = (cfg.model, device, precision, self.bits)
             name = self.other and files_name(self.other, *how)
             name = name or weights_name(self.opened, precision)
@@ -150,7 +151,7 @@ class Referee:
     def opened(self) -> Policy:
         if self.other is None:
             return self.policy
-        return opened(self.other, self.settings, self.policy.lm.device, bits=self.bits)
+        return opened(self.other, self.settings, self.policy.device, bits=self.bits)
 
     def judge(self) -> Scorer:
         return self.scorer if self.other is None else as_read_by(self.scorer, self.opened.lm)
@@ -199,6 +200,11 @@ class Referee:
         return Beside(self._copy(), nullcontext)
 
     def _copy(self) -> Scorer:
+        if self.scorer.spread is not None:
+            raise UserError(
+                "hardware=fsdp: this loss reads a copy of the start in every step, and what is "
+                "spread is not copied: train adapters (model.lora.rank), or take hardware=ddp"
+            )
         return copy.deepcopy(self.scorer).requires_grad_(False)
 
 

@@ -90,9 +90,10 @@ def results(cfg: Any, policy: Policy, stages: Stages) -> tuple[dict[str, float],
         return {}, {}
     numbers: dict[str, float] = {}
     each: Items = {}
+    mine = policy.gathered(policy.device if stages.world.first else None) or policy
     with stages.stage("eval.tasks", len(names)) as advance:
         for name in names:
-            found = stages.world.once(lambda name=name: _run(cfg, policy, name))
+            found = stages.world.once(lambda name=name: _run(cfg, mine, name))
             numbers |= found[0]
             each |= found[1]
             advance()

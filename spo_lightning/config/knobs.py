@@ -15,6 +15,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from spo_lightning.config.objective import check_loss
 from spo_lightning.config.ranges import DIAGNOSTICS, NEEDS, RANGES, check_kind, holds, number
+from spo_lightning.config.sharded import check_sharded
 from spo_lightning.errors import UserError
 
 # of the model that answers
@@ -225,6 +226,7 @@ def check(cfg: DictConfig, line: Given) -> None:
     check_loss(cfg, line.touched)
     _check_reading(cfg)
     _check_precision(cfg)
+    check_sharded(cfg)
     _check_inner_steps(cfg)
     _check_looks(cfg)
     _check_stream(cfg)
@@ -334,10 +336,9 @@ def _check_stream(cfg: DictConfig) -> None:
 def _refuse(cfg: DictConfig, rules: Sequence[tuple], word: str) -> None:
     """What does not go with a word."""
     for key, refused, why in rules:
-        value = OmegaConf.select(cfg, key)
-        if holds(refused, value):
-            told = "null" if value is None else value
-            raise UserError(f"{key}={told} does not go with {word}: {why}")
+        if holds(refused, value := OmegaConf.select(cfg, key)):
+            told = f"{key}={'null' if value is None else value}"
+            raise UserError(f"{told} does not go with {word}: {why}")
 
 
 def _declared(cfg: DictConfig, key: str) -> bool:

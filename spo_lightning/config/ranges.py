@@ -159,7 +159,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.lora.alpha": (lambda v: v > 0, "above 0"),
     **{key: (lambda v: v is None or isinstance(v, str), FORMS) for key in CHECKPOINTS},
     "hardware.devices": (lambda v: v >= 1, "at least 1"),
-    "hardware.strategy": (lambda v: v in ("auto", "ddp"), "auto or ddp"),
+    "hardware.strategy": (lambda v: v in ("auto", "ddp", "fsdp"), "auto or ddp; hardware=fsdp"),
+    "hardware.sharding.copies": (lambda v: v >= 1, "at least 1"),
     "hardware.threads": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "hardware.precision": (
         lambda v: v in ("32-true", "bf16-mixed", "bf16-true", "64-true"),

@@ -48,7 +48,7 @@ def scores(
     bare = replace(pairs, references=None)
     found = torch.empty(len(pairs), 2, dtype=torch.float64)
     for indices in bare.batches(batch_size):
-        batch = bare.batch(indices).to(scorer.model.device)
+        batch = bare.batch(indices).to(scorer.device)
         with precision():
             sums = scorer.hidden_sums(batch)
         found[indices] = ches(sums, batch.scored).cpu()

@@ -60,7 +60,7 @@ def pair_totals(
     pairs of this one add to them."""
     totals = Totals()
     for turn in world.deal(pairs.batches(batch_size)):
-        batch = pairs.batch(turn.item).to(scorer.model.device)
+        batch = pairs.batch(turn.item).to(scorer.device)
         policy = scorer(batch)
         reference = None if batch.reference is None else reference_logps(batch)
         numbers: dict[str, Any] = pair_numbers(policy, reference, beta=beta)
@@ -68,6 +68,7 @@ def pair_totals(
             numbers["loss"] = losses.evaluate(loss, policy, reference, moments, kl=kl)
         # of labelled rows all may be bad ones: then none of their tokens is looked at
         none = batch.with_chosen is not None and not len(batch.with_chosen)
+        none = none and scorer.spread is None  # what is spread is read by all processes together
         chosen, tops = batch.of(~batch.rejected) if none else batch.chosen_only, {}
         if top and not policy.rewards:
             looked = policy.logps.new_zeros(2, 0) if none else scorer.top(chosen, TOP)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spo_lightning.errors import UserError
 from spo_lightning.models.quantized import bits_of, in_full
 from spo_lightning.models.rewards import gives_rewards
+from spo_lightning.world import spread_like
 
 FILE = "adapter_model.safetensors"
 UNREAD = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
@@ -112,7 +113,7 @@ def holding(lm: Any, values: Mapping[str, Tensor]) -> Iterator[None]:
 def _write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in values.items():
-            parameters[name].copy_(value)
+            parameters[name].copy_(spread_like(value, parameters[name]))
 
 
 def settings_of(module: Any) -> dict[str, Any]:

@@ -34,7 +34,10 @@ def device_of(hardware: DictConfig, local_rank: int = 0) -> torch.device:
 def precision_of(hardware: DictConfig, device: Any) -> Callable[[], Any]:
     """A context maker for forwards outside Lightning, equal to its precision plugin's."""
     if hardware.precision == "bf16-mixed":
-        return partial(torch.autocast, torch.device(device).type, torch.bfloat16)
+        # a layer's rounded weights would stay after those that were gathered for it have gone
+        spread = hardware.get("sharding") is not None
+        kind, how = torch.device(device).type, {"cache_enabled": not spread}
+        return partial(torch.autocast, kind, torch.bfloat16, **how)
     return nullcontext
 
 

@@ -96,6 +96,7 @@ def answered(
     """
     if how.engine is not None:
         return how.engine(rows, how, stages, title)
+    policy = policy.gathered(policy.device) or policy
     prompts = [prompt_ids(row, policy.tokenizer) for row in rows]
     stops, rooms = Stops.of(policy, how.stop), rooms_of(policy, prompts, how)
     chunks = batches([*map(len, prompts)], rooms, how.batch_size)

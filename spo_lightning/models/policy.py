@@ -21,7 +21,8 @@ from spo_lightning.models.foreign import auto_class, take_attention, without_dro
 from spo_lightning.models.opening import Asked, Opened
 from spo_lightning.models.quantized import Bits, bits_of, in_full, scales
 from spo_lightning.models.rewards import gives_rewards, with_head
-from spo_lightning.world import ALONE, World
+from spo_lightning.models.spread import Spread
+from spo_lightning.world import ALONE, World, whole
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class Policy:
     base: str | None = None
     # what the adapters of a checkpoint held when they were loaded; None: they are new
     began: Mapping[str, Tensor] | None = None
+    # how the whole is made of the parts that processes have; None: each has the whole
+    spread: Spread | None = None
 
     @property
     def rewards(self) -> bool:
@@ -79,7 +82,7 @@ class Policy:
         """All that decides the start's numbers, whole: parameters but new adapters', buffers."""
         for name, value in self.lm.named_parameters():
             if not (self.adapted and value.requires_grad):
-                yield name.replace(".base_layer.", "."), value
+                yield name.replace(".base_layer.", "."), whole(value.detach())
         yield from (self.began or {}).items()
         yield from scales(self.lm)
         yield from self.lm.named_buffers()  # also those that no file holds: rotary frequencies
@@ -104,15 +107,32 @@ class Policy:
         With adapters: the adapters alone when the base is a checkpoint of its own, else merged.
         Every process calls it, the first writes.
         """
-        if world.first:
+        mine = self.gathered("cpu" if world.first else None)
+        if mine is not None and world.first:
             directory.mkdir(parents=True, exist_ok=True)
             if self.adapted and self.base is not None and not merge:
-                adapters.write(self.module, directory, self.base)
+                adapters.write(mine.module, directory, self.base)
             else:
-                self.whole().save_pretrained(directory)
+                mine.whole().save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
             (directory / "README.md").write_text(card, encoding="utf-8")
         world.barrier()
+
+    @property
+    def device(self) -> Any:
+        """Where it computes."""
+        return self.lm.device if self.spread is None else self.spread.device
+
+    def gathered(self, device: Any) -> "Policy | None":
+        """The policy with every weight in this process: itself, or of parts a copy on ``device``
+        (None: this process wants none). Every process calls it."""
+        if self.spread is None:
+            return self
+        made: Any = self.spread.filled(self.module, device)
+        if made is None:
+            return None
+        lm = made if self.module is self.lm else made.get_base_model()
+        return replace(self, module=made, lm=lm, spread=None)
 
     def whole(self) -> Any:
         """A transformers model without peft's layers, in full."""

@@ -79,7 +79,16 @@ class Scorer(nn.Module):
         self.model, self.shared, self.logits, self.compiled = model, shared, logits, False
         self.squares = False  # whether PairLogps comes with them
         self.beside: Beside | None = None  # the reference, where PairLogps comes with divergences
+        # its parameters by name, where processes have parts of them; whether layers keep what they
+        # have gathered until backward; where it computes, if not where its parts are (sharded.py)
+        self.spread: dict[str, nn.Parameter] | None = None
+        self.stays, self.place = False, None
         self.reading = reading or reading_of(model)
+
+    @property
+    def device(self) -> Any:
+        """Where it computes."""
+        return self.place or self.model.device
 
     @property
     def packs(self) -> bool:
@@ -129,7 +138,8 @@ class Scorer(nn.Module):
     def twice(self) -> Callable[[], AbstractContextManager] | None:
         """A context whose forwards can be differentiated twice, None where there is none."""
         known = ("eager", "sdpa", attention.IMPLEMENTATION)
-        known = () if self.compiled else known  # what torch compiles has a first derivative only
+        # what torch compiles has a first derivative only, and so has what is spread
+        known = () if self.compiled or self.spread is not None else known
         return attention.MathKernel if self._attention in known else None
 
     def smaller(self, batch: PairBatch) -> list[PairBatch]:
@@ -323,7 +333,7 @@ def score(
         for indices, mine, together in stages.world.deal(batches):
             batch = bare.batch(indices)
             with precision():
-                logps = scorer(batch.to(scorer.model.device)).logps.cpu()
+                logps = scorer(batch.to(scorer.device)).logps.cpu()
             sizes = batch.scored.sum(1).tolist()
             for index, row in zip(indices, logps.split(sizes)) if mine else ():
                 scored[index] = row.clone()

@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo_lightning.config.build import built
 from spo_lightning.errors import UserError
 from spo_lightning.records.progress import Stages, Stop, quiet
+from spo_lightning.run.job import refuse_spreading
 from spo_lightning.run.judging import (
     Unopened,
     against,
@@ -65,6 +67,8 @@ def evaluate(cfg: Any, world: World) -> dict[str, Any]:
             check(where)
     chosen(cfg)
     engine_of(cfg)
+    if cfg.hardware.get("sharding") is not None:
+        refuse_spreading(world)
     stages = Stages(lambda *_: None, Stop(), "Run the command again.", world)
     stages.stop.install()
     quiet()
@@ -172,8 +176,12 @@ def pairs(at: Compared) -> Tokenised:
         held = to_reward(held, at.policy.lm)
     if template is not None:
         held = to_letters(held)
-    scorer = scorer_of(at.policy, longest_of(held.pairs), share=True, logits=logits)
-    return grown(Tokenised, at, scorer=scorer, held=held, rows=rows, of=of)
+    policy = at.policy
+    scorer = scorer_of(policy, longest_of(held.pairs), share=True, logits=logits)
+    if cfg.hardware.get("sharding") is not None:
+        how = {"trains": False, "unpaired": bool(at.task.unpaired)}
+        policy = built(cfg.hardware.sharding)(policy, scorer, at.world, **how)
+    return grown(Tokenised, at, policy=policy, scorer=scorer, held=held, rows=rows, of=of)
 
 
 def scored(at: Tokenised) -> Tokenised:

@@ -175,6 +175,22 @@ def refuse_processes(cfg: "DictConfig", world: World) -> None:
         )
     if world.size > 1 and cfg.data.get("stream"):
         raise UserError("data.stream=true is read by one process: begin one, or leave it out")
+    if cfg.hardware.get("sharding") is not None:
+        refuse_spreading(world)
+        if cfg.batch_size % world.size:
+            raise UserError(
+                f"batch_size={cfg.batch_size} gives the {world.size} processes unequal numbers of "
+                "pairs, and with hardware=fsdp they compute together: make it a multiple"
+            )
+
+
+def refuse_spreading(world: World) -> None:
+    """A model over processes, of which there is one."""
+    if world.size == 1:
+        raise UserError(
+            "hardware=fsdp spreads a model over several processes, and here is one: set "
+            "hardware.devices, or take hardware=auto"
+        )
 
 
 def objective(cfg: "DictConfig") -> tuple[Any, Any]:

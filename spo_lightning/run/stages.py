@@ -7,6 +7,7 @@ imports from once it begins, so that bad rows end a run before anything heavy is
 import logging
 from dataclasses import replace
 
+from spo_lightning.config.build import built
 from spo_lightning.config.knobs import warm_start_steps
 from spo_lightning.errors import UserError
 from spo_lightning.run import record as known
@@ -106,6 +107,9 @@ def tokens(at: known.Paired) -> known.Tokenised:
     of = groups_of_pairs(sets["held-out"].pairs, task.held_out, at.cfg.eval.get("by"))
     sets["held-out"] = replace(sets["held-out"], groups=of)
     counts = sides["train"].counts
+    if at.cfg.hardware.get("sharding") is not None:
+        how = {"trains": at.cfg.max_steps != 0, "unpaired": at.cfg.loss.get("unpaired", False)}
+        policy = built(at.cfg.hardware.sharding)(policy, scorer, at.world, **how)
     more = {"policy": policy, "places": places, "scorer": scorer, "sets": sets, "task": task}
     return grown(known.Tokenised, at, **more, counts=counts)
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from spo_lightning.world import whole
+
 Tensors = tuple[Tensor, ...]
 
 
@@ -77,7 +79,7 @@ def moved(theta: Tensors, along: Tensors, length: float) -> Tensors:
 def dot(left: Tensors, right: Tensors) -> Tensor:
     """The inner product, detached and accumulated in float64 (0-d)."""
     pairs = ((x.detach().double(), y.detach().double()) for x, y in zip(left, right))
-    return torch.stack([(x * y).sum() for x, y in pairs]).sum()
+    return torch.stack([whole((x * y).sum()) for x, y in pairs]).sum()
 
 
 class Step(NamedTuple):

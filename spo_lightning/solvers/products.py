@@ -32,8 +32,8 @@ class Exact:
         if problem.twice is None:
             raise ValueError(
                 "solver/hvp=exact needs attention that can be differentiated twice: set "
-                "model.attention=sdpa or eager and hardware.compile=false, or use "
-                "solver/hvp=finite_difference"
+                "model.attention=sdpa or eager and hardware.compile=false, and spread nothing "
+                "(hardware=fsdp), or use solver/hvp=finite_difference"
             )
         return problem.twice(along, theta).direction
 

@@ -1,7 +1,6 @@
 """Prepared pairs and an objective in, a trained policy out: the part that runs under Lightning."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra.utils
+import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -30,9 +30,11 @@ from spo_lightning.training.callbacks.recorder import Recorder
 from spo_lightning.training.callbacks.setting import Setting
 from spo_lightning.training.callbacks.start import StartCheck
 from spo_lightning.training.feed import Feed, Mismatched
+from spo_lightning.training.microbatch import trainable
 from spo_lightning.training.module import Preference
 from spo_lightning.training.reference import MovingReference
-from spo_lightning.world import World
+from spo_lightning.training.sharding import processes
+from spo_lightning.world import spread_like
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class GoesOn(NamedTuple):
 
     def refuse_another(self, scorer: Scorer) -> None:
         """A checkpoint whose trained weights are not the scorer's."""
-        named = {f"scorer.{n}": p for n, p in scorer.named_parameters() if p.requires_grad}
+        named = {f"scorer.{name}": p for name, p in trainable(scorer).items()}
         mine = {name: p.shape for name, p in named.items()}
         theirs = {name: value.shape for name, value in self.weights.items()}
         for name in sorted(mine.keys() | theirs.keys()):
@@ -71,8 +73,11 @@ class GoesOn(NamedTuple):
 
     def restore(self, scorer: Scorer) -> None:
         """The scorer's weights become the checkpoint's."""
-        plain = {name.removeprefix("scorer."): value for name, value in self.weights.items()}
-        scorer.load_state_dict(plain, strict=False)
+        own = trainable(scorer)
+        with torch.no_grad():
+            for name, value in self.weights.items():
+                mine = own[name.removeprefix("scorer.")]
+                mine.copy_(spread_like(value, mine))
 
 
 class OuterSteps(IterableDataset):
@@ -171,8 +176,7 @@ def fit(
     data = OuterSteps.of(cfg, module, given.train, given.lower, **beside)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,
-        **_processes(stages.world),
-        precision=lightning_precision(cfg.hardware),
+        **processes(stages.world, given.scorer, lightning_precision(cfg.hardware)),
         max_steps=steps,
         max_epochs=-1,
         callbacks=_callbacks(cfg, given, data.epoch, run, stages, steps),
@@ -218,21 +222,6 @@ def steps_alone(cfg: DictConfig, data: OuterSteps, steps: int, watch: Callback) 
         trainer.fit(data.module, DataLoader(data, batch_size=None))
     except SIGTERMException as error:  # Lightning has taken the signal over
         raise Interrupted(143, "stopped by SIGTERM") from error
-
-
-def _processes(world: World) -> dict[str, Any]:
-    """What Lightning's Trainer is told of the processes, which have begun before."""
-    if world.size == 1:
-        return {"devices": 1}
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
-    return {
-        "devices": here,
-        "num_nodes": world.size // here,
-        "strategy": "ddp",
-        "plugins": [TorchElasticEnvironment()],  # it reads what run/processes.py has set
-    }
 
 
 def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: int) -> Preference:

@@ -13,6 +13,7 @@ from spo_lightning import losses
 from spo_lightning.data.batch import PairBatch
 from spo_lightning.models.logps import PairLogps
 from spo_lightning.models.scorer import Scorer, reference_logps
+from spo_lightning.models.sharded import at
 from spo_lightning.solvers import Problem, Slope, Tensors
 from spo_lightning.training.observation import Observation
 
@@ -20,7 +21,8 @@ Moved = Callable[[Tensors], Tensor | None]  # theta in, the outer step's ``kl`` 
 
 
 def trainable(scorer: Scorer) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in scorer.named_parameters() if p.requires_grad}
+    named = scorer.spread or dict(scorer.named_parameters())
+    return {name: p for name, p in named.items() if p.requires_grad}
 
 
 def problem_of(
@@ -72,6 +74,10 @@ def scored(scorer: Scorer, theta: Tensors, batch: PairBatch) -> PairLogps:
     mine = trainable(scorer)
     if all(own is given for own, given in zip(mine.values(), theta)):
         return scorer(batch)
+    if scorer.spread is not None:
+        assert not torch.is_grad_enabled()  # what is spread has no graph at other values
+        with at(scorer, dict(zip(mine, theta))):
+            return scorer(batch)
     return functional_call(scorer, dict(zip(mine, theta)), (batch,))
 
 

@@ -1,7 +1,7 @@
 """Losses in, a solver's direction out, one optimizer step, logged numbers: the LightningModule."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -16,12 +16,15 @@ from spo_lightning.data.batch import Microbatches, PairBatch
 from spo_lightning.errors import Diverged
 from spo_lightning.evaluation.totals import Totals
 from spo_lightning.models.scorer import Scorer
+from spo_lightning.models.sharded import kept, write
 from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
 from spo_lightning.solvers.none import NoLower
 from spo_lightning.training import bf16
 from spo_lightning.training.microbatch import Moved, moved_from_reference, problem_of, trainable
 from spo_lightning.training.observation import Observation
 from spo_lightning.training.reference import MovingReference
+from spo_lightning.training.sharding import dealt, gathered
+from spo_lightning.world import whole
 
 BESIDE = 4  # parts of a pass beside a graph that is kept: second order fits in twice the memory
 
@@ -66,6 +69,9 @@ class Preference(LightningModule):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return trainable(self.scorer)
+
+    def configure_model(self) -> None:
+        """The scorer comes as it is trained: where it is spread, it has been before."""
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(list(self.trainable().values()))
@@ -212,11 +218,11 @@ class Preference(LightningModule):
             return
         bf16.refuse_rounding(parameters)
         kept = [p.detach().clone() for p in parameters]
-        _write(parameters, theta)
+        write(parameters, theta)
         try:
             yield
         finally:
-            _write(parameters, kept)
+            write(parameters, kept)
 
     def _gradient(
         self,
@@ -230,13 +236,14 @@ class Preference(LightningModule):
             p.grad = None
         watched = Totals()
         for number, part in enumerate(batch):
-            terms = closure(self._part(part, kl, seen))
-            summed = torch.stack([term.sum() for term in terms.minimise]).sum()
-            seen.close(summed)
-            seen.objective = seen.objective + summed.detach()
-            with self._reducing(last=number == len(batch) - 1):
-                # DDP averages over ranks; the mean is over all pairs of the outer step
-                self.manual_backward(summed * (self.trainer.world_size / self.batch_size))
+            with kept(self.scorer):
+                terms = closure(self._part(part, kl, seen))
+                summed = torch.stack([term.sum() for term in terms.minimise]).sum()
+                seen.close(summed)
+                seen.objective = seen.objective + summed.detach()
+                with self._reducing(last=number == len(batch) - 1):
+                    # ranks are averaged; the mean is over all pairs of the outer step
+                    self.manual_backward(summed * (self.trainer.world_size / self.batch_size))
             watched.add(terms.watch)
         direction = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
         for p in parameters:
@@ -255,10 +262,10 @@ class Preference(LightningModule):
     ) -> float:
         """Displace theta, clip, take the optimizer's step; returns the norm before clipping."""
         parameters = tuple(self.trainable().values())
-        total = get_total_norm(direction)
+        total = whole(get_total_norm(direction))
         sizes = [total, objective]
         if displacement is not None:
-            sizes.append(get_total_norm(displacement))
+            sizes.append(whole(get_total_norm(displacement)))
         # the one place where a GPU is waited for: nothing may move before this is known
         norm, *others = torch.stack([size.to(total.device).double() for size in sizes]).tolist()
         if not all(map(math.isfinite, (norm, *others))):
@@ -269,7 +276,7 @@ class Preference(LightningModule):
             )
         if displacement is not None:
             bf16.refuse_rounding(parameters)
-            _write(parameters, [p.detach() + d for p, d in zip(parameters, displacement)])
+            write(parameters, [p.detach() + d for p, d in zip(parameters, displacement)])
         for p, along in zip(parameters, direction):
             p.grad = along
         if self.clip_norm:
@@ -302,12 +309,9 @@ class Preference(LightningModule):
         return wrapped.no_sync()  # type: ignore[union-attr]
 
     def _over_ranks(self, value: Tensor | float) -> Tensor:
-        whole = torch.as_tensor(value, dtype=torch.float64, device=self.device)
-        return (
-            whole
-            if self.trainer.world_size == 1
-            else self.trainer.strategy.reduce(whole, reduce_op="sum")
-        )
+        wide = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        alone = self.trainer.world_size == 1
+        return wide if alone else self.trainer.strategy.reduce(wide, reduce_op="sum")
 
     def _reduce(self, totals: Totals) -> Totals:
         """The same sums and counts over all ranks."""
@@ -323,7 +327,7 @@ class Preference(LightningModule):
         kept = {f"scorer.{name}" for name in self.trainable()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: v for name, v in state.items() if name in kept}
-        checkpoint["spo_lightning"] = {
+        ours = {
             "outer_step": self.outer_step,
             "pairs_seen": self.pairs_seen,
             "num_tokens": self.num_tokens,
@@ -332,18 +336,13 @@ class Preference(LightningModule):
             "ratios": self.ratios,
             "reference": self.moving.state_dict(),
         }
+        checkpoint["spo_lightning"] = gathered(ours, self.trainer.is_global_zero)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        ours = checkpoint["spo_lightning"]
+        ours = dealt(checkpoint["spo_lightning"], tuple(self.trainable().values()))
         self.outer_step, self.pairs_seen = ours["outer_step"], ours["pairs_seen"]
         self.num_tokens = ours["num_tokens"]
         self.solver_state, self.moments_state = ours["solver"], ours["moments"]
         self.ratios = tuple(ours.get("ratios", self.ratios))
         if "reference" in ours:
             self.moving.load_state_dict(ours["reference"], self.scorer)
-
-
-def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values):
-            parameter.copy_(value)

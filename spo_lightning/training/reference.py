@@ -81,6 +81,6 @@ class MovingReference:
         return {"weights": self.weights, "moved": self.moved}
 
     def load_state_dict(self, state: dict[str, Any], scorer: Scorer) -> None:
-        device = scorer.model.device
-        self.weights = [weight.to(device) for weight in state["weights"]]
+        own = trainable(scorer).values()
+        self.weights = [weight.to(p.device) for weight, p in zip(state["weights"], own)]
         self.moved = state["moved"]

@@ -228,6 +228,13 @@ KNOBS = [
     ),
     Case("the logarithm of 0", ("loss=exo_pair", "loss.label_smoothing=0"), "has no logarithm"),
     Case("unknown strategy", ("hardware.strategy=foo",), "auto or ddp"),
+    Case("a strategy without its keys", ("hardware.strategy=fsdp",), "hardware=fsdp"),
+    Case(
+        "spread and compiled",
+        ("hardware=fsdp", "hardware.compile=true"),
+        "hardware.compile=True does not go with hardware=fsdp",
+        slow=True,
+    ),
     Case("more devices than pairs", ("hardware=ddp", "batch_size=1"), "gives no pair"),
     Case("no equals sign", ("loss.beta",), "loss.beta"),
     Case("open bracket", ("loss.beta=[",), "loss.beta=["),

@@ -32,6 +32,7 @@ LLAMA = [
     "model.config.intermediate_size=48",
     "model.config.num_hidden_layers=1",
 ]
+SEVERAL = ("ddp", "fsdp", "fsdp_hybrid")  # processes
 PLAIN = ["optimizer=sgd", "optimizer.lr=0.5", "hardware=cpu"]
 
 
@@ -220,14 +221,14 @@ def test_loggers_train(tmp_path, name, monkeypatch):
 
 
 def hardware():
-    slow = {"ddp": [pytest.mark.slow]}
+    slow = dict.fromkeys(SEVERAL, [pytest.mark.slow])
     slow["gpu"] = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
     return [pytest.param(name, marks=slow.get(name, [])) for name in options("hardware")]
 
 
 @pytest.mark.parametrize("name", hardware())
 def test_hardware_trains(tmp_path, name):
-    processes = ["hardware.accelerator=cpu"] if name == "ddp" else []
+    processes = ["hardware.accelerator=cpu"] if name in SEVERAL else []
     trained(tmp_path, f"hardware={name}", *processes, *SLIPS, *LLAMA, *PLAIN[:2])
 
 

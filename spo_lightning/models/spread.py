@@ -1,0 +1,44 @@
+"""A module whose parameters are spread over processes in, a copy of it with all of them out."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spo_lightning.world import whole
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A module without its parameters, which are filled in from all processes."""
+
+    empty: nn.Module
+    device: Any  # where it computes, wherever its parts are
+
+    @classmethod
+    def of(cls, module: nn.Module, device: Any) -> "Spread":
+        """Before it is sharded: what is sharded cannot be copied."""
+        hollow: Any = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+            for p in module.parameters()
+        }
+        return cls(copy.deepcopy(module, hollow), device)
+
+    @torch.no_grad()
+    def filled(self, module: nn.Module, device: Any) -> nn.Module | None:
+        """The module whole on ``device``, None where that is None; every process calls it."""
+        made = copy.deepcopy(self.empty)
+        values: dict[int, nn.Parameter] = {}
+        for hollow, part in zip(made.parameters(), module.parameters(), strict=True):
+            value = whole(part.detach())
+            if device is not None:
+                values[id(hollow)] = nn.Parameter(value.to(device), part.requires_grad)
+        if device is None:
+            return None
+        for layer in made.modules():
+            for name, parameter in layer._parameters.items():
+                if parameter is not None:
+                    layer._parameters[name] = values[id(parameter)]
+        return made.to(device)  # its buffers
