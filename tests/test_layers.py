@@ -19,7 +19,7 @@ PACKAGE = Path(spo_lightning.__file__).parent
 ROOMS = (
     *("errors", "world", "config", "records", "data", "models", "losses", "solvers", "cache"),
     *("evaluation", "judges", "capability", "training", "sampling", "studies", "run"),
-    *("sweep", "report", "command", "bench", "objectives", "preflight", "rounds"),
+    *("sweep", "report", "command", "bench", "objectives", "preflight", "plan", "rounds"),
     *("train", "eval", "inspect", "sample", "iterate", "export", "dashboard"),
 )
 # what the rooms that know least may import besides themselves
@@ -48,6 +48,7 @@ COMMANDS = (
         "report.__main__",
         "objectives.__main__",
         "preflight.__main__",
+        "plan.__main__",
         "dashboard",
     ),
 )
