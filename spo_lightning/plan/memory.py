@@ -1,27 +1,65 @@
-"""A model without weights in, the bytes that its steps would hold at their peak out.
+"""Blocks without weights in; bytes that they hold in a forward and a backward out.
 
-The run's own code goes forward and backward on tensors that have shapes only, and each is counted
-from when it appears until nobody holds it. What is never imagined is added by ``sums``.
+transformers' own code goes by on tensors that have a shape and no bytes, of two and of three
+blocks, and each is counted from when it appears until nobody holds it. Between blocks the count is
+read, so that every part of the backward has its own peak, which grows with the blocks by as much
+as the third added.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
-from spo_lightning.data.batch import Pair, PairBatch, collate
-from spo_lightning.models.scorer import Scorer
-from spo_lightning.training.fit import optimizer_of
+from spo_lightning.models.attention import NO_MASK
 
-PROBE = 2**16  # parameters of which an optimizer's memory is measured
+COUNTED = "spo_lightning_counted"  # transformers' name of the attention below
 
-Precision = Callable[[], AbstractContextManager]
+
+@dataclass(frozen=True)
+class Rows:
+    """So many pairs, all of these lengths: a row without padding, as in ``data/packing.py``."""
+
+    pairs: int
+    prompt: int
+    completion: int
+    answers: int = 2
+
+    @property
+    def tokens(self) -> int:
+        """Of the row: an answer's last token predicts nothing."""
+        return self.pairs * (self.prompt + self.answers * (self.completion - 1))
+
+    @property
+    def scored(self) -> int:
+        return self.pairs * self.answers * self.completion
+
+    @property
+    def keys(self) -> int:
+        """That are copied: an answer's own, behind its prompt's."""
+        return self.pairs * self.answers * (self.prompt + self.completion - 1)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes at the peak of each part of a step; weights and embedding, head and logits apart."""
+
+    forward: float
+    left: float  # when the forward is over: what backward will ask for
+    top: float  # backward of the last block
+    bottom: float  # of the first, when all gradients are there
+
+    def plus(self, other: "Peaks", times: float) -> "Peaks":
+        """This and so many times what the other has beyond it."""
+        both = zip(vars(self).values(), vars(other).values())
+        return Peaks(*(mine + times * (its - mine) for mine, its in both))
 
 
 class Alive(TorchDispatchMode):
@@ -31,6 +69,12 @@ class Alive(TorchDispatchMode):
         super().__init__()
         self.sizes: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in before}
         self.now = self.peak = 0
+        self.parts: list[int] = []
+
+    def close(self, *_: Any) -> None:
+        """A part of the step ends here."""
+        self.parts.append(self.peak)
+        self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -53,49 +97,130 @@ class Alive(TorchDispatchMode):
         self.now -= self.sizes.pop(key, 0)
 
 
-def batch_of(pairs: int, prompt: int, completion: int) -> PairBatch:
-    """So many pairs of these lengths; which tokens they are takes no memory."""
-    # prompts differ, so that none is shared between pairs
-    made = [
-        Pair((row % 64, *(0,) * (prompt - 1)), (1,) * completion, (2,) * completion, row=row)
-        for row in range(pairs)
-    ]
-    return collate(made, 0)
+class Attended(torch.autograd.Function):
+    """What a fused kernel holds: queries, keys, values, its output and a float per query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, copied: int) -> Tensor:
+        more = [it.new_empty(1, it.shape[1], copied, it.shape[3]) for it in (key, value)]
+        out = query.new_empty(query.shape).transpose(1, 2)
+        ctx.save_for_backward(
+            query, *more, out, query.new_empty(query.shape[:3], dtype=torch.float)
+        )
+        ctx.key = key.shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, *_ = ctx.saved_tensors
+        beside = torch.empty_like(key), torch.empty_like(value)
+        found = (torch.empty_like(query), *(slope.new_empty(ctx.key) for _ in beside))
+        return *found, None
 
 
-def of_step(scorer: Scorer, batch: PairBatch, precision: Precision, parts: int) -> int:
-    """Peak of activations and gradients; ``parts``: microbatches of an outer step."""
-    alive = Alive(_there(scorer))
-    with alive:
-        for _ in range(min(parts, 2)):  # from the second on gradients are there before
-            with precision():
-                found = scorer(batch).logps
-            found.sum().backward()
-            del found
-    for p in scorer.parameters():
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    copied: int = 0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface, of which nothing is computed."""
+    return Attended.apply(query, key, value, copied), None  # type: ignore[return-value]
+
+
+AttentionInterface.register(COUNTED, attend)
+AttentionMaskInterface.register(COUNTED, sdpa_mask)
+
+
+class Rounded(torch.autograd.Function):
+    """A weight's copy in bfloat16 that autocast keeps, which is counted by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return slope.to(ctx.dtype), None
+
+
+def autocast(lm: nn.Module) -> None:
+    """Linear layers as under autocast, which torch has for no device but real ones."""
+
+    def rounded(layer: nn.Linear) -> Any:
+        copy = layer.weight.detach().to(torch.bfloat16)
+
+        def forward(x: Tensor) -> Tensor:
+            weight = layer.weight
+            kept = Rounded.apply(weight, copy) if weight.requires_grad else weight.bfloat16()
+            bias = None if layer.bias is None else layer.bias.bfloat16()
+            return nn.functional.linear(x.bfloat16(), kept, bias)  # type: ignore[arg-type]
+
+        return forward
+
+    for layer in [it for it in lm.modules() if isinstance(it, nn.Linear)]:
+        if layer.weight.dtype == torch.float32:
+            layer.forward = rounded(layer)
+
+
+def of_step(lm: Any, rows: Rows, again: bool) -> Peaks:
+    """Of a microbatch with its gradients; ``again``: those of an earlier one are there."""
+    body, blocks = _body(lm)
+    alive = Alive([*body.parameters(), *body.buffers()])
+    hooks = [block.register_forward_hook(_closing(alive)) for block in blocks]
+    for _ in range(1 + again):
+        alive.parts.clear()
+        alive.peak = alive.now
+        with alive:
+            picked = _run(body, rows)
+            alive.close()
+            left = alive.now
+            picked.backward(torch.empty_like(picked))
+            del picked
+        alive.close()
+    for hook in hooks:
+        hook.remove()
+    for p in body.parameters():
         p.grad = None
-    return alive.peak
+    forward, _, top, *rest = alive.parts
+    return Peaks(forward, left, top, rest[-1] if rest else top)
 
 
-def of_look(scorer: Scorer, batch: PairBatch, precision: Precision) -> int:
-    """Peak of a forward that keeps nothing: the reference's scoring, held-out numbers."""
-    alive = Alive(_there(scorer))
-    with alive, torch.no_grad(), precision():
-        scorer(batch)
-    return alive.peak
+@torch.no_grad()
+def of_look(lm: Any, rows: Rows) -> Peaks:
+    """Of a forward without gradients: the reference's scoring, held-out numbers."""
+    body, _ = _body(lm)
+    alive = Alive([*body.parameters(), *body.buffers()])
+    with alive:
+        picked = _run(body, rows)
+        left = alive.now
+        del picked
+    return Peaks(alive.peak, left, 0, 0)
 
 
-def _there(scorer: Scorer) -> list[Tensor]:
-    return [*scorer.parameters(), *scorer.buffers()]
+def _run(body: Any, rows: Rows) -> Tensor:
+    """[S, width] states that predict the scored tokens."""
+    ids = torch.empty(1, rows.tokens, dtype=torch.long, device="meta")
+    how = {"position_ids": ids, "attention_mask": NO_MASK.to("meta"), "copied": rows.keys}
+    states = body(input_ids=ids, use_cache=False, **how).last_hidden_state
+    return states[0].index_select(0, ids.new_empty(rows.scored))
 
 
-def of_optimizer(cfg: DictConfig, dtype: torch.dtype) -> float:
-    """Bytes that the optimizer keeps of a parameter, from a step on a small real one."""
-    p = nn.Parameter(torch.zeros(PROBE, dtype=dtype))
-    optimizer: Any = optimizer_of(cfg)([p])
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    inner = getattr(optimizer, "inner", optimizer)  # of weights in bfloat16
-    kept = [t for t in tree_leaves([*inner.state.values()]) if isinstance(t, Tensor)]
-    kept += getattr(optimizer, "wide", [])
-    return sum(t.numel() * t.element_size() for t in kept if t.numel() > 1) / PROBE
+def _body(lm: Any) -> tuple[Any, Sequence[nn.Module]]:
+    body = lm.get_submodule(lm.base_model_prefix)
+    lists = [it for it in body.modules() if isinstance(it, nn.ModuleList)]
+    return body, max(lists, key=lambda it: sum(p.numel() for p in it.parameters()))
+
+
+def _closing(alive: Alive) -> Any:
+    """Once a block's output has its gradient, the backward of what stands above it is over."""
+
+    def hook(block: nn.Module, given: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        states.register_hook(alive.close)
+
+    return hook

@@ -1,46 +1,90 @@
-"""The ``model`` config in, a model without weights out: tensors have shapes, and no bytes."""
+"""The ``model`` config in, its shape out: what its weights are, and a few of its blocks to run.
 
-from dataclasses import dataclass
+Blocks are alike, so two and three of them tell what a block is, and any number is those plus so
+many more. No weight is loaded or made: tensors have a shape, and are on no device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spo_lightning.errors import UserError
-from spo_lightning.models import adapters, attention
-from spo_lightning.models.foreign import auto_class, take_attention, without_dropout
-from spo_lightning.models.policy import DTYPES, OWN
+from spo_lightning.models import adapters
+from spo_lightning.models.foreign import auto_class, without_dropout
+from spo_lightning.models.policy import DTYPES
 from spo_lightning.models.quantized import Bits
-from spo_lightning.models.reading import Reading, text_config
-from spo_lightning.models.scorer import FLOATS, Scorer
+from spo_lightning.models.reading import text_config
 from spo_lightning.models.sources import found
+from spo_lightning.plan.memory import COUNTED, autocast
 
 BYTES = 258  # tokens of a model that is built here
+FEW = 32  # tokens of a model whose blocks are run: its ends are reckoned
+BLOCKS = (2, 3)  # how many are made
 
 
 @dataclass(frozen=True)
-class Imagined:
-    """A model of fake tensors, and what is counted of it."""
+class Size:
+    """Numbers of a model, or of a part of it; weights are counted, not bytes."""
 
-    scorer: Scorer
-    weights: int  # bytes, adapters included
-    parameters: int  # without adapters
-    trained: int  # parameters
-    each: int  # bytes of a trained parameter
-    linear: int  # parameters of the layers' matrices, each of which meets every token
-    head: int
-    largest: int  # parameters of the largest matrix
+    weights: float  # all but the adapters
+    matrices: float  # those of them that are quantised: linear layers but for the head
+    trained: float
+    bytes: float  # as they are held
+    largest: float  # of a block: the matrix
 
-    @property
-    def layers(self) -> tuple[int, int]:
-        """How many, and how wide their attention is."""
-        config = text_config(self.scorer.model)
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        return config.num_hidden_layers, width * config.num_attention_heads
+    def more(self, other: "Size", times: int) -> "Size":
+        """This and so many times what the other has beyond it."""
+        pairs = zip(vars(self).values(), vars(other).values())
+        return Size(*(mine + times * (its - mine) for mine, its in pairs))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model that nobody made."""
+
+    size: Size
+    block: Size
+    blocks: int
+    heads: int  # times their width: what attention multiplies
+    width: int
+    keys: int  # what the cache of answers keeps of a token in a block
+    vocabulary: int
+    ends: int  # weights of the embedding and of the head; one where they are tied
+    tied: bool
+    itemsize: int  # bytes of a weight in full
+    each: int  # of a trained one
+    small: Callable[[int], Any]  # the model with so many blocks, and few tokens
+
+
+def shape_of(cfg: DictConfig) -> Shape:
+    """Of the config's model, with its adapters."""
+    config, model = config_of(cfg.model), cfg.model
+    text = config.get_text_config(decoder=True)
+    blocks = text.num_hidden_layers
+    two, three = (_size(cfg, _cut(config, some)) for some in BLOCKS)
+    size, block = two.more(three, blocks - 2), two.more(three, 1)
+    block = Size(*(its - mine for mine, its in zip(vars(two).values(), vars(block).values())))
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    return Shape(
+        size,
+        replace(block, largest=two.largest),
+        blocks,
+        heads=heads * width,
+        width=text.hidden_size,
+        keys=2 * keys * width,
+        vocabulary=text.vocab_size,
+        ends=text.vocab_size * text.hidden_size,
+        tied=text.tie_word_embeddings,
+        itemsize=DTYPES[model.dtype].itemsize,
+        each=4 if model.lora.rank else DTYPES[model.dtype].itemsize,
+        small=lambda some: _small(cfg, _cut(config, some, vocab_size=FEW)),
+    )
 
 
 def config_of(model: DictConfig) -> Any:
@@ -76,64 +120,51 @@ def _read(name: str) -> Any:
         ) from error
 
 
-def imagined(cfg: DictConfig) -> Imagined:
-    """The model of the config, with the adapters and the attention that the run would have."""
-    config, model = config_of(cfg.model), cfg.model
-    dtype, bits = DTYPES[model.dtype], Bits.of(model)
+def _cut(config: Any, blocks: int, **more: Any) -> Any:
+    """The same config with so many blocks."""
+    found = type(config).from_dict(config.to_dict())
+    text = found.get_text_config(decoder=True)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:blocks]
+    for name, value in {"num_hidden_layers": blocks, "pad_token_id": None, **more}.items():
+        setattr(text, name, value)
+    return found
+
+
+def _made(cfg: DictConfig, config: Any) -> tuple[Any, nn.Module]:
+    """On no device: the model itself, and its wrapper with adapters, if it has any."""
     with torch.device("meta"):
-        how = {"dtype": dtype, "attn_implementation": "eager"}
+        how = {"dtype": DTYPES[cfg.model.dtype], "attn_implementation": "eager"}
         lm = auto_class(config).from_config(config, **how)
-        without_dropout(lm)
-        take_attention(lm, OWN["auto"])
-        full = sum(p.numel() for p in lm.parameters())
-        head, ends = lm.get_output_embeddings().weight, {*_ends(lm)}
-        matrices = [m.weight for m in lm.modules() if isinstance(m, nn.Linear)]
-        linear = [w.numel() for w in matrices if id(w) not in ends]
-        weights = full * dtype.itemsize - sum(_saved(n, bits, dtype.itemsize) for n in linear)
-        module = lm
-        if model.lora.rank:
-            keys = ("rank", "alpha", "targets", "dora", "rslora")
-            module = adapters.fresh(lm, **{key: model.lora[key] for key in keys}, seed=cfg.seed)
-    _fake(module)
+        if not cfg.model.lora.rank:
+            return lm, lm
+        keys = ("rank", "alpha", "targets", "dora", "rslora")
+        words = {key: cfg.model.lora[key] for key in keys}
+        return lm, adapters.fresh(lm, **words, seed=cfg.seed)
+
+
+def _size(cfg: DictConfig, config: Any) -> Size:
+    lm, module = _made(cfg, config)
+    ends = {id(end.weight) for end in (lm.get_input_embeddings(), lm.get_output_embeddings())}
     learns = [p for p in module.parameters() if p.requires_grad]
-    if model.lora.rank:
-        weights += sum(p.numel() * p.element_size() for p in learns)
-    if cfg.hardware.activation_checkpointing:
-        lm.gradient_checkpointing_enable(attention.RECOMPUTED)
-    lm.train()
-    logits = cfg.hardware.logits_mib * FLOATS
-    reading = Reading(lm.base_model_prefix)
-    return Imagined(
-        Scorer(lm, model.share_prompt, logits, reading),
-        weights=weights,
-        parameters=full,
-        trained=sum(p.numel() for p in learns),
-        each=learns[0].element_size(),
-        linear=sum(linear),
-        head=head.numel(),
-        largest=max(linear),
+    own = [p for p in lm.parameters() if not (cfg.model.lora.rank and p.requires_grad)]
+    matrices = [
+        layer.weight.numel()
+        for layer in lm.modules()
+        if isinstance(layer, nn.Linear)
+        and id(layer.weight) not in ends
+        and (not cfg.model.lora.rank or not layer.weight.requires_grad)
+    ]
+    bits = Bits.of(cfg.model)
+    held = sum(p.numel() * p.element_size() for p in {*own, *learns})
+    held -= sum(_saved(n, bits, DTYPES[cfg.model.dtype].itemsize) for n in matrices)
+    return Size(
+        sum(p.numel() for p in own),
+        sum(matrices),
+        sum(p.numel() for p in learns),
+        held,
+        max(matrices),
     )
-
-
-def _fake(module: nn.Module) -> None:
-    """From tensors on no device, which meet no others, to fake ones on the CPU: what meets one of
-    these becomes one, and a real batch keeps its lengths."""
-    made: dict[torch.Tensor, torch.Tensor] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for layer in module.modules():
-            for held in (layer._parameters, layer._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None and tensor not in made:
-                        there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                        learns = tensor.requires_grad
-                        parameter = isinstance(tensor, nn.Parameter)
-                        made[tensor] = nn.Parameter(there, learns) if parameter else there
-                    held[name] = None if tensor is None else made[tensor]  # type: ignore[index]
-
-
-def _ends(lm: Any) -> list[int]:
-    """Embedding and head."""
-    return [id(end.weight) for end in (lm.get_input_embeddings(), lm.get_output_embeddings())]
 
 
 def _saved(count: int, bits: Bits | None, itemsize: int) -> float:
@@ -145,3 +176,17 @@ def _saved(count: int, bits: Bits | None, itemsize: int) -> float:
     # a scale for 64 weights: 4 bytes, or 1 and for 256 of them 4
     scale = (1 + 4 / 256) / 64 if bits.double_quantization else 4 / 64
     return count * (itemsize - 0.5 - scale)
+
+
+def _small(cfg: DictConfig, config: Any) -> Any:
+    """A model on no device, set as the run would set it."""
+    lm, _ = _made(cfg, config)
+    without_dropout(lm)
+    lm.set_attn_implementation(COUNTED)
+    if text_config(lm)._attn_implementation != COUNTED:
+        raise UserError(f"{type(lm).__name__} has an attention of its own, which is not reckoned")
+    if cfg.hardware.precision == "bf16-mixed":
+        autocast(lm)
+    if cfg.hardware.activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return lm.train()
