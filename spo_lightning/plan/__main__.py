@@ -102,9 +102,6 @@ def refuse(cfg: "DictConfig") -> None:
         raise UserError("plan reckons with losses on pairs of answers alone: choose another loss")
     if cfg.max_steps == 0:
         raise UserError("max_steps=0: nothing would be trained, so nothing is planned")
-    for key in ("prompt", "completion", "pairs", "device_gib"):
-        if not cfg.plan[key] > 0:
-            raise UserError(f"plan.{key}={cfg.plan[key]}: it must be above 0")
     if cfg.plan.prompt + cfg.plan.completion > cfg.max_length:
         raise UserError(
             f"plan.prompt + plan.completion is more than max_length={cfg.max_length}, where it "

@@ -31,7 +31,7 @@ class Size:
     """Numbers of a model, or of a part of it; weights are counted, not bytes."""
 
     weights: float  # all but the adapters
-    matrices: float  # those of them that are quantised: linear layers but for the head
+    matrices: float  # those of them that every token meets: not the embedding, not the head
     trained: float
     bytes: float  # as they are held
     largest: float  # of a block: the matrix
@@ -51,7 +51,6 @@ class Shape:
     blocks: int
     heads: int  # times their width: what attention multiplies
     width: int
-    keys: int  # what the cache of answers keeps of a token in a block
     vocabulary: int
     ends: int  # weights of the embedding and of the head; one where they are tied
     tied: bool
@@ -66,18 +65,15 @@ def shape_of(cfg: DictConfig) -> Shape:
     text = config.get_text_config(decoder=True)
     blocks = text.num_hidden_layers
     two, three = (_size(cfg, _cut(config, some)) for some in BLOCKS)
-    size, block = two.more(three, blocks - 2), two.more(three, 1)
-    block = Size(*(its - mine for mine, its in zip(vars(two).values(), vars(block).values())))
+    block = Size(*(its - mine for mine, its in zip(vars(two).values(), vars(three).values())))
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    keys = getattr(text, "num_key_value_heads", None) or heads
     return Shape(
-        size,
+        two.more(three, blocks - BLOCKS[0]),
         replace(block, largest=two.largest),
         blocks,
         heads=heads * width,
         width=text.hidden_size,
-        keys=2 * keys * width,
         vocabulary=text.vocab_size,
         ends=text.vocab_size * text.hidden_size,
         tied=text.tie_word_embeddings,
@@ -145,25 +141,19 @@ def _made(cfg: DictConfig, config: Any) -> tuple[Any, nn.Module]:
 
 def _size(cfg: DictConfig, config: Any) -> Size:
     lm, module = _made(cfg, config)
-    ends = {id(end.weight) for end in (lm.get_input_embeddings(), lm.get_output_embeddings())}
-    learns = [p for p in module.parameters() if p.requires_grad]
-    own = [p for p in lm.parameters() if not (cfg.model.lora.rank and p.requires_grad)]
-    matrices = [
-        layer.weight.numel()
-        for layer in lm.modules()
-        if isinstance(layer, nn.Linear)
-        and id(layer.weight) not in ends
-        and (not cfg.model.lora.rank or not layer.weight.requires_grad)
-    ]
-    bits = Bits.of(cfg.model)
-    held = sum(p.numel() * p.element_size() for p in {*own, *learns})
-    held -= sum(_saved(n, bits, DTYPES[cfg.model.dtype].itemsize) for n in matrices)
+    learns = {p for p in module.parameters() if p.requires_grad}
+    own = {p for p in lm.parameters() if not (cfg.model.lora.rank and p in learns)}
+    tables = {it.weight for it in lm.modules() if isinstance(it, nn.Embedding)}
+    apart = tables | {lm.get_output_embeddings().weight}
+    matrices = [p.numel() for p in own - apart if p.ndim > 1]
+    bits, itemsize = Bits.of(cfg.model), DTYPES[cfg.model.dtype].itemsize
+    held = sum(p.numel() * p.element_size() for p in own | learns)
     return Size(
-        sum(p.numel() for p in own),
-        sum(matrices),
-        sum(p.numel() for p in learns),
-        held,
-        max(matrices),
+        weights=sum(p.numel() for p in own),
+        matrices=sum(matrices),
+        trained=sum(p.numel() for p in learns),
+        bytes=held - sum(_saved(count, bits, itemsize) for count in matrices),
+        largest=max(matrices),
     )
 
 
