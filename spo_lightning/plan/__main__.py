@@ -112,6 +112,12 @@ def refuse(cfg: "DictConfig") -> None:
             f"batch_size={cfg.batch_size} gives no pair to some of the {cfg.hardware.devices} "
             "devices: raise it"
         )
+    from omegaconf import OmegaConf
+
+    if OmegaConf.select(cfg, "hardware.sharding.offload"):
+        raise UserError(
+            "hardware.sharding.offload: what the host holds is not planned; leave it out"
+        )
     if cfg.hardware.strategy == "fsdp" and cfg.model.get("quantize"):
         raise UserError(
             "hardware=fsdp: quantised weights are bytes that no process can have a part of: take "

@@ -83,12 +83,14 @@ class Run:
     @property
     def micro(self) -> int:
         """Pairs of a microbatch."""
-        asked, limit = self.cfg.plan, self.cfg.data.get("tokens_per_batch")
-        micro = limit // (asked.prompt + 2 * asked.completion) if limit else None
-        return max(1, min(self.own, micro if limit else self.cfg.micro_batch_size))
+        limit = self.cfg.data.get("tokens_per_batch")
+        each = self.cfg.plan.prompt + self.rows(1).answers * self.cfg.plan.completion
+        micro = limit // each if limit else self.cfg.micro_batch_size
+        return max(1, min(self.own, micro))
 
     def rows(self, pairs: int) -> Rows:
-        return Rows(pairs, self.cfg.plan.prompt, self.cfg.plan.completion)
+        answers = 1 if self.cfg.loss.get("unpaired") else 2
+        return Rows(pairs, self.cfg.plan.prompt, self.cfg.plan.completion, answers)
 
     @property
     def trained(self) -> float:
@@ -274,12 +276,13 @@ def _work(run: Run) -> tuple[float, float, float]:
     cfg, shape, rows = run.cfg, run.shape, run.rows(run.own)
     p, c = rows.prompt, rows.completion
     forward = 2 * (shape.size.matrices * rows.tokens + shape.ends * rows.scored)
-    attended = 4 * shape.blocks * shape.heads * (p * (p + 1) / 2 + 2 * (c * p + c * (c + 1) / 2))
+    attended = p * (p + 1) / 2 + rows.answers * (c * p + c * (c + 1) / 2)  # pairs of tokens
+    attended *= 4 * shape.blocks * shape.heads * run.own
     # backward: by inputs, and by weights where they train; a checkpointed layer is done again
     times = (2 if cfg.model.lora.rank else 3) + cfg.hardware.activation_checkpointing
     times *= run.copies.passes
     moved = (2 * shape.size.trained * run.kept + 3 * run.trained) / run.shards
-    return times * forward, times * attended * run.own, moved
+    return times * forward, times * attended, moved
 
 
 def seconds(found: Planned, rates: Mapping[str, float]) -> float:

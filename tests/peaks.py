@@ -1,18 +1,16 @@
-"""Words of the command line in, the peak of a whole run in a process of its own out, in MiB.
+"""Words of the command line in, the peak of a whole run out, in MiB.
 
-The process first trains a model of nothing, which loads the code; what is in use then is the
-floor. ``python tests/plan/measured.py`` prints the table of docs/plan.md.
+A process trains a model of nothing before, which loads the code; what is in use then is the floor.
+``python tests/peaks.py`` prints the table of docs/plan.md.
 """
 
 import ctypes
 import gc
 import json
-import multiprocessing
 import random
 import sys
 import tempfile
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -20,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from spo_lightning.command import CONF
 
 MIB = 2**20
-PROMPT, COMPLETION, VOCABULARY = 96, 33, 8192  # the last token of an answer is its end
+PROMPT, COMPLETION, VOCABULARY = 32, 17, 8192  # the last token of an answer is its end
 # width, width of the MLP, blocks, heads
 SIZES = {
     "8M": (256, 688, 8, 4),
@@ -52,6 +50,7 @@ def words_of(title: str, at: Path) -> list[str]:
     return [
         *("data=pairs", f"data.path={at}/train.jsonl", f"data.eval_path={at}/held.jsonl"),
         *("model=pretrained", f"model.pretrained={at}/{size}", "loss=dpo", "hardware=cpu"),
+        "hardware.threads=1",
         *(f"batch_size={pairs}", f"micro_batch_size={pairs}", f"eval.batch_size={pairs}"),
         *("max_steps=2", "log.every_n_steps=1", "cache.enabled=false", "report.enabled=false"),
         *more,
@@ -81,7 +80,7 @@ def written(at: Path, size: str) -> None:
 
 def texts(at: Path) -> None:
     drawn = random.Random(0)
-    for name, rows in (("train", 64), ("held", 8)):
+    for name, rows in (("train", 16), ("held", 4)):
         with (at / f"{name}.jsonl").open("w") as file:
             for _ in range(rows):
                 sides = zip(("prompt", "chosen", "rejected"), (PROMPT, *2 * [COMPLETION - 1]))
@@ -89,40 +88,42 @@ def texts(at: Path) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
-def peak(title: str, at: Path) -> float:
-    """MiB of one run, in its process."""
+def begin(at: Path) -> None:
+    """What a process does before its first run: freed memory goes back at once (glibc), and a
+    model of nothing trains, which loads the code."""
     from spo_lightning.bench import measuring
-    from spo_lightning.train import train
 
     warnings.simplefilter("ignore")
-    # glibc's: freed memory goes back at once
     ctypes.CDLL(None).mallopt(measuring.M_MMAP_THRESHOLD, measuring.SMALL)
-    words = words_of(title, at)
-    size = CASES[title][0]
-    nothing = [word.replace(f"{at}/{size}", f"{at}/nothing") for word in words]
-    with tempfile.TemporaryDirectory() as runs:
-        train(composed("train", nothing), Path(runs) / "nothing")
-        gc.collect()
-        assert measuring.forget_peak()
-        before = measuring.highest_resident()
-        train(composed("train", words), Path(runs) / "run")
+    for title in ("float32", "adapters on nf4"):
+        words = words_of(title, at)
+        trained([word.replace(f"{at}/{CASES[title][0]}", f"{at}/nothing") for word in words])
+
+
+def trained(words: list[str]) -> None:
+    from spo_lightning.train import train
+
+    with tempfile.TemporaryDirectory() as run:
+        train(composed("train", words), Path(run) / "run")
+    gc.collect()
+
+
+def peak(title: str, at: Path) -> float:
+    """MiB of one run, above what the process holds before it."""
+    from spo_lightning.bench import measuring
+
+    gc.collect()
+    assert measuring.forget_peak()
+    before = measuring.highest_resident()
+    trained(words_of(title, at))
     return (measuring.highest_resident() - before) / MIB
-
-
-def alone(title: str, at: Path) -> float:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["measured", "spo_lightning.train", "spo_lightning.training.fit"]
-    )
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(peak, title, at).result()
 
 
 def predicted(title: str, at: Path):
     from spo_lightning.plan.sums import planned, run_of
 
     words = words_of(title, at)
-    lengths = (f"plan.prompt={PROMPT}", f"plan.completion={COMPLETION}", "plan.pairs=64")
+    lengths = (f"plan.prompt={PROMPT}", f"plan.completion={COMPLETION}", "plan.pairs=16")
     return planned(run_of(composed("plan", [*words, *lengths])))
 
 
@@ -133,8 +134,9 @@ def main() -> None:
         texts(at)
         for size in (*SIZES, "nothing"):
             written(at, size)
+        begin(at)
         for title in chosen:
-            plan, found = predicted(title, at), alone(title, at)
+            plan, found = predicted(title, at), peak(title, at)
             said, size = plan.peak / MIB, CASES[title][0]
             row = (title, size, f"{said:.0f}", f"{found:.0f}", f"{said / found:.2f}", plan.fullest)
             print("| " + " | ".join(row) + " |", flush=True)
