@@ -29,7 +29,7 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> dict[str, Any]:
     """Refuse bad input, add up, say it, write plan.json; what the json holds."""
     knobs.check(cfg, line)
     refuse(cfg)
-    rates = _rates(cfg.plan.rates)
+    rates = rates_of(cfg.plan.rates)
     from spo_lightning.plan.changes import changes
     from spo_lightning.plan.sums import planned, run_of, seconds
     from spo_lightning.records.disk import write_text
@@ -73,9 +73,9 @@ def told(run: "Run", plan: "Planned", found: dict[str, Any]) -> str:
     fits = "fits" if found["fits"] else "does not fit"
     lines = [
         f"{cfg.model.pretrained or cfg.model.config.model_type}: {size.weights / 1e9:.3f} billion "
-        f"weights, {size.trained / 1e9:.3f} trained; {cfg.hardware.devices} device(s), each "
-        f"{run.own} pairs a step and {run.micro} at once, of {cfg.plan.prompt} + "
-        f"{cfg.plan.completion} tokens",
+        f"weights, {size.trained / 1e9:.3f} of them or of adapters trained; devices: "
+        f"{cfg.hardware.devices}, pairs of a step on each: {run.own}, at once: {run.micro}, of "
+        f"{cfg.plan.prompt} + {cfg.plan.completion} tokens",
         *("", table(rows), ""),
         f"At the peak, in {plan.fullest}: {_gib(plan.peak)} GiB of {cfg.plan.device_gib}: {fits}",
     ]
@@ -125,7 +125,7 @@ def refuse(cfg: "DictConfig") -> None:
         )
 
 
-def _rates(path: str | None) -> dict[str, float] | None:
+def rates_of(path: str | None) -> dict[str, float] | None:
     if path is None:
         return None
     try:

@@ -46,6 +46,11 @@ class Rows:
         """That are copied: an answer's own, behind its prompt's."""
         return self.pairs * self.answers * (self.prompt + self.completion - 1)
 
+    @property
+    def scores(self) -> int:
+        """Of queries and keys, where attention matrices are kept."""
+        return self.pairs * self.prompt**2 + self.keys * (self.completion - 1)
+
 
 @dataclass(frozen=True)
 class Peaks:
@@ -98,15 +103,17 @@ class Alive(TorchDispatchMode):
 
 
 class Attended(torch.autograd.Function):
-    """What a fused kernel holds: queries, keys, values, its output and a float per query."""
+    """What a fused kernel holds: queries, keys, values, its output and a float per query; and two
+    matrices, where ``scores`` says how large they are."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, copied: int) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, copied: int, scores: int
+    ) -> Tensor:
         more = [it.new_empty(1, it.shape[1], copied, it.shape[3]) for it in (key, value)]
         out = query.new_empty(query.shape).transpose(1, 2)
-        ctx.save_for_backward(
-            query, *more, out, query.new_empty(query.shape[:3], dtype=torch.float)
-        )
+        floats = query.shape[1] * (query.shape[2] + 2 * scores)
+        ctx.save_for_backward(query, *more, out, query.new_empty(floats, dtype=torch.float32))
         ctx.key = key.shape
         return out
 
@@ -115,7 +122,7 @@ class Attended(torch.autograd.Function):
         query, key, value, *_ = ctx.saved_tensors
         beside = torch.empty_like(key), torch.empty_like(value)
         found = (torch.empty_like(query), *(slope.new_empty(ctx.key) for _ in beside))
-        return *found, None
+        return *found, None, None
 
 
 def attend(
@@ -124,11 +131,16 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    copied: int = 0,
+    rows: Rows,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, of which nothing is computed."""
-    return Attended.apply(query, key, value, copied), None  # type: ignore[return-value]
+    # no fused kernel knows capped scores, or sinks: see models/attention.py
+    scores = 0 if softcap is None and s_aux is None else rows.scores
+    found: Any = Attended.apply(query, key, value, rows.keys, scores)
+    return found, None
 
 
 AttentionInterface.register(COUNTED, attend)
@@ -205,7 +217,7 @@ def of_look(lm: Any, rows: Rows) -> Peaks:
 def _run(body: Any, rows: Rows) -> Tensor:
     """[S, width] states that predict the scored tokens."""
     ids = torch.empty(1, rows.tokens, dtype=torch.long, device="meta")
-    how = {"position_ids": ids, "attention_mask": NO_MASK.to("meta"), "copied": rows.keys}
+    how = {"position_ids": ids, "attention_mask": NO_MASK.to("meta"), "rows": rows}
     states = body(input_ids=ids, use_cache=False, **how).last_hidden_state
     return states[0].index_select(0, ids.new_empty(rows.scored))
 

@@ -237,7 +237,8 @@ def _widened(run: Run) -> float:
     cfg = run.cfg
     if run.shape.each != 2 or cfg.optimizer.get("bf16", "plain") == "plain":
         return 0
-    most = max(bf16.BLOCK[run.device], run.shape.block.largest, run.shape.ends)
+    largest = max(run.shape.block.largest, run.shape.ends) / run.shards
+    most = max(bf16.BLOCK[run.device], largest)
     return min(most, run.shape.size.trained / run.shards) * (4 + 4)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from benches import measured, refused
 
-from spo_lightning.plan.__main__ import RATES, _rates
+from spo_lightning.plan.__main__ import RATES, rates_of
 
 FEW = ("what=rates", "hardware=cpu", "hardware.threads=1", "width=128", "tokens=64")
 
@@ -11,7 +11,7 @@ FEW = ("what=rates", "hardware=cpu", "hardware.threads=1", "width=128", "tokens=
 def test_plan_reads_its_rates(tmp_path):
     numbers = measured(tmp_path / "run", *FEW, "repetitions=3")
     assert {*numbers["rates"]} == {*RATES} and all(v > 0 for v in numbers["rates"].values())
-    assert numbers["rates"] == _rates(str(tmp_path / "run/bench.json"))
+    assert numbers["rates"] == rates_of(str(tmp_path / "run/bench.json"))
     assert "matrices" in (tmp_path / "run/table.md").read_text()
 
 
