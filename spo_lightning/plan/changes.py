@@ -50,9 +50,11 @@ def _news(cfg: DictConfig, words: Mapping[str, Any]) -> bool:
     """Whether the run is another with them, and is one."""
     if "micro_batch_size" in words and cfg.data.get("tokens_per_batch"):
         return False
-    if "optimizer" in words:
-        return importlib.util.find_spec("bitsandbytes") is not None
-    return any(OmegaConf.select(cfg, key) != value for key, value in words.items())
+    if "model.quantize" in words or "optimizer" in words:
+        there = importlib.util.find_spec("bitsandbytes") is not None
+        if not there or cfg.hardware.strategy == "fsdp":  # its bytes are not shared
+            return False
+    return "optimizer" in words or any(OmegaConf.select(cfg, k) != v for k, v in words.items())
 
 
 def _with(run: Run, words: Mapping[str, Any]) -> Run:
