@@ -7,10 +7,12 @@ A process trains a model of nothing before, which loads the code; what is in use
 import ctypes
 import gc
 import json
+import multiprocessing
 import random
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -119,6 +121,12 @@ def peak(title: str, at: Path) -> float:
     return (measuring.highest_resident() - before) / MIB
 
 
+def forked(title: str, at: Path) -> float:
+    """The same in a process of its own, so that nothing is left of another run."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as process:
+        return process.submit(peak, title, at).result()
+
+
 def predicted(title: str, at: Path):
     from spo_lightning.plan.sums import planned, run_of
 
@@ -136,7 +144,7 @@ def main() -> None:
             written(at, size)
         begin(at)
         for title in chosen:
-            plan, found = predicted(title, at), peak(title, at)
+            plan, found = predicted(title, at), forked(title, at)
             said, size = plan.peak / MIB, CASES[title][0]
             row = (title, size, f"{said:.0f}", f"{found:.0f}", f"{said / found:.2f}", plan.fullest)
             print("| " + " | ".join(row) + " |", flush=True)
