@@ -23,7 +23,8 @@ CHANGES: list[Mapping[str, Any]] = [
     {"model.lora.rank": 16, "model.quantize": "nf4"},
 ]
 ONE = {"micro_batch_size": 1}
-SPREAD = ("hardware.strategy", "hardware.devices")
+# what leaves the model as it is
+BESIDE = ("micro_batch_size", "eval.batch_size", "hardware.strategy", "hardware.devices")
 
 
 def changes(run: Run, room: float) -> dict[str, float]:
@@ -63,14 +64,13 @@ def _with(run: Run, words: Mapping[str, Any]) -> Run:
         if key == "optimizer":
             value = OmegaConf.load(Path(CONF, key, f"{value}.yaml"))
         OmegaConf.update(other, key, value, merge=False)
-    same = all(key in ("micro_batch_size", "eval.batch_size", *SPREAD) for key in words)
-    return replace(run, cfg=other) if same else run_of(other)
+    return replace(run, cfg=other) if {*words} <= {*BESIDE} else run_of(other)
 
 
 def _more_devices(run: Run) -> Iterator[tuple[str, float]]:
     """Twice as many and more, that share the weights; each has a pair at least."""
     devices = max(2, 2 * run.cfg.hardware.devices)
     while devices <= run.cfg.batch_size and not run.cfg.model.get("quantize"):
-        words = dict(zip(SPREAD, ("fsdp", devices)))
+        words: dict[str, Any] = {"hardware.strategy": "fsdp", "hardware.devices": devices}
         yield f"hardware=fsdp hardware.devices={devices}", planned(_with(run, words)).peak
         devices *= 2

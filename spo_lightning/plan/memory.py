@@ -7,7 +7,7 @@ as the third added.
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,7 +222,7 @@ def _run(body: Any, rows: Rows) -> Tensor:
     return states[0].index_select(0, ids.new_empty(rows.scored))
 
 
-def _body(lm: Any) -> tuple[Any, Sequence[nn.Module]]:
+def _body(lm: Any) -> tuple[Any, nn.ModuleList]:
     body = lm.get_submodule(lm.base_model_prefix)
     lists = [it for it in body.modules() if isinstance(it, nn.ModuleList)]
     return body, max(lists, key=lambda it: sum(p.numel() for p in it.parameters()))

@@ -178,7 +178,7 @@ def _active(run: Run) -> float:
 def _beside(run: Run) -> float:
     """Copies of weights in another precision: autocast's, and of a quantised matrix that is full
     while it multiplies."""
-    rounded = run.rounds * 2 * run.shape.size.trained * (not run.cfg.model.lora.rank)
+    rounded = run.rounds * 2 * run.shape.size.matrices * (not run.cfg.model.lora.rank)
     full = run.shape.block.largest * _half(run) if run.cfg.model.get("quantize") else 0
     return rounded + full
 
