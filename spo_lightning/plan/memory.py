@@ -165,12 +165,13 @@ def autocast(lm: nn.Module) -> None:
 
     def rounded(layer: nn.Linear) -> Any:
         copy = layer.weight.detach().to(torch.bfloat16)
+        layer.register_buffer("rounded", copy, persistent=False)
 
         def forward(x: Tensor) -> Tensor:
             weight = layer.weight
-            kept = Rounded.apply(weight, copy) if weight.requires_grad else weight.bfloat16()
+            kept: Any = Rounded.apply(weight, copy) if weight.requires_grad else weight.bfloat16()
             bias = None if layer.bias is None else layer.bias.bfloat16()
-            return nn.functional.linear(x.bfloat16(), kept, bias)  # type: ignore[arg-type]
+            return nn.functional.linear(x.bfloat16(), kept, bias)
 
         return forward
 
