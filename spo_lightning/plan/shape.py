@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from spo_lightning.errors import UserError
@@ -84,20 +84,21 @@ def shape_of(cfg: DictConfig) -> Shape:
 
 
 def config_of(model: DictConfig) -> Any:
-    """transformers' config of the model: as the yaml gives its shape, or from the checkpoint."""
+    """transformers' config of the model: from the checkpoint, or as the yaml gives its shape."""
     from transformers import AutoConfig
 
-    if model.pretrained is None:
-        shape = {**OmegaConf.to_container(model.config, resolve=True), "vocab_size": BYTES}  # type: ignore[dict-item]
-    elif model.get("shape"):
-        shape: Any = OmegaConf.to_container(model.shape, resolve=True)
-    else:
-        return _read(model.pretrained)
+    named, shape = "config", {**model.config, "vocab_size": BYTES}
+    if model.pretrained is not None:
+        try:
+            return _read(model.pretrained)
+        except UserError:
+            if not model.get("shape"):
+                raise
+        named, shape = "shape", {**model.shape}
     try:
         return AutoConfig.for_model(**shape)
     except Exception as error:  # of transformers' own checks, which are many
-        told = " ".join(str(error).split())
-        raise UserError(f"model.{'shape' if model.pretrained else 'config'}: {told}") from error
+        raise UserError(f"model.{named}: {' '.join(str(error).split())}") from error
 
 
 def _read(name: str) -> Any:
