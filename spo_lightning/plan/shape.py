@@ -18,7 +18,7 @@ from spo_lightning.models.foreign import auto_class, without_dropout
 from spo_lightning.models.policy import DTYPES
 from spo_lightning.models.quantized import Bits
 from spo_lightning.models.reading import text_config
-from spo_lightning.models.sources import found
+from spo_lightning.models.sources import Source, found
 from spo_lightning.plan.memory import COUNTED, autocast
 
 BYTES = 258  # tokens of a model that is built here
@@ -89,11 +89,14 @@ def config_of(model: DictConfig) -> Any:
 
     named, shape = "config", {**model.config, "vocab_size": BYTES}
     if model.pretrained is not None:
-        try:
-            return _read(model.pretrained)
-        except UserError:
-            if not model.get("shape"):
-                raise
+        there = _read(found(model.pretrained))
+        if there is not None:
+            return there
+        if not model.get("shape"):
+            raise UserError(
+                f"{model.pretrained}: its config.json is not at hand: give a directory that holds "
+                "it, or its shape, as conf/model/llama3-8b.yaml does"
+            )
         named, shape = "shape", {**model.shape}
     try:
         return AutoConfig.for_model(**shape)
@@ -101,20 +104,17 @@ def config_of(model: DictConfig) -> Any:
         raise UserError(f"model.{named}: {' '.join(str(error).split())}") from error
 
 
-def _read(name: str) -> Any:
+def _read(source: Source) -> Any:
+    """None where it is not on this machine."""
     from transformers import AutoConfig
 
-    source = found(name)
     if source.adapters:
-        raise UserError(f"{name} holds adapters: plan with their base, and model.lora.rank")
+        raise UserError(f"{source.name} holds adapters: plan with their base, and model.lora.rank")
     gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         return AutoConfig.from_pretrained(source.where, local_files_only=True, **gguf)
-    except Exception as error:  # whatever a reader makes of a stranger's file
-        raise UserError(
-            f"{name}: its config.json is not at hand: give a directory that holds it, or its "
-            "shape, as conf/model/llama3-8b.yaml does"
-        ) from error
+    except Exception:  # whatever a reader makes of a stranger's file
+        return None
 
 
 def _cut(config: Any, blocks: int, **more: Any) -> Any:
