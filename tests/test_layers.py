@@ -19,7 +19,7 @@ PACKAGE = Path(spo_lightning.__file__).parent
 ROOMS = (
     *("errors", "world", "config", "records", "data", "models", "losses", "solvers", "cache"),
     *("evaluation", "judges", "capability", "training", "sampling", "studies", "run"),
-    *("sweep", "report", "command", "bench", "objectives", "preflight", "rounds"),
+    *("sweep", "report", "command", "bench", "objectives", "preflight", "plan", "rounds"),
     "prompting",
     *("train", "eval", "inspect", "sample", "iterate", "prompt_search", "export", "dashboard"),
 )
@@ -50,6 +50,7 @@ COMMANDS = (
         "report.__main__",
         "objectives.__main__",
         "preflight.__main__",
+        "plan.__main__",
         "dashboard",
     ),
 )

@@ -33,6 +33,7 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         lambda c: c.model.get("quantize") != "nf4",
         "only model.quantize=nf4 has scales that it rounds",
     ),
+    ("model.shape", lambda c: "plan" not in c, "only plan reads it"),
     ("model.sync.alpha", lambda c: c.model.reference_sync == "hard", "a hard move takes all"),
     ("model.reference_sync", lambda c: not c.get("max_steps"), "nothing is trained"),
     ("sft.", lambda c: warm_start_steps(c) == 0, "there is no warm start (sft.max_steps is 0)"),
