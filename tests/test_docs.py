@@ -40,6 +40,7 @@ ARGUMENTS = {
 }
 OTHERS = ("pip", "pytest", "wandb")  # programs that are not ours
 RUN = ("README.md", "extending.md")
+FIRST = (*RUN, "your-data.md", "your-model.md", "sweeps.md")
 RUN_SLOWLY = (
     *("capability.md", "judging.md", "reports.md", "reward-models.md", "sweeps.md"),
     *("your-data.md", "your-model.md"),
@@ -139,8 +140,14 @@ FOUND = {  # a command that stands on several pages is composed once
     for words in block.commands
     if (found := ours(words)) is not None
 }
+# a page that is not read first is composed with the slow tests
 COMMANDS = [
-    pytest.param(*found, id=f"{block} {words[:60]}") for words, (found, block) in FOUND.items()
+    pytest.param(
+        *found,
+        id=f"{block} {words[:60]}",
+        marks=[] if block.page in FIRST else [pytest.mark.slow],
+    )
+    for words, (found, block) in FOUND.items()
 ]
 
 

@@ -11,6 +11,7 @@ from spo_lightning.bench.growth import Generated, References, fitted
 GROWTH = (*("what=growth", *TINY, *SHORT), "steps=1", "warmup=1", "repetitions=2", "sizes=[1,2]")
 
 
+@pytest.mark.slow
 def test_what_it_leaves_behind(tmp_path):
     numbers = measured(tmp_path / "run", *GROWTH, "counts=[10,1000000]")
     left = {path.name for path in (tmp_path / "run").iterdir()}

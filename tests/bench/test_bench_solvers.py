@@ -66,6 +66,7 @@ def test_refused(tmp_path, words, says):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["bench.log"]
 
 
+@pytest.mark.slow
 def test_every_listed_solver_can_be_built():
     listed = bench_config("what=solvers").solvers
     built = {str(objective(*words)[1]) for words in listed.values()}

@@ -169,6 +169,7 @@ class Counted(Watch):
         self.stopped += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CONTESTANTS])
 def test_a_contestant_runs_again_as_before(tmp_path, name):
     kind = CONTESTANTS[name]

@@ -519,7 +519,8 @@ def run_child(tmp_path, how):
     return done, [json.loads(path.read_text()) for path in sorted(out.iterdir())]
 
 
-@pytest.mark.parametrize("how", ["locks", pytest.param("no locks", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["locks", "no locks"])
 def test_eight_processes_on_one_cold_cache(tmp_path, made, how):
     done, found = run_child(tmp_path, how)
     assert done.returncode == 0, done.stderr

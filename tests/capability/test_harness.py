@@ -88,7 +88,7 @@ def theirs(directory, path, *names, limit=None):
     return found["results"], found["samples"]
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_numbers_of_the_policy_in_memory_are_those_of_the_saved_model(tasks, tmp_path, adapted):
     names = ("sums", "words", "perplexity")
     made = policy("llama-grouped", dtype="float32")

@@ -59,7 +59,11 @@ class Hidden(Gated):
 
 
 @pytest.mark.parametrize(
-    "hub, says", [(Gated, "is gated: accept its terms at"), (Hidden, "hf auth login")]
+    "hub, says",
+    [
+        (Gated, "is gated: accept its terms at"),
+        pytest.param(Hidden, "hf auth login", marks=pytest.mark.slow),
+    ],
 )
 def test_a_hub_id_that_needs_a_login(tmp_path, hub, says):
     server = HTTPServer(("127.0.0.1", 0), hub)

@@ -83,17 +83,19 @@ def held_by_a_step(cfg, count, parts):
     return alive.peak
 
 
+USUAL = [("llama", ()), ("llama", ("hardware.precision=bf16-mixed",))]
+OTHERS = [
+    ("llama", ("hardware.activation_checkpointing=true",)),
+    ("llama-grouped", ("model.lora.rank=4",)),
+    ("qwen2", ("model.dtype=bfloat16", "hardware.precision=bf16-true")),
+    ("gpt2", ()),
+    ("gemma2", ()),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
-    [
-        ("llama", ()),
-        ("llama", ("hardware.precision=bf16-mixed",)),
-        ("llama", ("hardware.activation_checkpointing=true",)),
-        ("llama-grouped", ("model.lora.rank=4",)),
-        ("qwen2", ("model.dtype=bfloat16", "hardware.precision=bf16-true")),
-        ("gpt2", ()),
-        ("gemma2", ()),
-    ],
+    [*USUAL, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
 )
 @pytest.mark.parametrize(("micro", "parts"), [(12, 1), (2, 2)])
 def test_what_is_reckoned_is_what_a_real_step_holds(name, words, micro, parts):
@@ -144,6 +146,7 @@ def test_models_that_nobody_has_here(model, weights):
     assert adapters < 0.05 * weights
 
 
+@pytest.mark.slow
 def test_many_pairs_are_as_if_each_were_counted():
     words = (*BASE, *tiny("llama"), "batch_size=12")
     many = plan(*words, "micro_batch_size=12").stages["training"]["activations"]

@@ -106,7 +106,7 @@ def test_equal_values_share_a_rank():
     assert judgement.spearman([1.0, 2.0], [3.0, 3.0]) is None
 
 
-@pytest.mark.parametrize("name", ["spo", "simpo"])
+@pytest.mark.parametrize("name", ["spo", pytest.param("simpo", marks=pytest.mark.slow)])
 def test_a_pilot_leaves_the_policy_bit_for_bit_and_repeats(name, cache):
     cfg = composed(cache, f"loss={name}")
     loss, solver = run_job.objective(cfg)

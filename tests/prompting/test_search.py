@@ -125,6 +125,7 @@ def test_nonsense_is_asked_anew_and_then_left_out(place, caplog):
         assert "hold no text" in caplog.text and "cannot be read" in caplog.text
 
 
+@pytest.mark.slow
 def test_it_stops_at_its_budget_with_what_it_has(place, caplog):
     with playing() as server:
         one = (*roles(server.url), "batch_size=1", "search.depth=4")

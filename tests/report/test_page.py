@@ -391,6 +391,7 @@ def test_a_sweep(tmp_path):
     assert (tmp_path / "sweep/figures/heat_win_rate.svg").exists()
 
 
+@pytest.mark.slow
 def test_more_settings_than_a_legend_tells_apart(tmp_path):
     for beta in range(30):
         config = {"loss": {"beta": beta}}

@@ -122,7 +122,7 @@ def test_secrets_stay_out_of_the_files(ran):
 
 def test_multirun(tmp_path, cache):
     words = ("loss.beta=0.1,0.2", "loss=dpo", "max_steps=1", "hydra.sweep.dir=sweep")
-    done = command(tmp_path, "-m", *SMALL, cache, *words)
+    done = forked(tmp_path, "-m", *SMALL, cache, *words)
     assert (done.code, done.err) == (0, "")
     for job, beta in enumerate((0.1, 0.2)):
         place = tmp_path / f"sweep/{job}"
@@ -132,7 +132,7 @@ def test_multirun(tmp_path, cache):
 
 def test_the_sweeps_own_file_holds_no_secret(tmp_path):
     words = ("-m", "seed=-1,-2", "logger=wandb", f"logger.wandb.tags=[{KEY}]")
-    done = command(tmp_path, *words, "hydra.sweep.dir=sweep", HF_TOKEN=KEY)
+    done = forked(tmp_path, *words, "hydra.sweep.dir=sweep", HF_TOKEN=KEY)
     assert done.code == 3 and KEY not in done.err and "(seed=-1)" in done.err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if KEY in path.read_text()]

@@ -51,7 +51,7 @@ OBJECTIVES = {
     "adapters": ("loss=dpo", *SOLVERS["inner"], "model.lora.rank=2", "model.lora.merge=true"),
 }
 # those with a memory or a path of their own; what is like one of them is slow
-USUAL = ("none", "inner", "dual", "alpha_dpo", "reward", "sgdpo", "own texts", "bf16")
+USUAL = ("none", "inner", "alpha_dpo", "own texts", "bf16")
 CUT = [
     pytest.param(name, marks=[] if name in USUAL else [pytest.mark.slow]) for name in OBJECTIVES
 ]
@@ -399,6 +399,7 @@ def test_a_cut_checkpoint_costs_the_steps_since_the_one_before(tmp_path, cache, 
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_directory_has_one_writer(tmp_path, cache, whole):
     """The second is told who the first is and touches nothing; the first ends as if alone."""
     process = begun(tmp_path, cache, steps=2)

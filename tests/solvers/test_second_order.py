@@ -114,7 +114,7 @@ def micro(request, monkeypatch):
     assert len(products) == (request.node.callspec.params.get("steps") == 1)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_unrolled_second_order(steps, micro):
     assert worst(second(steps), unrolled_point, micro=micro) < 1e-5
 
@@ -163,7 +163,9 @@ def test_products_at_the_wrong_point_of_the_path_are_caught():
     assert worst(second(3, at_the_start), unrolled_point, directions=3) > 1e-4
 
 
-@pytest.mark.parametrize("how", ["sign", "scale", "none"])
+@pytest.mark.parametrize(
+    "how", ["sign", *(pytest.param(how, marks=pytest.mark.slow) for how in ("scale", "none"))]
+)
 def test_a_broken_product_is_caught_in_implicit(how):
     try:
         assert worst(implicit(BROKEN[how]), proximal_point, directions=2, micro=6) > 1e-4

@@ -14,7 +14,10 @@ from spo_lightning.solvers.products import Automatic, Exact, FiniteDifference
 from spo_lightning.train import train
 from spo_lightning.training.observation import Observation
 
-FAMILIES = ("llama-grouped", pytest.param("qwen2", marks=pytest.mark.slow), "gpt2")
+FAMILIES = (
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-grouped", "qwen2")),
+    "gpt2",
+)
 PRODUCTS = {"exact": Exact(), "finite": FiniteDifference(None), "auto": Automatic(None)}
 WAYS = {
     "plain": {},

@@ -26,7 +26,7 @@ LOSSES = ("dpo", "simpo", "sft", "alpha_dpo")
 USUAL = ("none", "penalty", "softplus", "linear", "mean", "ramp", "unrolled")
 PAIRED = [(s, "dpo") for s in SOLVERS] + [(s, loss) for s in USUAL for loss in LOSSES[1:]]
 # each way a step is made, and each loss once; how they go together is slow
-FEW = [(s, "dpo") for s in ("none", "penalty", "inner", "unrolled", "implicit")]
+FEW = [(s, "dpo") for s in ("none", "penalty", "inner", "unrolled")]
 FEW += [("penalty", loss) for loss in LOSSES[1:]]
 
 

@@ -100,6 +100,7 @@ def test_what_a_batch_carries_goes_with_its_parts():
     torch.testing.assert_close(chosen, mine.chosen)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_ends_as_the_whole_one(tmp_path, cache):
     words = (*SMALL, cache, "loss=spo", "model.reference_sync=soft", "model.sync.every_n_steps=1")
     words += ("checkpoint.every_n_steps=2", "log.every_n_steps=1", "solver/phi=softplus")

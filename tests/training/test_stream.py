@@ -424,7 +424,9 @@ def test_one_chunk_trains_as_the_file_in_memory(tmp_path, cache):
     assert streamed_numbers == numbers
 
 
-@pytest.mark.parametrize("word", ["model.lora.rank=0", "model.lora.rank=2"])
+@pytest.mark.parametrize(
+    "word", ["model.lora.rank=0", pytest.param("model.lora.rank=2", marks=pytest.mark.slow)]
+)
 def test_later_chunks_are_scored_under_the_start(tmp_path, cache, word, monkeypatch):
     """With a rate that moves the policy far, as if all had been scored before."""
     path = written(tmp_path / "a.jsonl", rows(40))
