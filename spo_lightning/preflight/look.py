@@ -62,8 +62,8 @@ def look(cfg: DictConfig) -> Preflight:
     shape, along = geometry_of(cfg, at, loss, sample)
     with at.stages.stage("score", len(held)) as advance:
         here = {name: p.detach() for name, p in trainable(at.scorer).items()}
-        # per unit of lr, of a step down
-        scores = [-slope for slope in slopes(at.scorer, held, here, along, advance)]
+        down = -cfg.optimizer.lr
+        scores = [down * slope for slope in slopes(at.scorer, held, here, along, advance)]
     del here, along
     alike = {"ches": ches_of(cfg, at, held)}
     seconds["geometry"], began = time.monotonic() - began, time.monotonic()

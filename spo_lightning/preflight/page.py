@@ -15,11 +15,12 @@ SPLIT = (
 WEIGHTS = "A pilot each: what it does to held-out pairs, nats. Weight 0 is the run without."
 GEOMETRY = (
     "Gradients of log pi(y_w) and log pi(y_l) of training pairs. Overlap is their product over "
-    "the square of the first: above 1 a pair's own step lowers its chosen answer (own condition). "
-    "Score: the change of log pi(y_w) per unit of lr by a step of their mean, scaled as AdamW's."
+    "the square of the first: above 1 a pair's own step lowers its chosen answer (own condition)."
 )
 RISK = (
-    "Held-out pairs, lowest score first; measured: the change of log pi(y_w) by the pilot, nats."
+    "Held-out pairs, lowest score first: the nats by which log pi(y_w) would change, to first "
+    "order, in a step of the training pairs' mean gradient, scaled as AdamW's. Measured: by how "
+    "many the pilot changed it."
 )
 PILOT = ("mean", "half", "displaced", "margin")
 RISKY = ("row", "score", "ches", "measured")
