@@ -76,8 +76,9 @@ def advice(
     ahead: Mapping[str, Any],
     tried: Sequence[Mapping[str, float]],
     lr: float,
+    steps: int,
 ) -> str:
-    """One line, with the numbers behind it."""
+    """One line, with the numbers behind it. ``steps``: of the run."""
     held, seen = sides["held"], sides["seen"]
     numbers = (
         f"Held-out log pi(y_w): {held['mean']:+.3g} +- {held['half']:.2g} nats in the pilot, "
@@ -86,7 +87,8 @@ def advice(
         f"{ahead['low']:+.3g} to {ahead['high']:+.3g}."
     )
     if held["mean"] >= 0:
-        return f"{numbers} The chosen answers hold so far: no solver weight is needed."
+        until = "" if ahead["step"] >= steps else f" until step {ahead['step']} of {steps}"
+        return f"{numbers} The chosen answers hold: no solver weight is needed{until}."
     verdict = "They fall" if held["mean"] + held["half"] < 0 else "They may fall"
     return f"{numbers} {verdict}: {'; '.join(_remedies(held, seen, tried, lr))}."
 

@@ -79,7 +79,7 @@ def look(cfg: DictConfig) -> Preflight:
     changes = {"measured": found.changes["held"][:, 0].tolist()}
     told = rows(held, at.task.held_out, {"score": scores} | alike | changes)
     return Preflight(
-        judgement.advice(sides, ahead, tried, cfg.optimizer.lr),
+        judgement.advice(sides, ahead, tried, cfg.optimizer.lr, total),
         *(total, steps, cfg.optimizer.lr),
         judgement.means(shape),
         judgement.spearman(scores, changes["measured"]),

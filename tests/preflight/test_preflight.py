@@ -80,7 +80,7 @@ def test_what_is_foreseen_ends_where_it_holds():
 @pytest.mark.parametrize(
     "held, seen, tried, told",
     [
-        ((0.5, 0.2, 0.3), 1.0, [], "no solver weight is needed"),
+        ((0.5, 0.2, 0.3), 1.0, [], "no solver weight is needed until step 20 of 100"),
         # first order .2, the rest -.8: they are equal at a quarter of the lr
         ((-0.6, 0.2, -0.8), -1.0, [], "optimizer.lr=2.5e-06 or a warm-up"),
         ((-0.6, -0.2, -0.4), 1.0, [], "it is overfitting"),
@@ -96,7 +96,7 @@ def test_the_advice_follows_from_the_numbers(held, seen, tried, told):
         "seen": {"mean": seen},
     }
     weights = [{"weight": weight, "mean": at, "margin": 0.5} for weight, at in tried]
-    said = judgement.advice(sides, {"step": 20, "low": -1.0, "high": 0.0}, weights, 1e-5)
+    said = judgement.advice(sides, {"step": 20, "low": -1.0, "high": 0.0}, weights, 1e-5, 100)
     assert told in said and "\n" not in said
 
 
