@@ -6,7 +6,8 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 from peaks import CASES, MIB, SIZES, begin, forked, predicted, texts, written
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+# what a process holds hangs on its allocator and on its neighbours too: not for every change
+pytestmark = [pytest.mark.page, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
