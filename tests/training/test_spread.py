@@ -127,9 +127,10 @@ def apart(mine, theirs):
     return max(numbers), max(held), max(weights)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "size", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.page)]
+)
 def test_parts_end_where_the_whole_ends(tmp_path, size):
     spread = together(size, CASES, tmp_path / "told.pt")
     for case in CASES:
