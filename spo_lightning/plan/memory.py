@@ -117,7 +117,7 @@ class Attended(torch.autograd.Function):
         ctx.key = key.shape
         return out
 
-    @staticmethod
+    @staticmethod  # torch declares any number of slopes, and each function has its own
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, *_ = ctx.saved_tensors
         beside = torch.empty_like(key), torch.empty_like(value)

@@ -22,16 +22,7 @@ def begun(tmp_path_factory):
         yield at, process
 
 
-NF4 = "the checkpoint's file in float32 stays mapped, and 114 MiB are not explained: docs/plan.md"
-TITLES = [
-    pytest.param(title, marks=pytest.mark.xfail(reason=NF4, strict=False))
-    if title == "adapters on nf4"
-    else title
-    for title in CASES
-]
-
-
-@pytest.mark.parametrize("title", TITLES)
+@pytest.mark.parametrize("title", [*CASES])
 def test_a_run_holds_what_was_planned(title, begun, capsys):
     at, process = begun
     plan, found = predicted(title, at), process.submit(forked, title, at).result()
