@@ -4,15 +4,20 @@ Its standard errors stand beside them, and what each item adds where a number is
 """
 
 import difflib
+import hashlib
+import importlib.metadata
+import json
 import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from spo_lightning.cache.reference import weights_name
+from spo_lightning.cache.shards import cache_of
 from spo_lightning.capability.choices import Choices
 from spo_lightning.capability.prompted import text_of
 from spo_lightning.config.build import one_line
@@ -20,7 +25,10 @@ from spo_lightning.errors import UserError
 from spo_lightning.evaluation.shares import Items
 from spo_lightning.judges.verifier import steady
 from spo_lightning.models.policy import Policy
+from spo_lightning.records.directory import write_text
 from spo_lightning.records.progress import Stages
+
+log = logging.getLogger(__name__)
 
 
 @cache
@@ -83,8 +91,11 @@ def _check_prompt(cfg: Any) -> None:
         raise UserError("examples.path does not go with eval.tasks, which bring their own")
 
 
-def results(cfg: Any, policy: Policy, stages: Stages) -> tuple[dict[str, float], Items]:
-    """The numbers of all tasks, in one process for all; nothing where none is named."""
+def results(
+    cfg: Any, policy: Policy, stages: Stages, start: bool = False
+) -> tuple[dict[str, float], Items]:
+    """The numbers of all tasks, in one process for all; nothing where none is named. Those of a
+    ``start`` are taken once for all runs that share a cache."""
     names = list(cfg.eval.get("tasks") or ())
     if not names:
         return {}, {}
@@ -93,16 +104,17 @@ def results(cfg: Any, policy: Policy, stages: Stages) -> tuple[dict[str, float],
     mine = policy.gathered(policy.device if stages.world.first else None) or policy
     with stages.stage("eval.tasks", len(names)) as advance:
         for name in names:
-            found = stages.world.once(lambda name=name: _run(cfg, mine, name))
+            found = stages.world.once(lambda name=name: _run(cfg, mine, name, start))
             numbers |= found[0]
             each |= found[1]
             advance()
     return numbers, each
 
 
-def _run(cfg: Any, policy: Policy, name: str) -> tuple[dict[str, float], Items]:
+def _run(cfg: Any, policy: Policy, name: str, start: bool) -> tuple[dict[str, float], Items]:
     """One task, or every one of a group and the group itself."""
     was_training = policy.lm.training
+    home = cache_of(cfg) if start else None
     with _quietly(), _randomness_kept(policy.lm.device):
         import lm_eval  # type: ignore[import-not-found]
         from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
@@ -111,7 +123,13 @@ def _run(cfg: Any, policy: Policy, name: str) -> tuple[dict[str, float], Items]:
         # their decorators hide from a type checker what they take
         loads, evaluates = cast(Any, HFLM), cast(Any, lm_eval.simple_evaluate)
         known = manager([name], cfg.eval.tasks_path)
-        checks = [task.config.process_results for task in _loaded(known, name)["tasks"].values()]
+        tasks = _loaded(known, name)["tasks"]
+        place = None if home is None else home / "tasks" / f"{_key(cfg, policy, tasks)}.json"
+        if place is not None and place.is_file():
+            log.info("eval.tasks: %s of the start, from %s", name, place)
+            numbers, each = json.loads(place.read_text("utf-8"))
+            return numbers, each
+        checks = [task.config.process_results for task in tasks.values()]
         random.seed(0)  # as the harness does, but for one thing that its command line draws after
         # what IFEval's checks import brings rich, which draws once as it comes; where a prompt
         # names no letter to count they draw one, and it must be the same
@@ -140,7 +158,23 @@ def _run(cfg: Any, policy: Policy, name: str) -> tuple[dict[str, float], Items]:
     each: Items = {}
     for task, of in found["results"].items():
         add(task, of, found["samples"].get(task, []), numbers, each)
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_text(place, json.dumps((numbers, each)))
     return numbers, each
+
+
+def _key(cfg: Any, policy: Policy, tasks: dict[str, Any]) -> str:
+    """The name of a start's numbers: weights, questions, how they are asked and counted."""
+    how = [cfg.eval[key] for key in ("tasks_limit", "tasks_batch_size", "tasks_chat")]
+    parts = [weights_name(policy, nullcontext), importlib.metadata.version("lm-eval"), *how]
+    parts += [text_of(cfg), policy.tokenizer.chat_template if cfg.eval.tasks_chat else None]
+    for task in tasks.values():
+        parts += [task.dump_config(), [*task.eval_docs]]
+    if cfg.eval.tasks_path is not None:
+        own = sorted(Path(cfg.eval.tasks_path).rglob("*.py"))
+        parts += [path.read_text("utf-8") for path in own]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
 def add(

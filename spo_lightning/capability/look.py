@@ -72,10 +72,12 @@ def refuse_without_texts(cfg: Any, who: str) -> None:
             )
 
 
-def look(cfg: Any, policy: Policy, stages: Stages, engine: Engine | None = None) -> Looked:
+def look(
+    cfg: Any, policy: Policy, stages: Stages, engine: Engine | None = None, start: bool = False
+) -> Looked:
     """The numbers of both, of the policy as it is in memory. ``engine``: who answers the prompts
-    in its place."""
-    found = Looked(*harness.results(cfg, policy, stages))
+    in its place. ``start``: many runs begin with it, and its tasks are kept for them."""
+    found = Looked(*harness.results(cfg, policy, stages, start))
     rows = prompts_of(cfg)
     if rows:
         how = replace(Decoding.of(cfg, seed=cfg.seed), engine=engine)
@@ -86,11 +88,8 @@ def look(cfg: Any, policy: Policy, stages: Stages, engine: Engine | None = None)
     return found
 
 
-def beyond(
-    found: HeldOut, cfg: Any, policy: Policy, stages: Stages, engine: Engine | None = None
-) -> HeldOut:
+def beyond(found: HeldOut, looked: Looked, cfg: Any) -> HeldOut:
     """The held-out numbers and those of ``look``, with what each answer adds."""
-    looked = look(cfg, policy, stages, engine)
     each = items(found.answers.given, refusals_of(cfg)) | looked.items
     right = found.answers.right
     if right and None not in right:

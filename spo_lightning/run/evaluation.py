@@ -142,7 +142,7 @@ def reference(at: Opened) -> Compared:
         bits = bits_of(at.policy.lm)
         theirs = opened(at.cfg.reference, at.cfg, at.world.device, bits=bits)
         check_same_tokens(at.policy.tokenizer, theirs.tokenizer, at.cfg.reference)
-        looked = look(at.cfg, theirs, at.stages)
+        looked = look(at.cfg, theirs, at.stages, start=True)
     rivals = None
     if not (at.policy.rewards or at.policy.template is not None):
         rivals = against(at, at.cfg, theirs, at.task.held_out)
@@ -199,7 +199,7 @@ def scored(at: Tokenised) -> Tokenised:
 
 def measured(at: Tokenised) -> Measured:
     """All held-out numbers, what it can do, and how far that is from the reference."""
-    from spo_lightning.capability.look import beyond, refusals_of
+    from spo_lightning.capability.look import beyond, look, refusals_of
     from spo_lightning.capability.paired import changes
     from spo_lightning.evaluation.held_out import held_out
     from spo_lightning.models.generate import Decoding
@@ -217,7 +217,7 @@ def measured(at: Tokenised) -> Measured:
         "stages": at.stages,
     }
     found = held_out(at.policy, at.scorer, at.task, rows, at.held, **how)
-    found = beyond(found, at.cfg, at.policy, at.stages, engine)
+    found = beyond(found, look(at.cfg, at.policy, at.stages, engine), at.cfg)
     numbers: dict[str, Any] = {**found.told}
     if at.theirs is not None and at.theirs.numbers:
         paired = changes(at.theirs.items, found.items)

@@ -148,14 +148,15 @@ def reference(at: known.Tokenised) -> known.Referenced:
 
 def init(job: Job, at: known.Referenced) -> known.Measured:
     """Held-out numbers before training, and the answers that later ones are held against."""
-    from spo_lightning.capability.look import beyond
+    from spo_lightning.capability.look import beyond, look
 
     if job.goes_on is not None:
         job.goes_on.refuse_another(at.scorer)
     rivals = None
     if at.places.rows:
         rivals = against(at, at.cfg.model, at.policy, at.places.rows)
-    before = beyond(_held_out(at, rivals), at.cfg, at.policy, at.stages)
+    found = _held_out(at, rivals)
+    before = beyond(found, look(at.cfg, at.policy, at.stages, start=True), at.cfg)
     job.begin(before, at.seconds)
     return grown(known.Measured, at, before=before, against=rivals)
 
@@ -198,9 +199,10 @@ def training(job: Job, at: known.Measured) -> known.Trained:
 
 def final(at: known.Trained) -> known.Ended:
     """The held-out numbers of the same rows, after training."""
-    from spo_lightning.capability.look import beyond
+    from spo_lightning.capability.look import beyond, look
 
-    after = beyond(_held_out(at, at.against), at.cfg, at.policy, at.stages)
+    found = _held_out(at, at.against)
+    after = beyond(found, look(at.cfg, at.policy, at.stages), at.cfg)
     return grown(known.Ended, at, after=after)
 
 

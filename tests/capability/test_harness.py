@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,39 @@ def test_what_is_refused(tasks, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(UserError, match="pip install 'spo-lightning\\[lm-eval\\]'"):
         harness.manager(["arc_easy"], None)
+
+
+def test_a_start_is_asked_once_for_all_runs(tasks, tmp_path, monkeypatch):
+    """What another start, other questions or no cache are asked is asked anew."""
+    import lm_eval
+
+    place = tmp_path / "tasks"
+    shutil.copytree(tasks, place)
+    file = place / "sums.yaml"
+    file.write_text(file.read_text("utf-8").replace(str(tasks), str(place)))
+    cfg = asked(place, "sums", limit=5)
+    cfg.cache.dir = str(tmp_path / "cache")
+    made = policy("llama-grouped", dtype="float32")
+    found = harness.results(cfg, made, silent(), start=True)
+    whole, calls = lm_eval.simple_evaluate, []
+
+    def counted(**how):
+        calls.append(how["tasks"])
+        return whole(**how)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", counted)
+    assert harness.results(cfg, made, silent(), start=True) == found and not calls
+    rows = [json.loads(line) for line in (place / "sums.jsonl").read_text("utf-8").splitlines()]
+    rows[0]["question"] = "9+9="
+    (place / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    harness.results(cfg, made, silent(), start=True)
+    assert len(calls) == 1
+    with torch.no_grad():
+        next(made.lm.parameters()).add_(0.1)
+    harness.results(cfg, made, silent(), start=True)
+    assert len(calls) == 2
+    harness.results(cfg, made, silent())
+    assert len(calls) == 3
 
 
 SHARED = Path(__file__).parents[3] / "shared"
