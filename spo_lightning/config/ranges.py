@@ -153,6 +153,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     },
     "strategy.most": (lambda v: v >= 1, "at least 1"),
     "sweep.table": (lambda v: v is None or isinstance(v, str), "the path of a csv file"),
+    "sweep.numbers": (lambda v: all(isinstance(name, str) for name in v), "a list of names"),
     "sweep.resume": (lambda v: v is None or isinstance(v, str), "the directory of a sweep"),
     "ckpt_path": (lambda v: v is None or isinstance(v, str), "last, or the path of a checkpoint"),
     "model.reference_sync": (lambda v: v in (None, "soft", "hard"), "soft, hard or null"),

@@ -31,6 +31,7 @@ HEADINGS = {
     "displacement/rate": "displacement rate",
     "displacement/chosen": "change of log pi(y_w), nats",
 }
+UNSHOWN = ("nll/chosen", "rewards/margins")  # of what every file has
 # words that make a method; words that vary along one method's front; the rest is the setting
 MOVED = ("displacement/rate", "displacement/chosen")
 METHOD, FRONT = ("loss", "solver", "data.sft"), ("optimizer.lr", "solver.weight")
@@ -51,12 +52,22 @@ class Part:
 
     name: str
     methods: Mapping[str, Setting]
+    more: Sequence[str] = ()  # names of numbers that a file has besides (sweep.numbers)
 
     @property
     def preference(self) -> str:
         """The win rate where the data has a judge, else how often the chosen is the likelier."""
         first = next(iter(self.methods.values()))
         return WIN_RATE if WIN_RATE in first.runs[0].final else ACCURACY
+
+    @property
+    def capability(self) -> str:
+        """Exact match, or where the data has no answers the first task of the harness."""
+        return next((name for name in self.more if name.startswith("tasks/")), CAPABILITY)
+
+    @property
+    def jobs(self) -> list[Any]:
+        return [job for setting in self.methods.values() for job in setting.runs]
 
     @property
     def bases(self) -> list[str]:
@@ -68,8 +79,7 @@ class Part:
         """By seed; ``INIT`` is the policy before training, whatever was trained then."""
         if method != INIT:
             return self.methods[method].values(name)
-        every = [job for setting in self.methods.values() for job in setting.runs]
-        return Setting({}, every).values(name, "init")
+        return Setting({}, self.jobs).values(name, "init")
 
     def has(self, name: str) -> bool:
         """Whether some job has the number."""
@@ -77,11 +87,13 @@ class Part:
 
     def both(self, method: str) -> bool:
         """Whether some job of the method has both numbers of a point."""
-        return all(self.values(method, name) for name in (self.preference, CAPABILITY))
+        return all(self.values(method, name) for name in (self.preference, self.capability))
 
     def point(self, method: str) -> tuple[float, float]:
         """Preference and capability in the mean."""
-        x, y = ([*self.values(method, name).values()] for name in (self.preference, CAPABILITY))
+        x, y = (
+            [*self.values(method, name).values()] for name in (self.preference, self.capability)
+        )
         return sum(x) / len(x), sum(y) / len(y)
 
 
@@ -90,7 +102,10 @@ def report(path: Path) -> tuple[str, list[Path]]:
 
     Raises ``UserError`` where the file is no table of jobs.
     """
-    main, front = parts(jobs(read(path)))
+    rows = read(path)
+    names = (name.removeprefix("final/") for name in rows[0] if name.startswith("final/"))
+    more = [name for name in names if name not in {*HEADINGS, *UNSHOWN}]
+    main, front = parts(jobs(rows), more)
     titled = [(part.name, cells(part)) for part in main]
     titled += [(f"Front, {part.name}", along(part)) for part in front]
     text = "\n\n".join("\n".join([f"**{name}**", "", *table(*told)]) for name, told in titled)
@@ -126,7 +141,7 @@ def jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
     return found
 
 
-def parts(jobs: Sequence[Job]) -> tuple[list[Part], ...]:
+def parts(jobs: Sequence[Job], more: Sequence[str] = ()) -> tuple[list[Part], ...]:
     """The settings with their methods, and those along whose front a method was followed."""
     main: dict[str, dict[str, list[Job]]] = {}
     front: dict[str, dict[str, list[Job]]] = {}
@@ -143,7 +158,7 @@ def parts(jobs: Sequence[Job]) -> tuple[list[Part], ...]:
     }
     return tuple(
         [
-            Part(name, {method: Setting({}, some) for method, some in methods.items()})
+            Part(name, {method: Setting({}, some) for method, some in methods.items()}, more)
             for name, methods in found.items()
         ]
         for found in (ordered, front)
@@ -168,15 +183,17 @@ def place(item: tuple[str, Any]) -> tuple[int, str]:
 
 def cells(part: Part) -> tuple[list[str], list[list[Any]]]:
     """Means and 95% intervals over seeds, and + SPO's differences, paired by seed."""
-    columns = [name for name in (CAPABILITY, part.preference, *MOVED) if part.has(name)]
+    columns = [name for name in shown_of(part) if part.has(name)]
     pair = [name for name in columns if name not in MOVED]
-    head = ["method", "seeds", *(HEADINGS[name] for name in columns)]
-    head += [f"{HEADINGS[name]}, minus {other}" for other in ("bare", CHOSEN) for name in pair]
+    head = ["method", "seeds", *map(heading, columns)]
+    head += [f"{heading(name)}, minus {other}" for other in ("bare", CHOSEN) for name in pair]
     rows: list[list[Any]] = []
     for method in (INIT, *part.methods):
-        shown = columns if method != INIT else pair
-        row = [cell([*part.values(method, name).values()]) for name in shown]
-        row += [""] * (len(columns) - len(shown))
+        shown = (
+            [] if method == INIT and n in MOVED else part.values(method, n).values()
+            for n in columns
+        )
+        row = [cell(values) for values in shown]
         for other in (method.removesuffix(SPO), CHOSEN):
             one, two = part.methods.get(method), part.methods.get(other)
             apart = [[]] * len(pair)
@@ -189,12 +206,21 @@ def cells(part: Part) -> tuple[list[str], list[list[Any]]]:
 
 def along(part: Part) -> tuple[list[str], list[list[Any]]]:
     """The same of a front, a row per point."""
-    columns = [CAPABILITY, part.preference, *MOVED]
+    columns = shown_of(part)
     rows = [
         [method, len(setting.seeds), *(cell(setting.values(name).values()) for name in columns)]
         for method, setting in part.methods.items()
     ]
-    return ["method", "seeds", *(HEADINGS[name] for name in columns)], rows
+    return ["method", "seeds", *map(heading, columns)], rows
+
+
+def shown_of(part: Part) -> list[str]:
+    """The numbers of a table, in their order."""
+    return [*dict.fromkeys((part.capability, part.preference, *MOVED, *part.more))]
+
+
+def heading(name: str) -> str:
+    return HEADINGS.get(name, name.removeprefix("tasks/"))
 
 
 def drawn(main: Sequence[Part], front: Sequence[Part], path: Path) -> list[Path]:
@@ -213,7 +239,7 @@ def drawn(main: Sequence[Part], front: Sequence[Part], path: Path) -> list[Path]
             title = f"front: {part.name}" if draw is points else part.name
             axis.set_title("\n".join(textwrap.wrap(title, 46)))
             axis.set_xlabel(f"{HEADINGS[part.preference]}, held out")
-            axis.set_ylabel("exact match, held out")
+            axis.set_ylabel(f"{heading(part.capability)}, held out")
         for axis in axes[len(panels) :]:
             axis.remove()
         return saved(figure, path.with_suffix(""), dpi=150, kinds=("png", "svg"))

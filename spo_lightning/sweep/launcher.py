@@ -44,11 +44,13 @@ class Processes:
 
     sweeps: ClassVar[list[Sweep]] = []  # of this process, for the command that ends it
 
-    def __init__(self, parallel: int, resume: str | None, table: str | None):
+    def __init__(
+        self, parallel: int, resume: str | None, table: str | None, numbers: Sequence[str]
+    ):
         if not isinstance(parallel, int) or parallel < 1:
             raise UserError(f"sweep.parallel={parallel}: it must be at least 1")
         self.parallel, self.resume = parallel, resume
-        self.table = None if table is None else Table(Path(table))
+        self.table = None if table is None else Table(Path(table), numbers)
         self.composed: dict[int, Any] = {}  # by number, where the sweep itself had to
         self.names: dict[int, str] = {}  # of the jobs' rows in the table
         self.sweep: Sweep | None = None

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,7 @@ NUMBERS = (
     *("preference/accuracy", "rewards/margins"),
 )
 WHEN = ("init", "final")
-HEAD = (
-    *("config", "words", "seconds", "commit"),
-    *(f"{when}/{name}" for when in WHEN for name in NUMBERS),
-)
+JOB = ("config", "words", "seconds", "commit")
 
 
 def name_of(config: Any) -> str:
@@ -37,10 +35,11 @@ def name_of(config: Any) -> str:
 
 
 class Table:
-    """The rows of the file, by hash."""
+    """The rows of the file, by hash. ``more``: names of numbers beside the usual ones."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, more: Sequence[str] = ()):
+        self.path, self.names = path, tuple(dict.fromkeys((*NUMBERS, *more)))
+        self.head = (*JOB, *(f"{when}/{name}" for when in WHEN for name in self.names))
         self.rows = self._read()
 
     def _read(self) -> dict[str, dict[str, str]]:
@@ -48,9 +47,16 @@ class Table:
             return {}
         with self.path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != HEAD:
-                wanted = f"not a table of jobs: it does not begin with {HEAD[0]},{HEAD[1]}"
+            found = tuple(reader.fieldnames or ())
+            if found[:2] != JOB[:2]:
+                wanted = f"not a table of jobs: it does not begin with {JOB[0]},{JOB[1]}"
                 raise UserError(f"{self.path}: {wanted}: take another sweep.table")
+            if apart := set(found) ^ set(self.head):
+                told = ", ".join(sorted(apart))
+                raise UserError(
+                    f"{self.path} and sweep.numbers differ in {told}: take another sweep.table, "
+                    "or the numbers that it has"
+                )
             return {row["config"]: row for row in reader}
 
     def numbers(self, name: str) -> dict[str, dict[str, float]] | None:
@@ -59,7 +65,7 @@ class Table:
         if row is None:
             return None
         return {
-            when: {n: float(row[f"{when}/{n}"]) for n in NUMBERS if row[f"{when}/{n}"]}
+            when: {n: float(row[f"{when}/{n}"]) for n in self.names if row[f"{when}/{n}"]}
             for when in WHEN
         }
 
@@ -74,12 +80,12 @@ class Table:
             "commit": commit,
         }
         for when in WHEN:
-            row |= {f"{when}/{n}": job.numbers.get(when, {}).get(n) for n in NUMBERS}
+            row |= {f"{when}/{n}": job.numbers.get(when, {}).get(n) for n in self.names}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_name(f".{self.path.name}.lock")):
             self.rows = self._read() | {name: row}
             text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, HEAD, lineterminator="\n")
+            writer = csv.DictWriter(text, self.head, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows.values())
             write_text(self.path, text.getvalue())

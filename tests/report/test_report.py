@@ -128,6 +128,32 @@ def test_methods_of_a_table_of_jobs(tmp_path, monkeypatch, capsys):
         assert path.with_suffix(f".{kind}").stat().st_size > 5000
 
 
+def test_a_task_is_the_capability_where_no_answer_is_right(tmp_path, monkeypatch, capsys):
+    """What ``sweep.numbers`` names has a column."""
+    path = tmp_path / "t.csv"
+    head = ["config", "words"]
+    for when in ("init", "final"):
+        names = ("exact_match", "win_rate", "tasks/arc/acc", "answers/refused")
+        head += [f"{when}/{name}" for name in names]
+    rows = [
+        ["0", "loss=dpo solver=none seed=0", "", 0.5, 0.3, 0.1, "", 0.4, 0.1, 0.9],
+        ["1", "loss=dpo solver=penalty seed=0", "", 0.5, 0.3, 0.1, "", 0.6, 0.3, 0.2],
+    ]
+    path.write_text("\n".join(",".join(map(str, row)) for row in (head, *rows)) + "\n")
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    report_main()
+    found = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("|") and "---" not in line
+    ]
+    assert found[0][:5] == ["method", "seeds", "arc/acc", "win rate", "answers/refused"]
+    assert found[1][:5] == ["init", "1", "0.300", "0.500", "0.100"]
+    assert found[2][:5] == ["DPO", "1", "0.100", "0.400", "0.900"]
+    assert found[3][:5] == ["DPO + SPO", "1", "0.300", "0.600", "0.200"]
+    assert found[3][5] == "+0.200"
+
+
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "config,words\n"])
 def test_a_csv_of_no_jobs(tmp_path, monkeypatch, capsys, text):
     path = tmp_path / "t.csv"

@@ -313,8 +313,14 @@ def test_a_table_is_made_in_pieces(tmp_path, cache):
     names = {path.name for path in (tmp_path / "docs").iterdir()}
     assert names == {"table.csv", ".table.csv.lock"}
     assert record(tmp_path, "b")[0]["numbers"]["final"]["exact_match"] == final["exact_match"]
+    more = (*words, "seed=0", "hydra.sweep.dir=c", "sweep.numbers=[answers/refused]")
+    done = command(tmp_path, *more)
+    assert done.code == 2 and "sweep.numbers differ in final/answers/refused" in done.err
+    done = command(tmp_path, *more, "sweep.table=docs/more.csv", "hydra.sweep.dir=d")
+    assert done.code == 0, done.err
+    assert "final/answers/refused" in (tmp_path / "docs/more.csv").read_text().splitlines()[0]
     (tmp_path / "docs/table.csv").write_text("a,b\n1,2\n")
-    done = command(tmp_path, *words, "seed=0,1", "hydra.sweep.dir=c")
+    done = command(tmp_path, *words, "seed=0,1", "hydra.sweep.dir=e")
     assert done.code == 2 and "not a table of jobs" in done.err and done.err.count("\n") == 1
 
 

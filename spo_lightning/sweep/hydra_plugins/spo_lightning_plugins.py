@@ -15,8 +15,10 @@ from spo_lightning.sweep.launcher import Processes
 class ProcessLauncher(Launcher):
     """``hydra/launcher=process``: a process per job."""
 
-    def __init__(self, *, parallel: int, resume: str | None, table: str | None):
-        self.processes = Processes(parallel, resume, table)
+    def __init__(
+        self, *, parallel: int, resume: str | None, table: str | None, numbers: Sequence[str]
+    ):
+        self.processes = Processes(parallel, resume, table, numbers)
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.processes.setup(hydra_context, task_function, config)
