@@ -73,7 +73,7 @@ def weights_name(policy: Policy, precision: Precision) -> str:
     shape = [type(lm).__name__, config]
     shape += [policy.settings()] if policy.settings() else []
     digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
-    for name, value in sorted(dict(policy.tensors()).items()):
+    for name, value in policy.tensors():
         digest.update(f"{name} {value.dtype} {[*value.shape]}".encode())
         plain = value.detach().cpu().contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy())  # type: ignore[arg-type] (a buffer)
