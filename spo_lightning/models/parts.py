@@ -49,7 +49,8 @@ class Unread:
             for layer in lm.modules():
                 for name, p in layer._parameters.items():
                     if p is not None and id(p) in others:
-                        layer._parameters[name] = others[id(p)].requires_grad_(p.requires_grad)
+                        others[id(p)].requires_grad = p.requires_grad
+                        layer._parameters[name] = others[id(p)]
 
         swap()
         try:
