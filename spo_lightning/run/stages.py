@@ -142,7 +142,8 @@ def reference(at: known.Tokenised) -> known.Referenced:
     orders, count = drawn(cfg, sets) if task.chunks is None else ({}, 0)
     sets = referee.over(sets, orders, count)
     if task.chunks is not None:
-        feed = streamed(cfg, task, policy.tokenizer, sets["train"], at.counts, referee.stays())
+        stays = referee.stays()
+        feed = streamed(cfg, task, policy.tokenizer, sets["train"], at.counts, stays, at.world)
     if asks(loss_of(cfg), "divergences"):
         scorer.beside = referee.beside()
     scorer.compiled = cfg.hardware.compile  # the probe and the reference have run without
