@@ -67,19 +67,19 @@ class World:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def once(self, work: Callable[[], Value]) -> Value:
-        """What ``work`` gives in the first process, in all of them; what it raises, too."""
+    def once(self, work: Callable[[], Value], by: int = 0) -> Value:
+        """What ``work`` gives in process ``by``, in all of them; what it raises, too."""
         if self.size == 1:
             return work()
         import torch.distributed as dist
 
         told: list[Any] = [None, None]
-        if self.first:
+        if self.rank == by:
             try:
                 told[0] = work()
             except Exception as error:
                 told[1] = error
-        dist.broadcast_object_list(told, src=0, group=self.group)
+        dist.broadcast_object_list(told, src=by, group=self.group)
         if told[1] is not None:
             raise told[1]
         return told[0]

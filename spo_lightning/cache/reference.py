@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from spo_lightning.models.policy import (
 )
 from spo_lightning.models.quantized import Bits, bits_of
 from spo_lightning.models.scorer import Beside, Scorer, score
+from spo_lightning.models.sharded import at
 from spo_lightning.models.sharing import as_read_by
 from spo_lightning.models.sources import found
 from spo_lightning.records.progress import Stages, Within
@@ -73,7 +74,7 @@ def weights_name(policy: Policy, precision: Precision) -> str:
     shape = [type(lm).__name__, config]
     shape += [policy.settings()] if policy.settings() else []
     digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
-    for name, value in sorted(dict(policy.tensors()).items()):
+    for name, value in policy.tensors():
         digest.update(f"{name} {value.dtype} {[*value.shape]}".encode())
         plain = value.detach().cpu().contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy())  # type: ignore[arg-type] (a buffer)
@@ -129,7 +130,7 @@ class Referee:
     def __init__(
         self, cfg: DictConfig, policy: Policy, scorer: Scorer, precision: Precision, stages: Stages
     ):
-        self.policy, self.scorer = policy, scorer
+        self.policy, self.scorer, self.start = policy, scorer, policy.start
         self.precision, self.stages, self.batch_size = precision, stages, cfg.eval.batch_size
         # a model that is not packed pads, so more rows are put in order of their lengths
         self.block = self.batch_size * (1 if scorer.packs else PADDED)
@@ -165,7 +166,7 @@ class Referee:
         the others have no reference. They are scored block by block in that order, so that a run
         that is prolonged scores its rows as one that was as long from the beginning.
         """
-        with self.policy.start():
+        with self.start():
             return with_reference(
                 sets,
                 self.shards,
@@ -179,12 +180,16 @@ class Referee:
             )
 
     def stays(self) -> "Referee":
-        """The same for pairs that are read while the policy trains: a copy stays what it is now.
+        """The same for pairs that are read while the policy trains: a copy stays what it is now,
+        of spread parameters one of this process's parts, which hold its values meanwhile.
 
         Adapters need none: they are switched off meanwhile, or hold what they began with.
         """
         later = copy.copy(self)
-        if self.other is None and not self.policy.adapted:
+        if self.other is None and not self.policy.adapted and self.scorer.spread is not None:
+            values = {name: p.detach().clone() for name, p in self.scorer.spread.items()}
+            later.start = partial(at, self.scorer, values)
+        elif self.other is None and not self.policy.adapted:
             later.scorer = self._copy()
         later.stages = Within(self.stages)
         return later

@@ -136,7 +136,6 @@ STREAM: list[tuple[str, Callable[[Any], bool], str]] = [
     ("data.max_rows", lambda v: v is not None, "it samples among all rows: leave it out"),
     ("data.drop_high_ches", lambda v: bool(v), "it ranks all pairs: leave it out"),
     ("diagnostics.ches.every_n_steps", lambda v: v > 0, "it scores all pairs: leave it out"),
-    ("hardware.devices", lambda v: v > 1, "the file is read by one process: set it to 1"),
 ]
 READ_ALWAYS = (
     *("model.lora.rank", "sft.max_steps", "cache.enabled", "eval.judge.every_n_steps"),

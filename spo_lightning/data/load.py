@@ -111,9 +111,9 @@ def _in_turns(task: Task, node: dict[str, Any]) -> Task:
     def turned(rows: list[Row]) -> list[Row]:
         return [in_turns(row, chat=chat, system=system) for row in rows]
 
-    def later(start: int) -> Iterator[Chunk]:
+    def later(start: int, every: int = 1) -> Iterator[Chunk]:
         assert task.chunks is not None
-        return (replace(chunk, rows=turned(chunk.rows)) for chunk in task.chunks(start))
+        return (replace(chunk, rows=turned(chunk.rows)) for chunk in task.chunks(start, every))
 
     if not chat and system is None:
         return task

@@ -218,9 +218,9 @@ def _first_chunk(place: Place, size: int, max_rows: int | None) -> Rows:
 
 def _later(
     place: Place, size: int, layout: Layout, asked: Asked, trains: Callable[[Row], bool]
-) -> Callable[[int], Iterator[Chunk]]:
-    def later(start: int) -> Iterator[Chunk]:
+) -> Callable[..., Iterator[Chunk]]:
+    def later(start: int, every: int = 1) -> Iterator[Chunk]:
         how = {"size": size, "layout": layout, "asked": asked}
-        return chunks(place, **how, trains=trains, start=start)
+        return chunks(place, **how, trains=trains, start=start, every=every)
 
     return later

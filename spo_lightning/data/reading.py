@@ -8,6 +8,7 @@ here, which names the file and how far it could be read.
 import glob
 import logging
 import lzma
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,29 +48,39 @@ class Place:
 
     def rows(self) -> Rows:
         """All of them."""
-        rows = Rows(self._found(0, whole=True))
+        rows = Rows(self._found(0, sys.maxsize, whole=True))
         if not rows:
             raise UserError(f"{self.title}: no rows: point {self.where} at data that has some")
         return rows
 
-    def parts(self, size: int, start: int) -> Iterator[Rows]:
-        """``size`` rows at a time, from part ``start`` on, in constant memory."""
-        found = self._found(start * size, whole=False)
+    def parts(self, size: int, start: int, every: int = 1) -> Iterator[Rows]:
+        """``size`` rows at a time, from part ``start`` on, in constant memory.
+
+        ``every``: of so many parts the first; rows of the others are counted, not parsed.
+        """
+        found = self._found(start * size, size, every, whole=False)
         while part := Rows(islice(found, size)):
             yield part
 
-    def _found(self, skipped: int, whole: bool) -> Iterator[Found]:
+    def _found(self, start: int, size: int, every: int = 1, *, whole: bool) -> Iterator[Found]:
+        """Rows from ``start`` on, of every ``every * size`` of them the first ``size``."""
         paths = self.path if isinstance(self.path, list) and self.path else [self.path]
+        skipped, left = start, size
         # all are found before the first is read
         for title, blocks in [source for path in paths for source in self._sources(path, whole)]:
             passed = 0  # rows of this source
             try:
                 for count, give in blocks:
-                    if skipped < count:
-                        first = passed + skipped + 1
-                        for number, row in enumerate(islice(give(), skipped, None), first):
+                    at, rows = 0, iter(give()) if skipped < count else iter(())
+                    while skipped < count - at:
+                        until = min(skipped + left, count - at)
+                        first = passed + at + skipped + 1
+                        for number, row in enumerate(islice(rows, skipped, until), first):
                             yield title, number, row
-                    passed, skipped = passed + count, max(0, skipped - count)
+                        at, left, skipped = at + until, left - until + skipped, 0
+                        if not left:
+                            skipped, left = (every - 1) * size, size
+                    passed, skipped = passed + count, skipped - count + at
             except Exception as error:
                 _tell(error, title, passed, self.where)
                 raise

@@ -66,8 +66,9 @@ class Task:
     samples: int = 0  # on-policy answers per prompt; 0: the pairs are given
     temperature: float = 1.0
     given: bool = False  # the training pairs are, by data.pairs, also where ``samples`` > 0
-    # the chunks from the given number on, where ``train`` is the first of them; None: it is all
-    chunks: Callable[[int], Iterator[Chunk]] | None = None
+    # the chunks from the given number on, where ``train`` is the first of them; given a second
+    # number, of so many the first; None: ``train`` is all
+    chunks: Callable[..., Iterator[Chunk]] | None = None
     counts: dict[str, int] = field(default_factory=dict)
     layout: str | None = None  # of a file of the user's: the name that data.layout takes
     notes: tuple[str, ...] = ()  # what a user is told of the rows, a line each

@@ -5,6 +5,7 @@ before it hold. All are read by the layout of the first.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import count
 
 from spo_lightning.data import layouts
 from spo_lightning.data.layouts.known import Layout
@@ -20,9 +21,11 @@ def chunks(
     asked: layouts.Asked,
     trains: Callable[[Row], bool],
     start: int,
+    every: int,
 ) -> Iterator[Chunk]:
-    """Validated training rows, ``size`` rows of the place at a time, from chunk ``start`` on."""
-    for number, raw in enumerate(place.parts(size, start), start):
+    """Validated training rows, ``size`` rows of the place at a time, from chunk ``start`` on; of
+    ``every`` chunks the first, whose rows alone are parsed."""
+    for number, raw in zip(count(start, every), place.parts(size, start, every)):
         made = layouts.made_to_train(layouts.file_of(place.title, raw, asked), layout)
         first = number * size
         kept = [(first + at, row) for at, row in zip(made.places, made.rows) if trains(row)]

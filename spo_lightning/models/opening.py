@@ -12,6 +12,7 @@ from typing import Any
 from spo_lightning.errors import UserError, verdict
 from spo_lightning.models import adapters
 from spo_lightning.models.foreign import auto_class
+from spo_lightning.models.parts import Unread, begun
 from spo_lightning.models.quantized import Bits, bits_of, in_bits, plain, prepared
 from spo_lightning.models.rewards import gives_rewards, with_head
 from spo_lightning.models.sources import Source, check, found
@@ -25,6 +26,7 @@ class Opened:
     lm: Any
     tokenizer: Any
     base: str | None  # where the weights without adapters stand; None: nowhere but here
+    unread: Unread | None = None  # parameters that are still in their files
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Asked:
     bits: Bits | None = (
         None  # of its linear layers; None: all, or what its adapters were trained on
     )
+    unread: bool = False  # its parameters may stay in their files
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -48,13 +51,13 @@ def opened(name: str, asked: Asked, family: str, settings: dict[str, Any]) -> Op
     source = check(name)
     directory = _adapters_of(source, asked)
     if directory is None:
-        lm = _model(source, asked, family, settings)
+        lm, unread = _model(source, asked, family, settings)
         tokenizer = tokenizer_of(name, asked)
         _check_room(source, tokenizer, lm)
-        return Opened(lm, lm, tokenizer, source.lasting)
+        return Opened(lm, lm, tokenizer, source.lasting, unread)
     below, asked_below = _below(source, directory, asked)
     bits = asked.bits or Bits.recorded(directory)
-    lm = _model(below, replace(asked_below, bits=bits), family, settings)
+    lm, _ = _model(below, replace(asked_below, bits=bits), family, settings)
     tokenizer = tokenizer_of(name, asked)
     if adapters.of_rewards(directory) and not gives_rewards(lm):  # they bring the head
         lm = with_head(lm, tokenizer.pad_token_id, seed=0)
@@ -150,7 +153,9 @@ def _gguf(source: Source) -> dict[str, Any]:
     return {} if source.gguf is None else {"gguf_file": source.gguf}
 
 
-def _model(source: Source, asked: Asked, family: str, settings: dict[str, Any]) -> Any:
+def _model(
+    source: Source, asked: Asked, family: str, settings: dict[str, Any]
+) -> tuple[Any, Unread | None]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     how: dict[str, Any] = {"use_safetensors": True}
@@ -160,6 +165,10 @@ def _model(source: Source, asked: Asked, family: str, settings: dict[str, Any]) 
             config = AutoConfig.from_pretrained(source.where, **asked.hub)
             _check_family(source, config.model_type, family)
             opens = auto_class(config)
+            if asked.unread and asked.bits is None:
+                found = begun(source.where, opens, config, settings, asked.hub)
+                if found is not None:
+                    return found
             if asked.bits is not None:
                 how |= _in_bits(source, config, asked.bits)
         else:
@@ -180,7 +189,7 @@ def _model(source: Source, asked: Asked, family: str, settings: dict[str, Any]) 
         plain(lm)
         if asked.bits is not None:
             lm = in_bits(lm, asked.bits, settings)
-    return lm if bits_of(lm) is None else prepared(lm, source.name)
+    return lm if bits_of(lm) is None else prepared(lm, source.name), None
 
 
 def _in_bits(source: Source, config: Any, bits: Bits) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from spo_lightning.errors import UserError
-from spo_lightning.models import adapters, opening
+from spo_lightning.models import adapters, opening, parts
 from spo_lightning.models.attention import FLEX, IMPLEMENTATION
-from spo_lightning.models.foreign import auto_class, take_attention, without_dropout
+from spo_lightning.models.built import build, byte_tokenizer
+from spo_lightning.models.foreign import take_attention, without_dropout
 from spo_lightning.models.opening import Asked, Opened
 from spo_lightning.models.quantized import Bits, bits_of, in_full, scales
 from spo_lightning.models.rewards import gives_rewards, with_head
@@ -50,6 +51,8 @@ class Policy:
     began: Mapping[str, Tensor] | None = None
     # how the whole is made of the parts that processes have; None: each has the whole
     spread: Spread | None = None
+    # the parameters that are on the meta device until each is a part; None: all are read
+    unread: parts.Unread | None = None
 
     @property
     def rewards(self) -> bool:
@@ -79,13 +82,17 @@ class Policy:
         yield from self.lm.state_dict().items()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that decides the start's numbers, whole: parameters but new adapters', buffers."""
-        for name, value in self.lm.named_parameters():
-            if not (self.adapted and value.requires_grad):
-                yield name.replace(".base_layer.", "."), whole(value.detach())
-        yield from (self.began or {}).items()
-        yield from scales(self.lm)
-        yield from self.lm.named_buffers()  # also those that no file holds: rotary frequencies
+        """All that decides the start's numbers, in the order of their names, whole, one at a time:
+        parameters but new adapters', buffers."""
+        found = {
+            name.replace(".base_layer.", "."): value
+            for name, value in self.lm.named_parameters()
+            if not (self.adapted and value.requires_grad)
+        }
+        found |= {**(self.began or {}), **dict(scales(self.lm))}
+        found |= dict(self.lm.named_buffers())  # also those that no file holds: rotary frequencies
+        for name in sorted(found):
+            yield name, whole(found[name].detach())
 
     def agree(self, world: World) -> None:
         """Every process has the first one's weights."""
@@ -101,19 +108,39 @@ class Policy:
 
         load_model(self.lm, directory / "model.safetensors", device=str(self.lm.device))
 
-    def save(self, directory: Path, *, merge: bool, card: str, world: World = ALONE) -> None:
+    def save(
+        self,
+        directory: Path,
+        *,
+        merge: bool,
+        card: str,
+        world: World = ALONE,
+        file_gb: float | None = None,
+    ) -> None:
         """Write a Hugging Face directory: weights, tokenizer, generation config, model card.
 
         With adapters: the adapters alone when the base is a checkpoint of its own, else merged.
-        Every process calls it, the first writes.
+        ``file_gb``: of the largest file, in 10^9 bytes; None: one file, up to transformers' own
+        50. Every process calls it, the first writes.
         """
-        mine = self.gathered("cpu" if world.first else None)
-        if mine is not None and world.first:
+        if world.first:
             directory.mkdir(parents=True, exist_ok=True)
-            if self.adapted and self.base is not None and not merge:
-                adapters.write(mine.module, directory, self.base)
-            else:
-                mine.whole().save_pretrained(directory)
+        most = int(1e9 * (file_gb or 50))
+        alone = self.adapted and self.base is not None and not merge
+        names = None
+        if self.spread is not None and not self.adapted:
+            names = parts.names_of(self.spread.empty)
+        if self.spread is not None and names is not None:
+            values = dict(self.lm.named_parameters(remove_duplicate=False))
+            how = {"most": most, "first": world.first}
+            parts.write(self.spread.empty, names, values, directory, **how)
+        else:
+            mine = self.gathered("cpu" if world.first else None, trained=alone)
+            if mine is not None and world.first and alone:
+                adapters.write(mine.module, directory, str(self.base))
+            elif mine is not None and world.first:
+                mine.whole().save_pretrained(directory, max_shard_size=most)
+        if world.first:
             self.tokenizer.save_pretrained(directory)
             (directory / "README.md").write_text(card, encoding="utf-8")
         world.barrier()
@@ -123,12 +150,13 @@ class Policy:
         """Where it computes."""
         return self.lm.device if self.spread is None else self.spread.device
 
-    def gathered(self, device: Any) -> "Policy | None":
+    def gathered(self, device: Any, *, trained: bool = False) -> "Policy | None":
         """The policy with every weight in this process: itself, or of parts a copy on ``device``
-        (None: this process wants none). Every process calls it."""
+        (None: this process wants none). ``trained``: only with those that train. Every process
+        calls it."""
         if self.spread is None:
             return self
-        made: Any = self.spread.filled(self.module, device)
+        made: Any = self.spread.filled(self.module, device, trained)
         if made is None:
             return None
         lm = made if self.module is self.lm else made.get_base_model()
@@ -153,8 +181,12 @@ def load(
     base: str | None = None,
     bits: Bits | None = None,
     device: torch.device | str = "cpu",
+    unread: bool = False,
 ) -> Policy:
-    """Build or load a policy on ``device``: every weight trains, or the checkpoint's adapters."""
+    """Build or load a policy on ``device``: every weight trains, or the checkpoint's adapters.
+
+    ``unread``: its parameters stay in their files where they can, for ``sharded.py`` to read.
+    """
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype} is not one of {', '.join(DTYPES)}")
     if attention not in (*OWN, "sdpa", "eager"):
@@ -165,16 +197,17 @@ def load(
     settings = {"dtype": DTYPES[dtype], "attn_implementation": plain}
     torch.manual_seed(seed)  # initial weights
     if pretrained is None:
-        lm, tokenizer = _build(dict(config), settings)
+        lm, tokenizer = build(dict(config), settings)
         found = Opened(lm, lm, tokenizer, None)
     else:
-        asked = Asked(revision, trust_remote_code, base, bits)
+        asked = Asked(revision, trust_remote_code, base, bits, unread)
         found = opening.opened(pretrained, asked, str(config.get("model_type", "")), settings)
     lm = found.lm
     without_dropout(lm)
     if attention in OWN:
         take_attention(lm, OWN[attention])
-    lm.to(device)
+    if found.unread is None:
+        lm.to(device)
     adapted = found.module is not lm
     return Policy(
         found.module,
@@ -184,15 +217,16 @@ def load(
         built=pretrained is None,
         base=found.base,
         began=adapters.trained(lm) if adapted else None,
+        unread=found.unread,
     )
 
 
-def of_config(cfg: DictConfig, device: torch.device | str) -> Policy:
-    """The model of a run's config."""
+def of_config(cfg: DictConfig, device: torch.device | str, *, unread: bool = False) -> Policy:
+    """The model of a run's config; ``unread`` as in ``load``."""
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     named = ("pretrained", "revision", "trust_remote_code", "dtype", "attention", "config")
     some = {key: model[key] for key in named} | {"base": model.get("base")}
-    policy = load(**some, bits=Bits.of(model), seed=cfg.seed, device=device)
+    policy = load(**some, bits=Bits.of(model), seed=cfg.seed, device=device, unread=unread)
     _refuse_idle(policy, cfg.model)
     if not OmegaConf.select(cfg, "loss.rewards"):
         _refuse_rewards(policy, cfg.model.pretrained)
@@ -237,10 +271,12 @@ def opened(
     *,
     rewards: bool = False,
     bits: Bits | None = None,
+    unread: bool = False,
 ) -> Policy:
     """A checkpoint as it is; ``settings``: its dtype, attention, trust_remote_code and base.
 
-    ``rewards``: whether it may be a reward model. ``bits``: of its linear layers.
+    ``rewards``: whether it may be a reward model. ``bits``: of its linear layers. ``unread`` as in
+    ``load``.
     """
     found = load(
         pretrained=where,
@@ -253,6 +289,7 @@ def opened(
         base=settings.get("base"),
         bits=bits,
         device=device,
+        unread=unread,
     )
     if not rewards:
         _refuse_rewards(found, where)
@@ -271,43 +308,6 @@ def check_same_tokens(mine: Any, theirs: Any, where: str) -> None:
     """Log-probabilities of two models compare only over the same token ids, so same tokenizer."""
     if mine.get_vocab() != theirs.get_vocab():
         raise UserError(f"the reference {where} has another tokenizer than the policy")
-
-
-def _build(config: dict, settings: dict) -> tuple[Any, Any]:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    tokenizer = byte_tokenizer()
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    try:
-        made = AutoConfig.for_model(
-            **config, vocab_size=len(tokenizer), bos_token_id=None, use_cache=True, **ids
-        )
-        return auto_class(made).from_config(made, **settings), tokenizer
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.config does not build: {_cause(error)}") from error
-
-
-def _cause(error: BaseException) -> str:
-    """What the innermost error says."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())
-
-
-def byte_tokenizer() -> Any:
-    """256 bytes, an end mark and padding: any text, no file."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", padding_side="right"
-    )
 
 
 def to_rewards(policy: Policy, seed: int) -> Policy:
@@ -345,4 +345,6 @@ def adapt(
     if not rank:
         return policy
     how = {"alpha": alpha, "targets": targets, "dora": dora, "rslora": rslora, "seed": seed}
-    return replace(policy, module=adapters.fresh(policy.lm, rank=rank, **how), adapted=True)
+    with nullcontext() if policy.unread is None else policy.unread.seen(policy.lm):
+        module = adapters.fresh(policy.lm, rank=rank, **how)
+    return replace(policy, module=module, adapted=True)

@@ -53,7 +53,8 @@ def with_head(lm: Any, pad_id: int, seed: int) -> Any:
         )
     setattr(made, body, getattr(lm, body))
     torch.manual_seed(seed)
-    made.score = nn.Linear(head.in_features, 1, head.bias is not None, lm.device, lm.dtype)
+    place = "cpu" if lm.device.type == "meta" else lm.device  # the body is not read yet
+    made.score = nn.Linear(head.in_features, 1, head.bias is not None, place, lm.dtype)
     # as transformers begins it: rewards near 0, whatever the width
     nn.init.normal_(made.score.weight, std=getattr(text_config(lm), "initializer_range", 0.02))
     made.config = config

@@ -90,6 +90,12 @@ class Scorer(nn.Module):
         """Where it computes."""
         return self.place or self.model.device
 
+    def reads_as(self, decide: Callable[[], "Scorer"]) -> None:
+        """From now on it reads as the scorer of the same model does that is given; what looks at
+        the model for that, looks inside, where spread parameters are gathered as in a forward."""
+        found = decide()
+        self.shared, self.logits, self.reading = found.shared, found.logits, found.reading
+
     @property
     def packs(self) -> bool:
         """Whether a batch is one row without padding."""

@@ -1,12 +1,13 @@
-"""A policy and its scorer in, the same with a part of every parameter in each process out.
+"""A policy in, the same with a part of every parameter in each process and its scorer out.
 
 torch's FSDP2 gathers a layer's parameters for as long as it computes. The scorer is the root, so
 that its forward has the embedding and the head whole: the head's matrix is read block by block,
-outside of any forward of its own (``head.py``). What needs every weight at once (answers, files)
-is given a copy that has them (``spread.py``).
+outside of any forward of its own (``head.py``). Parameters that are still in their files are read
+block by block, so that a process never has more of them than its parts and one block. What needs
+every weight at once (answers) is given a copy that has them (``spread.py``).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from spo_lightning.errors import UserError
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.quantized import bits_of
+from spo_lightning.models.reading import Reading
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.models.spread import Spread
 from spo_lightning.world import World
 
-READS = ("top", "greedy", "hidden_sums")  # of a scorer, beside its forward
+READS = ("top", "greedy", "hidden_sums", "reads_as")  # of a scorer, beside its forward
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,17 @@ class Sharding:
     offload: bool
 
     def __call__(
-        self, policy: Policy, scorer: Scorer, world: World, *, trains: bool, unpaired: bool
-    ) -> Policy:
-        """The policy with its parameters spread, in place; every process calls it.
+        self,
+        policy: Policy,
+        decide: Callable[[Policy], Scorer],
+        world: World,
+        *,
+        trains: bool,
+        unpaired: bool,
+    ) -> tuple[Policy, Scorer]:
+        """The policy with its parameters spread, in place, and its scorer; every process calls it.
 
+        ``decide``: how its batches are read; it runs the policy's layers when they are spread.
         ``trains``: whether it is trained then. ``unpaired``: whether rows may have one answer.
         """
         from torch.distributed.device_mesh import init_device_mesh
@@ -48,7 +57,7 @@ class Sharding:
             register_fsdp_forward_method,
         )
 
-        _refuse(policy, scorer, trains, unpaired)
+        _refuse(policy, trains)
         if self.offload and world.device.type == "cpu":
             raise UserError("hardware.sharding.offload has no effect on a CPU: leave it out")
         spread = Spread.of(policy.module, world.device)
@@ -57,14 +66,25 @@ class Sharding:
             "reshard_after_forward": True,  # what reads without a gradient leaves nothing behind
             "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
         }
-        for layer in layers_of(policy.lm):
-            fully_shard(layer, **how)
-        fully_shard(scorer, **how)
+        scorer = Scorer(policy.lm, shared=False, reading=Reading(""))  # until it is decided
+        for module in (*layers_of(policy.lm), scorer):
+            if policy.unread is not None:
+                policy.unread.fill(module, world.device)
+            fully_shard(module, **how)
         for name in READS:
             register_fsdp_forward_method(scorer, name)
+        policy = replace(policy, spread=spread, unread=None)
+        scorer.place = world.device
+        scorer.reads_as(lambda: decide(policy))
+        if unpaired and not (scorer.packs or scorer.shared):
+            raise UserError(
+                "hardware=fsdp: this model reads its answers apart, so that processes would run "
+                "other numbers of forwards on rows of one answer and wait for one another: take "
+                "hardware=ddp"
+            )
         scorer.spread = dict(scorer.named_parameters())
-        scorer.stays, scorer.place = not self.reshard_after_forward, world.device
-        return replace(policy, spread=spread)
+        scorer.stays = not self.reshard_after_forward
+        return policy, scorer
 
     def _mesh(self, size: int) -> dict[str, Any]:
         """The processes as groups and their members, or as one group."""
@@ -90,8 +110,8 @@ def layers_of(lm: Any) -> list[nn.Module]:
     return [*lists[sizes.index(max(sizes))]]
 
 
-def _refuse(policy: Policy, scorer: Scorer, trains: bool, unpaired: bool) -> None:
-    """What cannot be spread, or would have processes wait for one another in vain."""
+def _refuse(policy: Policy, trains: bool) -> None:
+    """What cannot be spread."""
     if bits_of(policy.lm) is not None:
         raise UserError(
             "hardware=fsdp: quantised weights are bytes that no process can have a part of: take "
@@ -103,11 +123,6 @@ def _refuse(policy: Policy, scorer: Scorer, trains: bool, unpaired: bool) -> Non
             "hardware=fsdp: weights in bfloat16 that train would need copies in float32, which "
             "are not spread: set model.dtype=float32 and hardware.precision=bf16-mixed, or train "
             "adapters (model.lora.rank)"
-        )
-    if unpaired and not (scorer.packs or scorer.shared):
-        raise UserError(
-            "hardware=fsdp: this model reads its answers apart, so that processes would run other "
-            "numbers of forwards on rows of one answer and wait for one another: take hardware=ddp"
         )
 
 

@@ -55,7 +55,7 @@ def sharing_refusal(config: Any, longest: int) -> str | None:
 
 
 def scorer_of_run(
-    cfg: DictConfig, policy: Policy, pairs: Iterable[Pair], *, streamed: bool
+    policy: Policy, cfg: DictConfig, pairs: Iterable[Pair], *, streamed: bool
 ) -> Scorer:
     """How the pairs of a run are read, as the config says; more come where they are streamed."""
     longest = longest_of(pairs)

@@ -27,18 +27,21 @@ class Spread:
         return cls(copy.deepcopy(module, hollow), device)
 
     @torch.no_grad()
-    def filled(self, module: nn.Module, device: Any) -> nn.Module | None:
-        """The module whole on ``device``, None where that is None; every process calls it."""
+    def filled(self, module: nn.Module, device: Any, trained: bool) -> nn.Module | None:
+        """The module whole on ``device``, None where that is None; ``trained``: with no more than
+        the parameters that train. Every process calls it."""
         made = copy.deepcopy(self.empty)
-        values: dict[int, nn.Parameter] = {}
+        values: dict[int, Any] = {}
         for hollow, part in zip(made.parameters(), module.parameters(), strict=True):
-            value = whole(part.detach())
-            if device is not None:
-                values[id(hollow)] = nn.Parameter(value.to(device), part.requires_grad)
+            left = trained and not part.requires_grad
+            value = hollow if left else whole(part.detach())
+            if device is not None and not left:
+                value = nn.Parameter(value.to(device), part.requires_grad)
+            values[id(hollow)] = value
         if device is None:
             return None
         for layer in made.modules():
-            for name, parameter in layer._parameters.items():
-                if parameter is not None:
-                    layer._parameters[name] = values[id(parameter)]
-        return made.to(device)  # its buffers
+            own, buffers = layer._parameters, layer._buffers
+            own.update({name: values[id(p)] for name, p in own.items() if p is not None})
+            buffers.update({name: b.to(device) for name, b in buffers.items() if b is not None})
+        return made

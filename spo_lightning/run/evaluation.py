@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,8 @@ def policy(at: Read) -> Opened:
     from spo_lightning.models.policy import opened
 
     precision = precision_of(at.cfg.hardware, at.world.device)
-    found = opened(at.cfg.checkpoint, at.cfg, at.world.device, rewards=True)
+    spread = at.cfg.hardware.get("sharding") is not None
+    found = opened(at.cfg.checkpoint, at.cfg, at.world.device, rewards=True, unread=spread)
     if found.rewards or found.template is not None:
         _refuse_likelihoods(at, "a reward model" if found.rewards else "a ranker")
     else:
@@ -177,10 +179,12 @@ def pairs(at: Compared) -> Tokenised:
     if template is not None:
         held = to_letters(held)
     policy = at.policy
-    scorer = scorer_of(policy, longest_of(held.pairs), share=True, logits=logits)
-    if cfg.hardware.get("sharding") is not None:
+    decide = partial(scorer_of, longest=longest_of(held.pairs), share=True, logits=logits)
+    if cfg.hardware.get("sharding") is None:
+        scorer = decide(policy)
+    else:
         how = {"trains": False, "unpaired": bool(at.task.unpaired)}
-        policy = built(cfg.hardware.sharding)(policy, scorer, at.world, **how)
+        policy, scorer = built(cfg.hardware.sharding)(policy, decide, at.world, **how)
     return grown(Tokenised, at, policy=policy, scorer=scorer, held=held, rows=rows, of=of)
 
 

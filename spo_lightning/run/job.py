@@ -173,8 +173,6 @@ def refuse_processes(cfg: "DictConfig", world: World) -> None:
         raise UserError(
             "this loss needs all pairs of an outer step in one process: begin one, or take another"
         )
-    if world.size > 1 and cfg.data.get("stream"):
-        raise UserError("data.stream=true is read by one process: begin one, or leave it out")
     if cfg.hardware.get("sharding") is not None:
         refuse_spreading(world)
         if cfg.batch_size % world.size:

@@ -6,6 +6,7 @@ imports from once it begins, so that bad rows end a run before anything heavy is
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 from spo_lightning.config.build import built
 from spo_lightning.config.knobs import warm_start_steps
@@ -41,7 +42,10 @@ def policy(at: known.Read) -> known.Opened:
     from spo_lightning.models.policy import of_config
 
     precision = precision_of(at.cfg.hardware, at.world.device)
-    opened = of_config(at.cfg, at.world.device)
+    # what answers or learns before it is spread, does so whole; dora's adapters measure weights
+    whole = at.task.samples or warm_start_steps(at.cfg) or at.cfg.model.lora.dora
+    spread = at.cfg.hardware.get("sharding") is not None
+    opened = of_config(at.cfg, at.world.device, unread=spread and not whole)
     if opened.rewards and (at.task.samples or warm_start_steps(at.cfg)):
         raise UserError(
             f"{at.cfg.model.pretrained} is a reward model, which neither answers the prompts of "
@@ -103,13 +107,15 @@ def tokens(at: known.Paired) -> known.Tokenised:
     if rewards or template is not None:  # what ranks answers nothing
         places = replace(places, rows=[])
     rows = [pair for pairs in sets.values() for pair in pairs.pairs]
-    scorer = scorer_of_run(at.cfg, policy, rows, streamed=task.chunks is not None)
+    decide = partial(scorer_of_run, cfg=at.cfg, pairs=rows, streamed=task.chunks is not None)
+    if at.cfg.hardware.get("sharding") is None:
+        scorer = decide(policy)
+    else:
+        how = {"trains": at.cfg.max_steps != 0, "unpaired": at.cfg.loss.get("unpaired", False)}
+        policy, scorer = built(at.cfg.hardware.sharding)(policy, decide, at.world, **how)
     of = groups_of_pairs(sets["held-out"].pairs, task.held_out, at.cfg.eval.get("by"))
     sets["held-out"] = replace(sets["held-out"], groups=of)
     counts = sides["train"].counts
-    if at.cfg.hardware.get("sharding") is not None:
-        how = {"trains": at.cfg.max_steps != 0, "unpaired": at.cfg.loss.get("unpaired", False)}
-        policy = built(at.cfg.hardware.sharding)(policy, scorer, at.world, **how)
     more = {"policy": policy, "places": places, "scorer": scorer, "sets": sets, "task": task}
     return grown(known.Tokenised, at, **more, counts=counts)
 
@@ -136,7 +142,8 @@ def reference(at: known.Tokenised) -> known.Referenced:
     orders, count = drawn(cfg, sets) if task.chunks is None else ({}, 0)
     sets = referee.over(sets, orders, count)
     if task.chunks is not None:
-        feed = streamed(cfg, task, policy.tokenizer, sets["train"], at.counts, referee.stays())
+        stays = referee.stays()
+        feed = streamed(cfg, task, policy.tokenizer, sets["train"], at.counts, stays, at.world)
     if asks(loss_of(cfg), "divergences"):
         scorer.beside = referee.beside()
     scorer.compiled = cfg.hardware.compile  # the probe and the reference have run without
@@ -213,7 +220,8 @@ def save(job: Job, at: known.Ended) -> known.Ended:
 
     card, merge = model_card(job.choices, at.cfg), at.cfg.model.lora.merge
     with writing_folder(job.run.model):
-        at.policy.save(job.run.model, merge=merge, card=card, world=at.world)
+        how = {"merge": merge, "file_gb": at.cfg.model.file_gb}
+        at.policy.save(job.run.model, **how, card=card, world=at.world)
     return at
 
 

@@ -2,9 +2,11 @@
 
 Chunks come in the file's order and every epoch shuffles each of them anew, by seed, epoch and
 number. While one is trained on, a thread reads, checks and tokenises the next; the reference
-scores a chunk when it is reached.
+scores a chunk when it is reached. Chunks are dealt over processes by their numbers, and each tells
+all of its own when they are reached: order and checkpoints know nothing of how many there are.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +21,7 @@ from spo_lightning.data.batch import draws, epoch_order
 from spo_lightning.data.encode import Encoded
 from spo_lightning.data.rows import Chunk, Task
 from spo_lightning.data.sets import Pairs, mismatched
+from spo_lightning.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ def streamed(
     first: Pairs,
     counts: dict[str, int],
     referee: Referee,
+    world: World,
 ) -> "Feed":
     """The training pairs of a streamed file, as the config says; ``first``: those of chunk 0."""
     assert task.chunks is not None
@@ -42,7 +46,7 @@ def streamed(
     def judge(pairs: Pairs) -> Pairs:
         return referee.over({"train": pairs})["train"]
 
-    return Feed(first, counts, task.chunks, encode, judge, seed=cfg.seed)
+    return Feed(first, counts, task.chunks, encode, judge, seed=cfg.seed, world=world)
 
 
 def outer_steps(cfg: DictConfig, rows: int) -> int:
@@ -105,19 +109,22 @@ class Place(NamedTuple):
 class Feed:
     """Pairs of outer steps. ``first``: chunk 0 with its reference; ``counts``: of its rows.
 
-    ``chunks`` reads from a chunk on, ``encode`` tokenises one, ``judge`` adds the reference.
+    ``chunks`` reads from a chunk on, of so many the first; ``encode`` tokenises one; ``judge``
+    adds the reference.
     """
 
     def __init__(
         self,
         first: Pairs,
         counts: dict[str, int],
-        chunks: Callable[[int], Iterator[Chunk]],
+        chunks: Callable[[int, int], Iterator[Chunk]],
         encode: Callable[[Chunk], Encoded],
         judge: Callable[[Pairs], Pairs],
         *,
         seed: int,
+        world: World = ALONE,
     ):
+        self.world = world
         self.first, self.first_counts = first, counts
         self.chunks, self.encode, self.judge, self.seed = chunks, encode, judge, seed
         self.places = {0: Place(0, 0, 0, dict.fromkeys(counts, 0))}
@@ -181,17 +188,22 @@ class Feed:
 
     def _pass(self, start: int) -> Iterator[tuple[int, Pairs, dict[str, int]]]:
         """One pass over the file from chunk ``start`` on."""
-        later = ahead(self._encoded(max(start, 1)))
+        mine = ahead(self._encoded(max(start, 1)))
         if start == 0:
             yield 0, self.first, self.first_counts
-        for number, found in later:
+        for number in itertools.count(max(start, 1)):
+            found = self.world.once(lambda: next(mine, None), by=number % self.world.size)
+            if found is None:
+                return
             bare = Pairs(found.pairs, None, self.first.pad_id)
             yield number, self.judge(bare), found.counts
             del found, bare
 
-    def _encoded(self, start: int) -> Iterator[tuple[int, Encoded]]:
-        for chunk in self.chunks(start):
-            yield chunk.number, self.encode(chunk)
+    def _encoded(self, start: int) -> Iterator[Encoded]:
+        """This process's chunks: those whose numbers leave its rank."""
+        size = self.world.size
+        own = start + (self.world.rank - start) % size
+        return (self.encode(chunk) for chunk in self.chunks(own, size))
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

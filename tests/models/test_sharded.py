@@ -29,8 +29,7 @@ def made(name="llama", adapters=False, **changes):
 
 
 def spread(found, world, *, reshard=True):
-    scorer = Scorer(found.lm, True)
-    return Sharding(reshard, 1, False)(found, scorer, world, **HOW), scorer
+    return Sharding(reshard, 1, False)(found, lambda it: Scorer(it.lm, True), world, **HOW)
 
 
 def read(scorer):
@@ -142,8 +141,12 @@ def test_what_cannot_be_spread_is_refused(world):
         spread(half, world)
     found = made()
     with pytest.raises(UserError, match="no effect on a CPU"):
-        Sharding(True, 1, True)(found, Scorer(found.lm, True), world, **HOW)
+        Sharding(True, 1, True)(found, lambda it: Scorer(it.lm, True), world, **HOW)
     alone = made(attention="sdpa")
     with pytest.raises(UserError, match="reads its answers apart"):
-        Sharding(True, 1, False)(alone, Scorer(alone.lm, False), world, trains=True, unpaired=True)
-    Sharding(True, 1, False)(half, Scorer(half.lm, True), world, trains=False, unpaired=False)
+        Sharding(True, 1, False)(
+            alone, lambda it: Scorer(it.lm, False), world, trains=True, unpaired=True
+        )
+    Sharding(True, 1, False)(
+        half, lambda it: Scorer(it.lm, True), world, trains=False, unpaired=False
+    )

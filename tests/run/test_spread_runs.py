@@ -16,8 +16,12 @@ TWO = (*SPREAD, "hardware.devices=2")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def run(place, *words, **how):
-    done = command(place, *EVEN, *words, timeout=500, **how)
+# a checkpoint brings its own shape
+OPENED = tuple(word for word in EVEN if not word.startswith(("model.config", "sft.")))
+
+
+def run(place, *words, of=EVEN, **how):
+    done = command(place, *of, *words, timeout=500, **how)
     assert (done.code, done.err) == (0, ""), done.err
     return done
 
@@ -37,6 +41,19 @@ def run(place, *words, **how):
 def test_two_parts_equal_one_run(tmp_path, words):
     run(tmp_path, *words, "hydra.run.dir=one")
     run(tmp_path, *words, *TWO, "hydra.run.dir=two")
+    assert_one_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "words", [("solver=penalty",), ("model.lora.rank=2",), ("loss=reward", "solver=none")], ids=str
+)
+def test_a_checkpoint_that_begins_in_parts_equals_one_run(tmp_path, words):
+    """Its weights are read block by block, and adapters and a head are drawn before it."""
+    run(tmp_path, "max_steps=1", "hydra.run.dir=begun")
+    start = ("model=llama", "model.pretrained=begun/model", *words)
+    run(tmp_path, *start, "hydra.run.dir=one", of=OPENED)
+    done = run(tmp_path, *start, *TWO, "hydra.run.dir=two", of=OPENED)
+    assert "reads the whole model" not in done.out
     assert_one_run(tmp_path / "two", tmp_path / "one")
 
 

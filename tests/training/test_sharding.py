@@ -18,8 +18,8 @@ def stepped(optimizer, theta):
 
 def test_what_is_gathered_is_dealt_out_as_it_was(group_of_one):
     made = policy()
-    scorer = Scorer(made.lm, True)
-    Sharding(True, 1, False)(made, scorer, group_of_one, trains=True, unpaired=False)
+    how = {"trains": True, "unpaired": False}
+    _, scorer = Sharding(True, 1, False)(made, lambda it: Scorer(it.lm, True), group_of_one, **how)
     theta = list(scorer.spread.values())
     optimizer = torch.optim.AdamW(theta, lr=0.1)
     stepped(optimizer, theta)

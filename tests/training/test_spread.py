@@ -70,9 +70,8 @@ def found(case, world):
     scorer = Scorer(made.lm, True)
     if world.size > 1:
         copies = case.copies if world.size > 2 else 1
-        made = Sharding(case.reshard, copies, False)(
-            made, scorer, world, trains=True, unpaired=False
-        )
+        spreading, how = Sharding(case.reshard, copies, False), {"trains": True, "unpaired": False}
+        made, scorer = spreading(made, lambda found: Scorer(found.lm, True), world, **how)
     moving = MovingReference(0.5, 2, True) if case.moving else None
     objectives = ("loss=dpo", *case.words)
     how = {"steps": STEPS, "micro": 2, "scorer": scorer, "clip_norm": 1.0, "world": world}
