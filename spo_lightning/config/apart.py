@@ -71,7 +71,8 @@ def _check_keys(cfg: DictConfig, touched: Sequence[str]) -> None:
     for key, refused, why in IMAGES:
         value = OmegaConf.select(cfg, key)
         if refused(value):
-            raise UserError(f"{key}={value} does not go with pairs of images: {why}")
+            told = str(value).splitlines()[0]  # a ranker's question has more
+            raise UserError(f"{key}={told} does not go with pairs of images: {why}")
     for key in touched:
         if key in UNREAD:
             raise UserError(f"{key} has no effect: {TOKENS}")

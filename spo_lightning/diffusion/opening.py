@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ DENOISERS = ("unet", "transformer")  # what a pipeline calls its own
 
 def opened(model: DictConfig, words: Sequence[str], seed: int, device: Any) -> Pipeline:
     """The pipeline on its device. ``words``: of the data's prompts, for one that is built."""
+    if find_spec("diffusers") is None:
+        raise UserError('model=diffusion needs diffusers: pip install "spo-lightning[diffusion]"')
     if model.pretrained is None:
         made = _built(OmegaConf.to_container(model.config, resolve=True), words, seed)
     else:
