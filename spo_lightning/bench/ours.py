@@ -25,6 +25,7 @@ from spo_lightning.records.progress import Stages, hushed, silent
 from spo_lightning.run.job import objective
 from spo_lightning.run.training import prepared
 from spo_lightning.training.fit import OuterSteps, module_of, steps_alone
+from spo_lightning.training.reference import MovingReference
 from spo_lightning.world import World
 
 
@@ -114,7 +115,8 @@ class Ours:
             on_train_batch_end=after,
         )
         with threads_of(cfg.hardware), unmoved(scorer):
-            module = module_of(cfg, scorer, self.entry.loss, self.entry.solver, steps)
+            moving = MovingReference.of(cfg.model)
+            module = module_of(cfg, scorer, self.entry.loss, self.entry.solver, steps, moving)
             data = OuterSteps.of(cfg, module, self.start.train, self.start.lower)
             steps_alone(cfg, data, steps, look)
         del module, data

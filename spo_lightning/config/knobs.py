@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from spo_lightning.config.apart import check_apart
 from spo_lightning.config.objective import check_loss
 from spo_lightning.config.ranges import DIAGNOSTICS, NEEDS, RANGES, check_kind, holds, number
 from spo_lightning.config.sharded import check_sharded
@@ -29,8 +30,7 @@ IDLE: list[tuple[str, Callable[[DictConfig], bool], str]] = [
         for key, of in NEEDS
     ),
     (
-        "model.double_quantization",
-        lambda c: c.model.get("quantize") != "nf4",
+        *("model.double_quantization", lambda c: c.model.get("quantize") != "nf4"),
         "only model.quantize=nf4 has scales that it rounds",
     ),
     ("model.shape", lambda c: "plan" not in c, "only plan reads it"),
@@ -214,6 +214,7 @@ def given() -> Given:
 def check(cfg: DictConfig, line: Given) -> None:
     """Refuse what the command line gets wrong, in one line that names the key."""
     _check_study(cfg, line)
+    check_apart(cfg, line.touched)
     _check_whole(cfg, line)
     for key in line.touched:
         if not (_declared(line.defaults, key) or key.startswith(OPEN) or key in line.choices):

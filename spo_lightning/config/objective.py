@@ -56,7 +56,7 @@ APART = {
     "language": "it reads sentences, which are looked for where it is the loss",
 }
 # facts that are read somewhere
-WORDS = (*APART, "unit", "compares", "smooths", "similarity")
+WORDS = (*APART, "unit", "compares", "smooths", "similarity", "odds")
 
 
 def check_loss(cfg: DictConfig, touched: Sequence[str]) -> None:

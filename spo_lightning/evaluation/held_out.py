@@ -70,7 +70,7 @@ def pair_totals(
         none = batch.with_chosen is not None and not len(batch.with_chosen)
         none = none and scorer.spread is None  # what is spread is read by all processes together
         chosen, tops = batch.of(~batch.rejected) if none else batch.chosen_only, {}
-        if top and not policy.rewards:
+        if top and scorer.predicts and not policy.rewards:
             looked = policy.logps.new_zeros(2, 0) if none else scorer.top(chosen, TOP)
             tops["entropy/top10"], tops["mass/top10"] = looked
         totals.add(numbers | tops, turn.mine)

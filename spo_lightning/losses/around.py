@@ -115,8 +115,11 @@ def assembled(loss: partial) -> Loss:
     divergence = keys.pop("divergence", partial(reverse_kl))
     if "parts" in keys:
         keys |= _mixed(keys.pop("parts"))
-    if loss.keywords.get("smooths") and not keys["label_smoothing"]:
-        raise ValueError("label_smoothing=0 has no logarithm, which this loss takes: 1e-3 or more")
+    smoothed = keys.get("smooths")
+    if smoothed and not 0 < keys[smoothed] < 0.5:
+        raise ValueError(
+            f"{smoothed}={keys[smoothed]}: give above 0, which has no logarithm, below 0.5"
+        )
     keys = {n: it for n, it in keys.items() if n in own or not _is_fact(it)}
     inspect.signature(loss.func).bind_partial(**keys)
     for name, it in own.items():

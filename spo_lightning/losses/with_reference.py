@@ -119,6 +119,15 @@ def exo_pair(
     return chosen + (-margin).sigmoid() * (-_logistic(-margin) - smooth.log())
 
 
+def dmpo(policy: PairLogps, reference: PairLogps, *, beta: float, alpha: float) -> Tensor:
+    r"""Reverse KL of the odds of two images. Our reconstruction of DMPO (2507.07510), whose own
+    equation is not public to us: ``exo_pair`` on the denoising errors, ``alpha`` its smoothing.
+
+    $p\log\frac{p}{1-\alpha} + (1-p)\log\frac{1-p}{\alpha}$ with $p = \sigma(\beta h)$
+    """
+    return exo_pair(policy, reference, beta=beta, label_smoothing=alpha)
+
+
 def discopop(policy: PairLogps, reference: PairLogps, *, beta: float, tau: float) -> Tensor:
     r"""Logistic loss below the margin 0, exponential above. Lu et al. 2024 (2406.08414), eq. 5.
 

@@ -72,6 +72,8 @@ class Scorer(nn.Module):
     where it is not given. ``compiled``: whether torch compiles the forwards.
     """
 
+    predicts = True  # tokens, whose distribution one may look at
+
     def __init__(
         self, model: Any, shared: bool, logits: int = LOGITS, reading: Reading | None = None
     ):

@@ -23,6 +23,7 @@ from spo_lightning.run.record import Referenced
 from spo_lightning.training.callbacks.evolution import Named
 from spo_lightning.training.fit import OuterSteps, module_of, steps_alone
 from spo_lightning.training.microbatch import trainable
+from spo_lightning.training.reference import MovingReference
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Pilots:
     def _steps(self, solver: Any, title: str) -> tuple[float, float]:
         """Take them; seconds of one, and MiB at the peak."""
         at, clock, memory = self.at, Clock(), Memory()
-        module = module_of(self.cfg, at.scorer, self.loss, solver, self.total)
+        moving = MovingReference.of(self.cfg.model)
+        module = module_of(self.cfg, at.scorer, self.loss, solver, self.total, moving)
         others = at.mismatched.train
         data = OuterSteps.of(self.cfg, module, at.train, at.lower, mismatched=others)
         with at.stages.stage(title, self.steps) as advance:

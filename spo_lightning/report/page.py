@@ -6,6 +6,7 @@ What a run holds is untrusted: it enters page.html as escaped text, or as JSON o
 import json
 import math
 import re
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -80,6 +81,18 @@ class Lines:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A PNG, shown as it is. ``told`` says what is on it to those who do not see it."""
+
+    told: str
+    content: bytes
+
+    @property
+    def source(self) -> str:
+        return f"data:image/png;base64,{b64encode(self.content).decode()}"
+
+
+@dataclass(frozen=True)
 class Note:
     """A paragraph; ``alarm``: one to see first."""
 
@@ -95,7 +108,7 @@ class Folded:
     text: str
 
 
-Block = Table | Samples | Browsed | Lines | Note | Folded | Chart
+Block = Table | Samples | Browsed | Lines | Picture | Note | Folded | Chart
 
 
 @dataclass(frozen=True)

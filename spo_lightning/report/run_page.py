@@ -5,7 +5,7 @@ from itertools import cycle
 from typing import Any
 
 from spo_lightning.report.charts import GREY, Chart, histogram, lines, series, unit
-from spo_lightning.report.page import Browsed, Folded, Note, Samples, Section, Table
+from spo_lightning.report.page import Browsed, Folded, Note, Picture, Samples, Section, Table
 from spo_lightning.report.reading import (
     ALARM,
     DELTAS,
@@ -71,6 +71,7 @@ def sections(run: Run) -> list[Section]:
         Section("Where the probability goes", [*goes, *balance(run)], ABOUT),
         Section("Pair by pair", [*spread(run), *lost(run)], "Held-out pairs: change in nats."),
         Section("Every pair", every_pair(run), "Numbers after training, as pairs.jsonl has them."),
+        Section("Images", grids(run), "Of the same prompts, from the same noise."),
         Section(
             "Samples",
             [Samples(run.samples)] if run.samples else [],
@@ -80,6 +81,13 @@ def sections(run: Run) -> list[Section]:
         Section("Diagnostics", others(run), "Whatever else was logged."),
         Section("Configuration and environment", environment(run)),
     ]
+
+
+def grids(run: Run) -> list[Any]:
+    """Of a policy that draws: before and after side by side, and held-out pairs."""
+    told = {"samples": "images before and after training", "pairs": "chosen and rejected images"}
+    files = {run.path / f"{name}.png": text for name, text in told.items()}
+    return [Picture(text, file.read_bytes()) for file, text in files.items() if file.is_file()]
 
 
 def told(run: Run) -> list[Any]:

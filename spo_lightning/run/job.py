@@ -83,7 +83,8 @@ def opened(cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], world: Wo
     from spo_lightning.models.device import set_threads
     from spo_lightning.models.sources import check_sources
 
-    check_sources(cfg.model)
+    if not cfg.data.get("images"):  # a pipeline is a directory of several models
+        check_sources(cfg.model)
     set_threads(cfg.hardware)
     quiet()
     loss, solver = objective(cfg)

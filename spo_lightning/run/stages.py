@@ -175,6 +175,7 @@ def training(job: Job, at: known.Measured) -> known.Trained:
     from spo_lightning.models.generate import Decoding
     from spo_lightning.records.progress import Within
     from spo_lightning.training.fit import Material, fit
+    from spo_lightning.training.reference import MovingReference
 
     def quality() -> dict[str, float]:
         unpaired = replace(at.held, pairs=[], references=None)
@@ -190,7 +191,8 @@ def training(job: Job, at: known.Measured) -> known.Trained:
         return found.numbers(range(len(rows)))
 
     data = (at.train, at.held, at.lower, at.feed, at.mismatched)
-    given, loss = Material(at.scorer, *data, at.precision, quality, wins), job.loss
+    moving = MovingReference.of(at.cfg.model)
+    given, loss = Material(at.scorer, *data, moving, at.precision, quality, wins), job.loss
     if at.cfg.loss.get("unpaired"):
         loss, told = balanced(loss, [bool(pair.chosen) for pair in at.train.pairs])
         log.info("%s", told)

@@ -14,6 +14,7 @@ from spo_lightning.records import loggers
 from spo_lightning.records.directory import RunDir
 from spo_lightning.records.lock import held
 from spo_lightning.records.progress import Stages, Stop
+from spo_lightning.run import images
 from spo_lightning.run.job import Job, opened, refuse_processes, refuse_rows, refuse_to_compare
 from spo_lightning.run.judging import refuse_to_judge
 from spo_lightning.run.record import Begun, Read, Referenced, Stage, walk
@@ -149,6 +150,8 @@ def _run(
     cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], stages: Stages
 ) -> dict[str, Any]:
     refuse_processes(cfg, stages.world)
+    if cfg.data.get("images"):
+        return _of_images(cfg, run, choices, stages)
     at = walk([DATA], Begun(cfg, stages.world, stages, {}))
     refuse_to_compare(cfg, at.task)
     refuse_to_judge(cfg, at.task)
@@ -157,6 +160,17 @@ def _run(
     job = opened(cfg, run, choices, stages.world)
     refuse_rows(job.loss, at.task)
     walk(after_data(job), at)
+    return job.numbers
+
+
+def _of_images(
+    cfg: "DictConfig", run: RunDir, choices: Mapping[str, str], stages: Stages
+) -> dict[str, Any]:
+    """The same of a policy that draws."""
+    at = walk([images.DATA], Begun(cfg, stages.world, stages, {}))
+    job = opened(cfg, run, choices, stages.world)
+    images.refuse(job.loss)
+    walk(images.after_data(job), at)
     return job.numbers
 
 

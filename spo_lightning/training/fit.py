@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from spo_lightning.data.batch import Microbatches, PairBatch, by_pairs, by_tokens, draws
 from spo_lightning.data.sets import Pairs
+from spo_lightning.diffusion.reference import Beside
 from spo_lightning.errors import Interrupted, UserError
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.records.directory import RunDir, without_secrets
@@ -47,6 +48,7 @@ class Material:
     lower: Pairs | None  # the lower level's own texts; None: the chosen responses
     feed: Feed | None  # the training pairs, where ``train`` has the first chunk only
     mismatched: Mismatched  # prompts with others' answers, where the loss asks for them
+    moving: MovingReference | Beside  # a reference whose numbers are not the pairs' own
     precision: Callable[[], AbstractContextManager]  # of forwards outside Lightning's
     quality: Callable[[], dict[str, float]]  # what the policy's held-out answers come to
     wins: Callable[[], dict[str, float]]  # how often a few of them are preferred
@@ -110,7 +112,7 @@ class OuterSteps(IterableDataset):
         cls, cfg: DictConfig, module: Preference, train: Pairs, lower: Pairs | None, **more: Any
     ) -> "OuterSteps":
         """As the configuration deals them."""
-        limits = {"micro": cfg.micro_batch_size, "tokens": cfg.data.tokens_per_batch}
+        limits = {"micro": cfg.micro_batch_size, "tokens": cfg.data.get("tokens_per_batch")}
         return cls(train, module, seed=cfg.seed, lower=lower, **limits, **more)
 
     def __iter__(self) -> Iterator[Microbatches]:
@@ -171,7 +173,7 @@ def fit(
         goes_on.restore(given.scorer)
         return steps
     quiet()  # Lightning, which is imported only here
-    module = module_of(cfg, given.scorer, loss, solver, steps)
+    module = module_of(cfg, given.scorer, loss, solver, steps, given.moving)
     beside = {"feed": given.feed, "mismatched": given.mismatched.train}
     data = OuterSteps.of(cfg, module, given.train, given.lower, **beside)
     trainer = Trainer(
@@ -224,7 +226,14 @@ def steps_alone(cfg: DictConfig, data: OuterSteps, steps: int, watch: Callback) 
         raise Interrupted(143, "stopped by SIGTERM") from error
 
 
-def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: int) -> Preference:
+def module_of(
+    cfg: DictConfig,
+    scorer: Scorer,
+    loss: Any,
+    solver: Any,
+    steps: int,
+    moving: MovingReference | Beside,
+) -> Preference:
     """The module that one run trains; also what the bench times."""
     return Preference(
         scorer,
@@ -237,7 +246,7 @@ def module_of(cfg: DictConfig, scorer: Scorer, loss: Any, solver: Any, steps: in
         clip_norm=cfg.clip_norm,
         schedule=Schedule(cfg.optimizer.schedule, steps, cfg.optimizer.warmup),
         log_every=cfg.log.every_n_steps,
-        moving=MovingReference.of(cfg.model),
+        moving=moving,
     )
 
 
@@ -290,8 +299,10 @@ def _callbacks(
     watching = [evaluation, *diagnostics, recorder]
     if given.feed is not None:
         watching.append(Reading(given.feed))
-    # then the policy does not start as its reference
-    if cfg.model.reference is not None or given.scorer.reading.reward:
+    # a denoiser is compared at draws that are not made yet
+    if not given.scorer.predicts or given.scorer.reading.reward:
+        return watching
+    if cfg.model.reference is not None:  # then the policy does not start as its reference
         return watching
     check = StartCheck(
         given.train,

@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from spo_lightning import losses
 from spo_lightning.data.batch import Microbatches, PairBatch
+from spo_lightning.diffusion.reference import Beside
 from spo_lightning.errors import Diverged
 from spo_lightning.evaluation.totals import Totals
 from spo_lightning.models.scorer import Scorer
@@ -51,7 +52,7 @@ class Preference(LightningModule):
         clip_norm: float | None,
         schedule: Callable[[int], float],
         log_every: int,
-        moving: MovingReference,
+        moving: MovingReference | Beside,
     ):
         super().__init__()
         self.automatic_optimization = False

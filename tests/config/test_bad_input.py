@@ -253,6 +253,12 @@ KNOBS = [
         "solver.lower_lr=0.1 is of steps that the solver takes on the weights itself",
     ),
     Case("the logarithm of 0", ("loss=exo_pair", "loss.label_smoothing=0"), "has no logarithm"),
+    Case(
+        "the same of dmpo",
+        ("loss=dmpo", "loss.alpha=0"),
+        "alpha=0: give above 0, which has no logarithm",
+    ),
+    Case("more flipped than not", ("loss=dmpo", "loss.alpha=0.5"), "alpha=0.5: give above 0"),
     Case("unknown strategy", ("hardware.strategy=foo",), "auto or ddp"),
     Case("a strategy without its keys", ("hardware.strategy=fsdp",), "hardware=fsdp"),
     Case(

@@ -32,6 +32,8 @@ LLAMA = [
     "model.config.intermediate_size=48",
     "model.config.num_hidden_layers=1",
 ]
+# those of images have runs of their own in tests/run/test_image_runs.py
+IMAGES = ("shapes", "images", "diffusion", "diffusion_shapes")
 SEVERAL = ("ddp", "fsdp", "fsdp_hybrid")  # processes
 PLAIN = ["optimizer=sgd", "optimizer.lr=0.5", "hardware=cpu"]
 
@@ -186,7 +188,7 @@ def test_optimizers_train_apart(tmp_path):
     assert_all_differ(table)
 
 
-@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("name", [it for it in options("model") if it not in IMAGES])
 def test_models_train(tmp_path, checkpoint, name):
     preset = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
     if "pretrained" in preset:
@@ -289,7 +291,7 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("name", options("data"))
+@pytest.mark.parametrize("name", [it for it in options("data") if it not in IMAGES])
 def test_data_trains(tmp_path, name):
     source = tmp_path / "source"
     source.mkdir()
@@ -297,7 +299,8 @@ def test_data_trains(tmp_path, name):
 
 
 # those with a study train no language model: test_tabular.py and test_quadratic.py run them
-TRAINING = [n for n in options("experiment") if config(f"experiment={n}").study is None]
+TEXTS = [n for n in options("experiment") if n not in IMAGES]
+TRAINING = [n for n in TEXTS if config(f"experiment={n}").study is None]
 
 
 @pytest.mark.parametrize("name", TRAINING)

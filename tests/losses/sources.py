@@ -145,6 +145,7 @@ PAIR = {
     "rpo": lambda v, k: soft(k.beta * v.h) - k.eta * k.beta * v.lw,
     "odpo": lambda v, k: soft(k.beta * v.h - k.alpha * math.log(v.margin)),
     "exo_pair": lambda v, k: exo(sig(k.beta * v.h), k.label_smoothing),
+    "dmpo": lambda v, k: exo(sig(k.beta * v.h), k.alpha),
     "discopop": lambda v, k: (
         (1 - sig(k.beta * v.h / k.tau)) * soft(k.beta * v.h)
         + sig(k.beta * v.h / k.tau) * math.exp(-k.beta * v.h)
@@ -205,6 +206,7 @@ KEYS = {
     "rpo": dict(beta=0.3, eta=0.4),
     "odpo": dict(beta=0.3, alpha=0.8),
     "exo_pair": dict(beta=0.1, label_smoothing=0.1),
+    "dmpo": dict(beta=0.1, alpha=0.1),
     "discopop": dict(beta=0.05, tau=0.3),
     "two_sided": dict(beta=0.3, lower=1.0, upper=4.0),
     "cal_dpo": dict(beta=0.3, coefficient=0.7),

@@ -41,6 +41,7 @@ BY_HAND = [
     ("rso_sigmoid_norm", {}, 0.644396660, None),
     ("slic", {}, 0.85, None),
     ("exo_pair", dict(beta=0.1), 2.422014621, None),
+    ("dmpo", dict(beta=0.1), 2.422014621, None),  # the same form
     ("nca_pair", dict(beta=0.1), 1.338793320, None),
     ("bco_pair", dict(beta=0.1), 1.288793320, None),
     ("sppo_hard", dict(beta=0.1), 32.0, None),
@@ -95,6 +96,7 @@ def test_dpop_with_a_fallen_chosen_answer():
         ("robust", dict(label_smoothing=0.3), math.log(2)),
         ("sigmoid_norm", {}, math.log(2)),
         ("exo_pair", dict(label_smoothing=1e-3), -math.log(2) - 0.5 * math.log(1e-3 * 0.999)),
+        ("dmpo", dict(alpha=1e-3), -math.log(2) - 0.5 * math.log(1e-3 * 0.999)),
         ("nca_pair", {}, 2 * math.log(2)),
         ("bco_pair", {}, 2 * math.log(2)),
         ("sppo_hard", {}, 50.0),

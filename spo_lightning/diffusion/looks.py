@@ -1,0 +1,87 @@
+"""Images that a policy drew in, how good they are and a grid to look at out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spo_lightning.data.pictures import Image, PictureRow, Pictures
+from spo_lightning.records.disk import writing
+
+SHOWN, CELL, GAP = 64, 64, 2  # images of a grid; pixels of one at least, and between two
+HEAD = 16  # pixels of a title
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image of every held-out prompt. What the data cannot judge is left out."""
+
+    images: Sequence[Image]
+    seen: Sequence[str]
+    right: Sequence[bool | None]
+    liked: Sequence[float]
+
+    @property
+    def items(self) -> dict[str, list[float]]:
+        """What each prompt adds to a number."""
+        found = {"exact_match": [float(it) for it in self.right if it is not None]}
+        return found | {"judge/score": [*self.liked]}
+
+
+def judged(task: Pictures, rows: Sequence[PictureRow], images: Sequence[Image]) -> Drawn:
+    seen = [task.seen(image) if task.seen else "" for image in images]
+    right = [task.right(row.prompt, it) if task.right else None for row, it in zip(rows, images)]
+    liked = [task.judge(image) for image in images] if task.judge else []
+    return Drawn(images, seen, right, liked)
+
+
+def numbers(now: Drawn, start: Drawn) -> dict[str, float]:
+    """Capability, and how often the judge prefers an image to the start's of the same prompt and
+    the same noise; a tie is half."""
+    found = {name: float(np.mean(it)) for name, it in now.items.items() if it}
+    if now.liked:
+        wins = [(a > b) + (a == b) / 2 for a, b in zip(now.liked, start.liked)]
+        found["win_rate"] = float(np.mean(wins))
+    return found
+
+
+def picked(
+    task: Pictures, rows: Sequence[PictureRow], images: Sequence[Image]
+) -> list[PictureRow]:
+    """Of every prompt's images the one that the judge likes best against the one it likes least,
+    right or wrong; a prompt whose images it likes all the same has no pair."""
+    assert task.judge is not None
+    found = []
+    for at, row in enumerate(rows):
+        some = images[at * task.samples : (at + 1) * task.samples]
+        liked = [task.judge(image) for image in some]
+        best, worst = int(np.argmax(liked)), int(np.argmin(liked))
+        if liked[best] > liked[worst]:
+            found.append(PictureRow(row.prompt, some[best], some[worst]))
+    return found
+
+
+def grid(path: Path, panels: dict[str, Sequence[Image]]) -> None:
+    """The panels side by side as a PNG, each with its title: an image of a place in one is of the
+    same place's prompt in the others."""
+    from PIL import Image as Pictured
+    from PIL import ImageDraw
+
+    shown = {title: [*images[:SHOWN]] for title, images in panels.items()}
+    side = max(1, int(np.ceil(np.sqrt(max(map(len, shown.values()))))))
+    first = next(image for images in shown.values() for image in images)
+    cell = max(CELL, first.shape[0]) if first.shape[0] < CELL else first.shape[0]
+    step, width = cell + GAP, side * (cell + GAP)
+    page = Pictured.new("RGB", (len(shown) * (width + HEAD) - HEAD, HEAD + width), "white")
+    pen = ImageDraw.Draw(page)
+    for number, (title, images) in enumerate(shown.items()):
+        left = number * (width + HEAD)
+        pen.text((left + 2, 2), title, fill="black")
+        for at, image in enumerate(images):
+            down, across = divmod(at, side)
+            tile: Any = Pictured.fromarray(np.ascontiguousarray(image)).resize((cell, cell), 0)
+            page.paste(tile, (left + across * step, HEAD + down * step))
+    with writing(path):
+        page.save(path)
