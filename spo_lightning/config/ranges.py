@@ -161,6 +161,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.sync.every_n_steps": (lambda v: v >= 1, "at least 1"),
     "model.sync.value": (lambda v: v in ("start", "moving"), "start or moving"),
     "model.quantize": (lambda v: v in (None, "nf4", "int8"), "nf4, int8 or null"),
+    "model.file_gb": (lambda v: v > 0, "above 0"),
     "model.lora.rank": (lambda v: v >= 0, "at least 0"),
     "model.surrogate.scale": (lambda v: v > 0, "above 0"),
     "model.surrogate.draws": (lambda v: v >= 1, "at least 1"),

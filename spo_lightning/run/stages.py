@@ -222,7 +222,7 @@ def save(job: Job, at: known.Ended) -> known.Ended:
 
     card, merge = model_card(job.choices, at.cfg), at.cfg.model.lora.merge
     with writing_folder(job.run.model):
-        how = {"merge": merge, "file_gb": at.cfg.model.file_gb}
+        how = {"merge": merge, "file_gb": at.cfg.model.get("file_gb")}  # no key in older runs
         at.policy.save(job.run.model, **how, card=card, world=at.world)
     return at
 

@@ -5,10 +5,11 @@ import os
 import signal
 
 import pytest
-import torch
 from conftest import SMALL, command, end, start
 from safetensors.torch import load_file
 from test_processes import LONG, TINY, TORCHRUN, assert_one_run, others_of, rows, training
+
+from spo_lightning.records import checkpoints
 
 EVEN = (*TINY, "batch_size=8")
 SPREAD = ("hardware=fsdp", "hardware.accelerator=cpu")
@@ -45,7 +46,13 @@ def test_two_parts_equal_one_run(tmp_path, words):
 
 
 @pytest.mark.parametrize(
-    "words", [("solver=penalty",), ("model.lora.rank=2",), ("loss=reward", "solver=none")], ids=str
+    "words",
+    [
+        ("solver=penalty",),
+        ("model.lora.rank=2", "model.lora.merge=true"),
+        ("loss=reward", "solver=none"),
+    ],
+    ids=" ".join,
 )
 def test_a_checkpoint_that_begins_in_parts_equals_one_run(tmp_path, words):
     """Its weights are read block by block, and adapters and a head are drawn before it."""
@@ -104,7 +111,7 @@ def test_a_killed_part_ends_all_and_the_run_goes_on_as_if_undisturbed(tmp_path):
     done = end(process, 100)
     assert done.code == 1 and "process 1 of this run was killed by SIGKILL" in done.err
     assert "Traceback" not in done.err
-    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    saved = checkpoints.read(tmp_path / "run/checkpoints/last.ckpt")
     steps = f"max_steps={saved['spo_lightning']['outer_step'] + 2}"
     done = command(tmp_path, "ckpt_path=last", steps, "hydra.run.dir=run", timeout=500)
     assert done.code == 0, done.err

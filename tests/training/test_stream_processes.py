@@ -5,7 +5,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from conftest import MODULE, command
 from test_stream import RUN, composed, fed, rows, taken
 
@@ -13,6 +12,7 @@ from spo_lightning.data.encode import Encoded
 from spo_lightning.data.load import load
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import UserError
+from spo_lightning.records import checkpoints
 from spo_lightning.training.feed import Feed
 from spo_lightning.world import World
 
@@ -201,7 +201,7 @@ def test_whole_runs_end_as_one_process_does(tmp_path, words):
         run(name, *first, half)
         run(name, *then, "max_steps=12", "ckpt_path=last", fresh=False)
     states = {
-        name: torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)
+        name: checkpoints.read(tmp_path / name / "checkpoints/last.ckpt")
         for name in ("one", "two", "two-one", "one-two")
     }
     wanted = states.pop("one")
