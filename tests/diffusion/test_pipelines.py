@@ -62,9 +62,8 @@ def stable(tmp_path_factory):
     home = tmp_path_factory.mktemp("stable")
     letters = [chr(n) for n in range(97, 123)]
     ids = [*letters, *(f"{it}</w>" for it in letters), "<|startoftext|>", "<|endoftext|>"]
-    (home / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(ids)}))
-    (home / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(home / "vocab.json", home / "merges.txt", model_max_length=12)
+    vocabulary = {word: number for number, word in enumerate(ids)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
     torch.manual_seed(0)
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **sizes))
