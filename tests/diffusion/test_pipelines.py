@@ -47,9 +47,10 @@ def classes(tmp_path_factory):
         num_embeds_ada_norm=3,
     )
     where = tmp_path_factory.mktemp("pipelines") / "dit"
-    names = {0: "cat", 1: "dog", 2: "cow"}
-    plan = scheduler("epsilon")
-    diffusers.DiTPipeline(made, vae(), plan, id2label=names).save_pretrained(where)
+    diffusers.DiTPipeline(made, vae(), scheduler("epsilon")).save_pretrained(where)
+    index = json.loads((where / "model_index.json").read_text())
+    index["id2label"] = {"0": "cat", "1": "dog", "2": "cow"}  # as published ones have it
+    (where / "model_index.json").write_text(json.dumps(index))
     return where
 
 
@@ -61,9 +62,8 @@ def stable(tmp_path_factory):
     home = tmp_path_factory.mktemp("stable")
     letters = [chr(n) for n in range(97, 123)]
     ids = [*letters, *(f"{it}</w>" for it in letters), "<|startoftext|>", "<|endoftext|>"]
-    (home / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(ids)}))
-    (home / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(home / "vocab.json", home / "merges.txt", model_max_length=12)
+    vocabulary = {word: number for number, word in enumerate(ids)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
     torch.manual_seed(0)
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **sizes))
