@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from spo_lightning.records import checkpoints
+from spo_lightning.records import checkpoints, parts
 
 
 class Straight(CheckpointIO):
@@ -22,8 +22,10 @@ class Straight(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
+        if Path(path).is_dir():
+            return parts.read(Path(path))
         where = "cpu" if map_location is None else map_location
         return torch.load(path, map_location=where, weights_only=weights_only)
 
     def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
+        checkpoints.remove(Path(path))

@@ -24,7 +24,7 @@ from spo_lightning.training import bf16
 from spo_lightning.training.microbatch import Moved, moved_from_reference, problem_of, trainable
 from spo_lightning.training.observation import Observation
 from spo_lightning.training.reference import MovingReference
-from spo_lightning.training.sharding import dealt, gathered
+from spo_lightning.training.sharding import dealt
 from spo_lightning.world import whole
 
 BESIDE = 4  # parts of a pass beside a graph that is kept: second order fits in twice the memory
@@ -328,7 +328,7 @@ class Preference(LightningModule):
         kept = {f"scorer.{name}" for name in self.trainable()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: v for name, v in state.items() if name in kept}
-        ours = {
+        checkpoint["spo_lightning"] = {
             "outer_step": self.outer_step,
             "pairs_seen": self.pairs_seen,
             "num_tokens": self.num_tokens,
@@ -337,7 +337,6 @@ class Preference(LightningModule):
             "ratios": self.ratios,
             "reference": self.moving.state_dict(),
         }
-        checkpoint["spo_lightning"] = gathered(ours, self.trainer.is_global_zero)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         ours = dealt(checkpoint["spo_lightning"], tuple(self.trainable().values()))

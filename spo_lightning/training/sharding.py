@@ -1,12 +1,14 @@
 """How Lightning trains on several processes, and how checkpoints hold what is spread over them.
 
-The module comes as it is trained (``models/sharded.py``). A checkpoint is one file of whole
-tensors, the same as of one process: a run goes on from it on any number of them, spread or not.
+The module comes as it is trained (``models/sharded.py``). To a checkpoint every process writes its
+parts (``records/parts.py``); it is read as whole tensors, of which each takes what is its own, so
+that a run goes on from it on any number of processes, spread or not.
 """
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from lightning.pytorch.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor
 
 from spo_lightning.models.scorer import Scorer
-from spo_lightning.world import World, spread_like, whole
+from spo_lightning.records.checkpoints import write_parts
+from spo_lightning.world import World, spread_like
 
 Tree = Any  # of dicts, lists and tuples
 
@@ -38,7 +41,7 @@ def processes(world: World, scorer: Scorer, precision: Any) -> dict[str, Any]:
 
 
 class Sharded(ModelParallelStrategy):
-    """Gathers what is saved and deals what is read; ``size``: processes."""
+    """Saves parts and deals what is read; ``size``: processes."""
 
     def __init__(self, size: int):
         super().__init__(size, 1, save_distributed_checkpoint=False)
@@ -48,10 +51,15 @@ class Sharded(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return gathered(self._named(), self.is_global_zero)
+        return dict(self._named())
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        return gathered(optimizer.state_dict(), self.is_global_zero)
+        return optimizer.state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        write_parts(checkpoint, Path(filepath), first=self.is_global_zero)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
@@ -70,19 +78,6 @@ class Sharded(ModelParallelStrategy):
     def _named(self) -> dict[str, Tensor]:
         module: Any = self.lightning_module
         return {f"scorer.{name}": p for name, p in module.trainable().items()}
-
-
-def gathered(tree: Tree, first: bool) -> Tree:
-    """The tree with whole tensors in place of spread ones, on the CPU of the ``first`` process;
-    every process calls it."""
-
-    def together(tensor: Tensor) -> Tensor:
-        if not hasattr(tensor, "full_tensor"):
-            return tensor
-        found = whole(tensor.detach())
-        return found.cpu() if first else tensor
-
-    return _mapped(tree, together)
 
 
 def dealt(tree: Tree, theta: Sequence[Tensor]) -> Tree:

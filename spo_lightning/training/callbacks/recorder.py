@@ -8,7 +8,7 @@ from typing import Any
 from lightning import Callback, Trainer
 
 from spo_lightning.evaluation.totals import NAMES
-from spo_lightning.records.checkpoints import former, put
+from spo_lightning.records.checkpoints import former, put, remove
 from spo_lightning.records.directory import MetricsCsv, RunDir
 from spo_lightning.records.progress import Stages
 from spo_lightning.training.callbacks.evaluation import EVAL_NAMES
@@ -78,7 +78,7 @@ class Recorder(Callback):
     def on_train_end(self, trainer: Trainer, module: Preference) -> None:
         self.shown.close()
         if trainer.is_global_zero:
-            former(self.run.last).unlink(missing_ok=True)
+            remove(former(self.run.last))
 
     def _stopping(self, trainer: Trainer) -> bool:
         """Ranks agree: a signal may have reached one of them a step earlier than the others."""
