@@ -44,7 +44,9 @@ def begin(cfg: DictConfig, task: Pictures, pipeline: Pipeline, stages: Stages) -
     settings: Any = {**OmegaConf.to_container(cfg.sft, resolve=True), "max_steps": steps}  # type: ignore
     texts = [(row.prompt, name_of(row.chosen)) for row in task.texts]
     cache, denoiser = cache_of(cfg), pipeline.denoiser
-    about = weights_of(denoiser), dict(pipeline.scheduler.config), texts, settings, CODE
+    # a name with "_" in front is diffusers' own note, in another order in every process
+    noise = sorted((k, it) for k, it in pipeline.scheduler.config.items() if k[0] != "_")
+    about = weights_of(denoiser), noise, texts, settings, CODE
     file = None if cache is None else cache / "denoisers" / f"{key_of(*about)}.safetensors"
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
