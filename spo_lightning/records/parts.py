@@ -30,8 +30,9 @@ def bytes_of(tree: Tree) -> int:
 def write(tree: Tree, folder: Path, *, first: bool) -> None:
     """Every process calls it. A folder that is there is written anew."""
     import torch
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     spread: dict[str, Any] = {}
 
@@ -43,10 +44,10 @@ def write(tree: Tree, folder: Path, *, first: bool) -> None:
     rest = _walked(tree, put)
     if first:  # the others' parts wait for its plan
         shutil.rmtree(folder, ignore_errors=True)
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     try:
-        dcp.save(spread, storage_writer=writer)
+        save(spread, storage_writer=writer)
     except CheckpointException as error:  # of a full disk above all
         causes = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
         raise causes[0] if causes else error from None
@@ -60,13 +61,14 @@ def write(tree: Tree, folder: Path, *, first: bool) -> None:
 def read(folder: Path) -> Tree:
     """The tree with whole tensors on the CPU; parts that are missing are a ValueError."""
     import torch
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with zipfile.ZipFile(folder / REST) as archive:
         if archive.testzip() is not None:
             raise ValueError(f"its {REST} is damaged")
     rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     found: Any = reader.read_metadata().state_dict_metadata
     spread: dict[str, Any] = {}
 
@@ -81,7 +83,7 @@ def read(folder: Path) -> Tree:
     tree = _filled(rest, room)
     with warnings.catch_warnings():  # that each process reads by itself is meant
         warnings.simplefilter("ignore")
-        dcp.load(spread, storage_reader=reader, no_dist=True)
+        load(spread, storage_reader=reader, no_dist=True)
     return tree
 
 
