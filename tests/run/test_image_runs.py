@@ -106,7 +106,8 @@ def test_a_run_goes_on_bit_for_bit(ran, loss):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_microbatches_make_no_difference(ran):
-    one, other = (weights(ran("loss=dpo", f"micro_batch_size={n}")[1]) for n in (8, 3))
+    words = ("loss=dpo", "max_steps=1")  # what float32 rounds grows thirtyfold in two more
+    one, other = (weights(ran(*words, f"micro_batch_size={n}")[1]) for n in (8, 3))
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
