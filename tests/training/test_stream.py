@@ -365,7 +365,7 @@ def test_live_pairs_do_not_grow_with_the_file():
             }
             return encode_some(chunk.rows, tokenizer, chunk.places, **how)
 
-        first = encode(next(chunks(0)))
+        first = encode(next(chunks(0, 1)))
         given = Feed(
             Pairs(first.pairs, None, 0), first.counts, chunks, encode, lambda p: p, seed=0
         )
