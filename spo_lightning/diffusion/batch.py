@@ -28,7 +28,8 @@ class ImagePair:
     @property
     def images(self) -> Iterator[tuple[bool, str]]:
         """Whether it is the rejected one, and its name."""
-        return ((side, name) for side, name in enumerate((self.chosen, self.rejected)) if name)  # type: ignore[misc]
+        sides = ((False, self.chosen), (True, self.rejected))
+        return ((side, name) for side, name in sides if name)
 
     def __len__(self) -> int:
         return len([*self.images])

@@ -135,6 +135,7 @@ def adapted(pipeline: Pipeline, lora: DictConfig, seed: int) -> None:
 
     targets = OmegaConf.to_container(lora.targets)
     torch.manual_seed(seed)
+    # peft types its targets as a list, and a config's node is one
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore
     try:
         inject_adapter_in_model(settings, pipeline.denoiser)

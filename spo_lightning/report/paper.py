@@ -100,7 +100,7 @@ class Part:
 def report(path: Path) -> tuple[str, list[Path]]:
     """The tables of ``path`` as markdown, and the files they and the pictures are written to.
 
-    Raises ``UserError`` where the file is no table of jobs.
+    Raises ``UserError`` where the file is no table of jobs, or a page of another stands there.
     """
     rows = read(path)
     names = (name.removeprefix("final/") for name in rows[0] if name.startswith("final/"))
@@ -110,6 +110,10 @@ def report(path: Path) -> tuple[str, list[Path]]:
     titled += [(f"Front, {part.name}", along(part)) for part in front]
     text = "\n\n".join("\n".join([f"**{name}**", "", *table(*told)]) for name, told in titled)
     where = path.with_suffix(".md")
+    if where.exists() and not where.read_text("utf-8").startswith("**"):
+        raise UserError(
+            f"{where} is no table of jobs, which would be written there: rename either"
+        )
     where.write_text(text + "\n", encoding="utf-8")
     return text + "\n", [where, *drawn(main, front, path)]
 

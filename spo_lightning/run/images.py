@@ -262,6 +262,7 @@ def training(job: Job, at: Measured) -> Trained:
     from spo_lightning.training.fit import Material, fit
 
     rows: tuple[Any, ...] = (at.train, at.held, None, None, at.mismatched, at.beside)
+    # of images, which the rooms that know texts take as theirs (Compared)
     given, loss = Material(at.scorer, *rows, at.precision, dict, dict), job.loss  # type: ignore
     if at.cfg.data.unpaired:
         loss, told = balanced(loss, [bool(pair.chosen) for pair in at.train.pairs])

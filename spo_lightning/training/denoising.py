@@ -41,6 +41,7 @@ def begin(cfg: DictConfig, task: Pictures, pipeline: Pipeline, stages: Stages) -
         return
     if not task.texts:
         raise UserError("sft.max_steps is set, but this data brings no pictures: leave it out")
+    # a container of a node of keys is a dict, whatever its type says
     settings: Any = {**OmegaConf.to_container(cfg.sft, resolve=True), "max_steps": steps}  # type: ignore
     texts = [(row.prompt, name_of(row.chosen)) for row in task.texts]
     cache, denoiser = cache_of(cfg), pipeline.denoiser

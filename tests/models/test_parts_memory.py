@@ -39,7 +39,10 @@ def lived(where, world, to, unread=True):
 
     def begin():
         made = opened(where, unread=unread, dtype="float32")
-        decide = lambda it: Scorer(it.lm, True, reading=Reading("model"))  # noqa: E731
+
+        def decide(it):
+            return Scorer(it.lm, True, reading=Reading("model"))
+
         return Sharding(True, 1, False)(made, decide, world, trains=True, unpaired=False)
 
     def look():

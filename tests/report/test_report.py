@@ -154,6 +154,16 @@ def test_a_task_is_the_capability_where_no_answer_is_right(tmp_path, monkeypatch
     assert found[3][5] == "+0.200"
 
 
+def test_a_page_of_the_user_s_is_not_written_over(tmp_path, monkeypatch, capsys):
+    path = jobs_table(tmp_path / "t.csv")
+    path.with_suffix(".md").write_text("# Mine\n")
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        report_main()
+    assert ended.value.code == 2 and "t.md is no table of jobs" in capsys.readouterr().err
+    assert path.with_suffix(".md").read_text() == "# Mine\n"
+
+
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "config,words\n"])
 def test_a_csv_of_no_jobs(tmp_path, monkeypatch, capsys, text):
     path = tmp_path / "t.csv"

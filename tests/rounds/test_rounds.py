@@ -257,14 +257,14 @@ def test_killed_at_random_moments(loop, tmp_path, cache):
     cut = tmp_path / "cut"
     process = start(tmp_path, *words, "hydra.run.dir=cut", module=MODULE)
     kills = 0
-    while kills < 10 and changed(process, cut, chance.randint(2, 15)):
+    while kills < 10 and changed(process, cut, chance.randint(1, 6)):
         process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
         end(process, 300)
         kills += 1
         more = ["resume=cut"] if (cut / again.LOOP).exists() else [*words, "hydra.run.dir=cut"]
         process = start(tmp_path, *more, module=MODULE)
     ended = end(process, 900)
-    assert ended.code == 0 and kills, ended.err  # few, where a busy machine sees few changes
+    assert ended.code == 0 and kills > 2, ended.err
     for number in (1, 2):
         assert same(*(tmp_path / way / f"round-{number}/model" for way in WAYS))
         one, two = (rows(tmp_path / way / f"pairs-{number}.samples.jsonl") for way in WAYS)

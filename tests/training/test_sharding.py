@@ -72,7 +72,10 @@ def test_directories_take_one_anothers_place_as_files_do(trained, tmp_path):
     (last / parts.REST).unlink()
     path, found = checkpoints.newest(last, best)
     assert (path, found["spo_lightning"]["outer_step"]) == (last, 2)
-    save = lambda beside: checkpoints.write_parts(tree, beside, first=True)  # noqa: E731
+
+    def save(beside):
+        checkpoints.write_parts(tree, beside, first=True)
+
     for _ in range(2):
         checkpoints.put(best, save, keep_former=False, first=True)
     assert checkpoints.read(best)["spo_lightning"]["outer_step"] == 3
