@@ -122,7 +122,8 @@ def refused(model: Any, longest: int, reading: Reading | None = None) -> str | N
 
     Config first, then a synthetic probe as long as the longest row: shared and separate forwards
     must agree to 1e-3 nats in every token; in half precision, where rounding alone may move a
-    token by 0.1, to 0.1 in the mean over a response's tokens.
+    token by 0.1, to 0.1 (1 + 3 / sqrt(n)) in the mean over a response's n tokens: few tokens
+    scatter (0.23 over two of SmolLM2's in bfloat16, as far from float32 packed as apart).
     """
     reading = reading or reading_of(model)
     told = None if reading.positions else "it cannot be told where a token stands"
@@ -147,7 +148,8 @@ def _probe(model: Any, longest: int, reading: Reading) -> str | None:
     if precise(model):
         worst, tolerance, of = off.logps.max().item(), 1e-3, "in a token"
     else:
-        worst, tolerance, of = (off.sums / off.lengths).max().item(), 0.1, "per token"
+        scatter = 1 + 3 / off.lengths.sqrt()
+        worst, tolerance, of = (off.sums / off.lengths / scatter).max().item(), 0.1, "per token"
     if not worst <= tolerance:
         return f"a probe differs by {worst:.1g} nats {of} from separate forwards"
     return None
