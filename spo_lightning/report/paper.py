@@ -8,6 +8,7 @@ import csv
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ BASES = {
     "alpha_dpo": "AlphaDPO",
 }
 PANELS = 3  # in a row of the picture
-MARKERS = "osv^"  # of the rates along a front
+DASHES = ("-", "--", ":", "-.")  # of the lines of a front
+MARKERS = "osv^<>pP*X"  # of the values along a line
 CAPABILITY, WIN_RATE, ACCURACY = "exact_match", "win_rate", "preference/accuracy"
 HEADINGS = {
     CAPABILITY: "exact match",
@@ -34,7 +36,8 @@ HEADINGS = {
 UNSHOWN = ("nll/chosen", "rewards/margins")  # of what every file has
 # words that make a method; words that vary along one method's front; the rest is the setting
 MOVED = ("displacement/rate", "displacement/chosen")
-METHOD, FRONT = ("loss", "solver", "data.sft"), ("optimizer.lr", "solver.weight")
+METHOD = ("loss", "solver", "data.sft")
+FRONT = ("optimizer.lr", "loss.beta", "loss.eta", "solver.weight")
 
 
 class Job(NamedTuple):
@@ -146,27 +149,42 @@ def jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
 
 
 def parts(jobs: Sequence[Job], more: Sequence[str] = ()) -> tuple[list[Part], ...]:
-    """The settings with their methods, and those along whose front a method was followed."""
-    main: dict[str, dict[str, list[Job]]] = {}
-    front: dict[str, dict[str, list[Job]]] = {}
+    """The settings with their methods, and those in which a method was followed along a front:
+    words of ``FRONT`` that vary within it. Where it names none, it stands in both."""
+    every: dict[str, dict[str, list[Job]]] = {}
     for job in jobs:
-        words, method = job.choices, method_of(job.choices)
+        words = job.choices
         setting = " ".join(f"{k}={v}" for k, v in words.items() if k not in (*METHOD, *FRONT))
-        if "optimizer.lr" in words:
-            at = ", ".join(f"{k.split('.')[1]} {words[k]}" for k in FRONT if k in words)
-            front.setdefault(setting, {}).setdefault(f"{method}, {at}", []).append(job)
-        else:
-            main.setdefault(setting, {}).setdefault(method, []).append(job)
-    ordered = {
-        name: dict(sorted(main[name].items(), key=place)) for name in sorted(main, key=natural)
-    }
-    return tuple(
-        [
-            Part(name, {method: Setting({}, some) for method, some in methods.items()}, more)
-            for name, methods in found.items()
-        ]
-        for found in (ordered, front)
-    )
+        every.setdefault(setting, {}).setdefault(method_of(words), []).append(job)
+    main: list[Part] = []
+    fronts: list[Part] = []
+    for name in sorted(every, key=natural):
+        alone: dict[str, Setting] = {}
+        along: dict[str, Setting] = {}
+        for method, some in sorted(every[name].items(), key=place):
+            varied = [k for k in FRONT if len({job.choices.get(k) for job in some}) > 1]
+            points: dict[tuple[str | None, ...], list[Job]] = {}
+            for job in some:
+                points.setdefault(tuple(job.choices.get(k) for k in varied), []).append(job)
+            for values in sorted(points, key=lambda values: [*map(size, values)]):
+                told = dict(zip(varied, values))
+                named = [f"{k.split('.')[1]} {v}" for k, v in told.items() if v is not None]
+                if not named:
+                    alone[method] = Setting({}, points[values])
+                if varied:
+                    name_here = ", ".join([method, *(named or ["default"])])
+                    along[name_here] = Setting(told, points[values])
+        main += [Part(name, alone, more)] if alone else []
+        fronts += [Part(name, along, more)] if along else []
+    return main, fronts
+
+
+def size(value: str | None) -> tuple[float, str]:
+    """To sort by: numbers first; none before them."""
+    try:
+        return float(value or "-inf"), ""
+    except ValueError:
+        return float("inf"), value or ""
 
 
 def method_of(words: Mapping[str, str]) -> str:
@@ -268,21 +286,26 @@ def methods(part: Part, axis: Any) -> None:
 
 
 def points(part: Part, axis: Any) -> None:
-    """A front: a line per weight through the rates, marked by rate."""
+    """A front: of every method a line through the values of the first word that varies, marked by
+    value, and one for each value of the others; rings where a job names none."""
     axis.plot(*part.point(INIT), "D", color=OTHER, label=INIT)
-    lines: dict[str, dict[str, tuple[float, float]]] = {}
-    for method in part.methods:  # "DPO + SPO, lr 3e-5, weight 1"
-        name, rate, *weight = method.split(", ")
-        lines.setdefault(", ".join([name, *weight]), {})[rate] = part.point(method)
-    every = {rate for line in lines.values() for rate in line}
-    rates = sorted(every, key=lambda rate: float(rate.split()[-1]))
+    lines: dict[str, list[tuple[str, tuple[float, float]]]] = {}
+    for method, setting in part.methods.items():
+        (first, value), *others = [(k.split(".")[1], v) for k, v in setting.told.items()]
+        name, at = method.split(", ")[0], part.point(method)
+        if not any(v for _, v in others) and not value:
+            axis.plot(*at, "o", color=GREW if SPO in name else FELL, mfc="white", ms=7)
+            axis.annotate(name, at, (5, 3), textcoords="offset points", fontsize=7, color=INK)
+            continue
+        name = ", ".join([name, *(f"{k} {v}" for k, v in others)])
+        lines.setdefault(name, []).append((f"{first} {value}", at))
+    every = dict.fromkeys(value for line in lines.values() for value, _ in line)
+    marks = dict(zip(every, cycle(MARKERS)))
     for number, (name, line) in enumerate(lines.items()):
         look = {"color": GREW if SPO in name else FELL}
-        at = [(rate, line[rate]) for rate in rates if rate in line]
-        dash = ("-", "--", ":", "-.")[number % 4]
-        axis.plot(*zip(*(place for _, place in at)), dash, label=name, linewidth=1, **look)
-        for rate, place in at:
-            axis.plot(*place, MARKERS[rates.index(rate) % 4], markersize=4, **look)
-    for number, rate in enumerate(rates):
-        axis.plot([], [], MARKERS[number % 4], color=INK, label=rate, markersize=4)
+        axis.plot(*zip(*(at for _, at in line)), DASHES[number % 4], label=name, lw=1, **look)
+        for value, at in line:
+            axis.plot(*at, marks[value], markersize=4, **look)
+    for value, mark in marks.items():
+        axis.plot([], [], mark, color=INK, label=value, markersize=4)
     axis.legend(fontsize=7)

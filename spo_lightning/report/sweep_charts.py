@@ -5,6 +5,7 @@ from typing import Any
 
 from spo_lightning.report import paper
 from spo_lightning.report.charts import GREY, Chart, heat, labelled, lines, nth, series, unit
+from spo_lightning.report.overoptimisation import path
 from spo_lightning.report.settings import CAPABILITY, Setting, Sweep
 from spo_lightning.report.style import COLOURS
 
@@ -112,11 +113,30 @@ def beats(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return no_worse and (one[0] > other[0] or one[1] > other[1])
 
 
+def shown(sweep: Sweep) -> list[Setting]:
+    """The settings that a chart of lines has room for."""
+    chosen = sweep.ranked or sweep.settings
+    return chosen[:MOST_LINES] if len(chosen) > MOST_LABELLED else chosen
+
+
+def margins(sweep: Sweep) -> list[Chart]:
+    """What the chosen answers pay for the margin, held out: a line per setting along its run, a
+    mark per look. At the same place across, margins are equal, whatever the loss and its beta."""
+    data = []
+    for n, setting in enumerate(shown(sweep)):
+        chosen, rejected = (path(setting, f"logps/{side}") for side in ("chosen", "rejected"))
+        if chosen is not None and rejected is not None:
+            up, down = chosen - chosen.iloc[0], rejected - rejected.iloc[0]
+            texts = [f"{setting.name}, step {step:g}" for step in up.index]
+            x, y = (up - down).tolist(), up.tolist()
+            data.append(series(setting.name, x, y, "lines+markers", texts=texts, **nth(n)))
+    names = ("change of log pi(y_w) - log pi(y_l), nats", "change of log pi(y_w), nats")
+    return [lines("margins", "Chosen answers over the margin", *names, data)] if data else []
+
+
 def curves(sweep: Sweep) -> list[Chart]:
     """Small multiples: a chart per number, a line per setting."""
-    chosen = sweep.ranked or sweep.settings
-    if len(chosen) > MOST_LABELLED:
-        chosen = chosen[:MOST_LINES]
+    chosen = shown(sweep)
     draw = lines if len(chosen) <= MOST_LINES else labelled
     found = []
     for name in CURVES:

@@ -18,7 +18,7 @@ from spo_lightning.report.settings import (
     kept,
     less,
 )
-from spo_lightning.report.sweep_charts import curves, front, heats, keys, points
+from spo_lightning.report.sweep_charts import curves, front, heats, keys, margins, points
 
 RANKING = (
     "Mean ± 95% interval over seeds (Student's t). Settings that lost more than "
@@ -29,6 +29,10 @@ DIFFERENCES = "The first of the ranking minus each other, at the seeds that both
 FRONT = (
     "Right is less displacement, up is better; no setting is better in both than one on the "
     "front. Point at a dot for its setting."
+)
+MARGINS = (
+    "Held-out pairs along each run, from the start at zero: at the same place across, margins are "
+    "equal and the higher line has kept more. Means over seeds."
 )
 CURVES = (
     "On the training pairs; means over seeds at each logged step. Losses of objectives differ."
@@ -60,6 +64,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("Methods, bare and with SPO", methods(sweep)),
         Section("Over the grid", heats(sweep), "An empty field has no run."),
         Section("Quality against displacement", front(sweep), FRONT),
+        Section("At equal margin", margins(sweep), MARGINS),
         Section("Curves", curves(sweep), CURVES),
         Section("Own loss", own_loss(sweep), OWN),
         Section("Over-optimisation", overoptimisation.blocks(sweep), overoptimisation.ABOUT),

@@ -8,6 +8,7 @@ from conftest import SMALL, command
 from omegaconf import OmegaConf
 
 from spo_lightning.report.__main__ import main as report_main
+from spo_lightning.report.paper import jobs, parts
 from spo_lightning.report.reading import runs_of
 from spo_lightning.report.settings import Sweep
 
@@ -124,8 +125,24 @@ def test_methods_of_a_table_of_jobs(tmp_path, monkeypatch, capsys):
     assert rows["DPO + SPO"][7:] == ["-0.050 ± 0.635", "+0.250 ± 0.635"]
     assert rows["DPO"][5:] == ["", "", "", ""]
     assert rows["DPO + SPO, lr 3e-5, weight 3"][:3] == ["1", "0.800", "0.700"]
+    assert rows["DPO + SPO, default"][:3] == rows["DPO + SPO"][:3]
+    # one weight for all: nothing varies
+    assert "SFT on the SFT set, weight 1e9" not in rows
     for kind in ("png", "svg"):
         assert path.with_suffix(f".{kind}").stat().st_size > 5000
+
+
+def test_a_front_along_one_word_and_a_rate_that_is_a_method_s_own(tmp_path):
+    weights = [f"loss=dpo solver=penalty solver.weight={w} seed=0" for w in ("0.1", "0.03", "3")]
+    betas = ["loss=rpo solver=none loss.eta=0.1 seed=0", "loss=rpo solver=none seed=0"]
+    rates = [f"loss=simpo solver=none optimizer.lr=1e-4 seed={seed}" for seed in (0, 1)]
+    rows = [{"words": words} for words in (*weights, *betas, *rates)]
+    (main,), (front,) = parts(jobs(rows))
+    assert list(main.methods) == ["SimPO", "rpo"] and main.methods["SimPO"].seeds == {0, 1}
+    assert list(front.methods) == [
+        *("DPO + SPO, weight 0.03", "DPO + SPO, weight 0.1", "DPO + SPO, weight 3"),
+        *("rpo, default", "rpo, eta 0.1"),
+    ]
 
 
 def test_a_task_is_the_capability_where_no_answer_is_right(tmp_path, monkeypatch, capsys):
