@@ -50,6 +50,7 @@ COMMANDS = (
         "report.__main__",
         "objectives.__main__",
         "preflight.__main__",
+        "preflight.afterwards",
         "plan.__main__",
         "dashboard",
     ),

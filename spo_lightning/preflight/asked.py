@@ -1,8 +1,10 @@
 """A configuration in; out comes nothing, or one line that refuses what cannot be foreseen."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from spo_lightning.errors import UserError
+from spo_lightning.records.directory import without_secrets
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -22,6 +24,14 @@ APART_FROM_IT = [
     ("ckpt_path", (None,), "the preflight starts where the run begins: leave it out"),
     ("hardware.devices", (1,), "the preflight runs on one device: leave it out"),
 ]
+
+# what decides which steps are taken on which pairs
+TELLING = ("data", "loss", "solver", "optimizer", "seed", "batch_size", "max_length")
+
+
+def telling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells whether a run is the one that was looked ahead at, without secrets."""
+    return without_secrets({key: config.get(key) for key in TELLING})
 
 
 def refuse(cfg: "DictConfig") -> None:

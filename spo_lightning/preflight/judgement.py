@@ -53,12 +53,14 @@ def ranks(values: Sequence[float]) -> list[float]:
     return [order.index(v) + (order.count(v) - 1) / 2 for v in values]
 
 
-def foreseen(found: Split, steps: int, wanted: int) -> dict[str, Any]:
+def foreseen(
+    first: Sequence[float], changes: Sequence[float], steps: int, wanted: int
+) -> dict[str, Any]:
     """Mean change and share displaced of held-out answers after ``wanted`` steps, or as far as a
-    pilot of ``steps`` holds."""
+    pilot of ``steps`` holds, in which they changed by ``changes``, to first order by ``first``."""
     until = min(wanted, HOLDS * steps)
     ratio = until / steps
-    both = list(zip(found.first["held"], found.changes["held"][:, 0].tolist()))
+    both = list(zip(first, changes, strict=True))
     linear = [m * ratio for _, m in both]
     curved = [f * ratio + (m - f) * ratio**2 for f, m in both]
     ends = [moved(linear), moved(curved)]

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,6 +18,7 @@ from spo_lightning.evaluation import ches
 from spo_lightning.models.device import device_of, set_threads
 from spo_lightning.models.sources import check_sources
 from spo_lightning.preflight import judgement
+from spo_lightning.preflight.asked import telling
 from spo_lightning.preflight.geometry import geometry, slopes
 from spo_lightning.preflight.pilot import Pilots
 from spo_lightning.records.progress import Stages, Stop, quiet
@@ -35,6 +36,7 @@ class Preflight:
     """What preflight.json holds."""
 
     advice: str
+    run: dict[str, Any]  # what of the configuration tells whether a run is the one meant
     steps: int  # of the run
     pilot_steps: int
     lr: float
@@ -75,11 +77,13 @@ def look(cfg: DictConfig) -> Preflight:
     tried = alone + weights(pilots)
     seconds |= {"weights": time.monotonic() - began, "run": found.seconds * total}
     epoch = max(1, len(at.train) // cfg.batch_size)
-    ahead = judgement.foreseen(found, steps, min(total, epoch))
-    changes = {"measured": found.changes["held"][:, 0].tolist()}
+    measured = found.changes["held"][:, 0].tolist()
+    ahead = judgement.foreseen(found.first["held"], measured, steps, min(total, epoch))
+    changes = {"first": found.first["held"], "measured": measured}
     told = rows(held, at.task.held_out, {"score": scores} | alike | changes)
     return Preflight(
         judgement.advice(sides, ahead, tried, cfg.optimizer.lr, total),
+        telling(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))),
         *(total, steps, cfg.optimizer.lr),
         judgement.means(shape),
         judgement.spearman(scores, changes["measured"]),

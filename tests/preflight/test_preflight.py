@@ -14,7 +14,7 @@ from spo_lightning.models.scorer import Scorer
 from spo_lightning.preflight import judgement
 from spo_lightning.preflight.geometry import geometry, slopes, sums
 from spo_lightning.preflight.look import prepared, sampled
-from spo_lightning.preflight.pilot import Pilots, Split
+from spo_lightning.preflight.pilot import Pilots
 from spo_lightning.run import job as run_job
 from spo_lightning.training.microbatch import trainable
 
@@ -66,15 +66,14 @@ def test_norms_and_cosines_are_those_of_the_gradients():
 
 
 def test_what_is_foreseen_ends_where_it_holds():
-    changes = torch.tensor([[1.0, 0.0], [-3.0, 0.0]])
-    found = Split({"held": changes}, 1.0, 1.0, {"held": [2.0, 2.0]}, {"held": [0.0, 0.0]})
-    ahead = judgement.foreseen(found, 5, 1000)
+    first, changes = [2.0, 2.0], [1.0, -3.0]
+    ahead = judgement.foreseen(first, changes, 5, 1000)
     assert ahead["step"] == 20
     # in proportion 4 and -12; first order 8, the rest -1 and -5 times 16
     half = 1.96 * 128**0.5 / 2**0.5, 1.96 * 2048**0.5 / 2**0.5
     assert ahead["low"] == pytest.approx(min(-4 - half[0], -40 - half[1]))
     assert ahead["displaced"] == [0.5, 1.0]
-    assert judgement.foreseen(found, 5, 5)["displaced"] == [0.5, 0.5]
+    assert judgement.foreseen(first, changes, 5, 5)["displaced"] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
