@@ -54,6 +54,11 @@ def is_full(error: BaseException) -> bool:
     return False
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory for it, of the host or of a GPU."""
+    return isinstance(error, MemoryError) or any(mark in str(error) for mark in OUT_OF_MEMORY)
+
+
 def chain(error: BaseException) -> Iterator[BaseException]:
     """The error and its causes."""
     seen: BaseException | None = error
@@ -73,7 +78,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     text = str(error).splitlines()[0] if str(error) else ""
-    if isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return 1, f"out of memory: lower micro_batch_size or the model's size ({text})"
     if is_full(error):
         return 1, f"cannot write: {text}"
