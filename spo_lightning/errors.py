@@ -3,7 +3,8 @@
 import errno
 from collections.abc import Iterator
 
-STOPPED = (130, 143)  # exit codes of Ctrl-C and SIGTERM
+SAVED = 143  # exit code of SIGTERM, and of the warnings SIGUSR1 and SIGUSR2: it may go on
+STOPPED = (130, SAVED)  # and of Ctrl-C
 PIPE = 141  # of a command whose output nobody reads to its end, as the shell has it for SIGPIPE
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # torch's words
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, for this file or this user

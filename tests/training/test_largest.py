@@ -5,21 +5,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import SMALL, command, environment
-from fitting import SOLVERS, fitted, objective, scored, snapshot
+from fitting import SOLVERS, config, fitted, objective, scored, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_lower_texts import texts
-from test_resume import assert_same_run, composed
 from tiny import lora, policy, random_pairs
 
 from spo_lightning.models import memory
 from spo_lightning.train import train
-from spo_lightning.training import largest
 from spo_lightning.training.largest import most
 
 MIB = 2**20
@@ -86,7 +84,7 @@ def test_the_tightest_group_counts(tmp_path, monkeypatch):
     assert not [*memory._left(tmp_path, *names)]
     assert not [*memory._left(tmp_path / "unseen", *names)]
     own = torch.device("cpu")
-    assert 0 < memory.in_use(own) and 0 < memory.free(own)
+    assert memory.in_use(own) > 0 and memory.free(own) > 0
     monkeypatch.setattr(memory, "_below_limits", lambda: iter([350]))
     assert memory.free(own) == 350
 
@@ -134,33 +132,33 @@ def test_texts_and_padded_models(attention, monkeypatch):
     """Little is free, so that every row stands alone; the lower level's texts count."""
     monkeypatch.setattr(memory, "free", lambda device: 1)
     made = lora(policy(attention=attention))
-    given, below = scored(made.lm), texts(made.lm)
+    rows = [replace(pair, rejected=()) for pair in random_pairs(7, seed=9)]
+    given, below = scored(made.lm), scored(made.lm, rows)
     auto = fitted(made, objective("loss=spo"), given, tokens="auto", lower=below, steps=2)
     assert auto.module.tokens == max(map(len, given.pairs)) + max(map(len, below.pairs))
 
 
 def test_a_run_goes_on_with_the_number_it_found(tmp_path, cache, monkeypatch):
-    """Half of what an outer step needs is free at first, and all of it when it goes on."""
-    words = (*SMALL, "loss=spo", cache, "checkpoint.every_n_steps=5")
-    words = (*(word for word in words if not word.startswith("micro")), "eval.every_n_steps=1")
-    words = (*words, "data.tokens_per_batch=auto", "eval.max_rows=8")
-    weighed = []
-
-    def weight(module, batch, before):
-        weighed.append(sum(part.tokens for part in batch.parts[:1]))
-        return MIB * weighed[-1]
-
-    monkeypatch.setattr(largest, "_weight", weight)
-    monkeypatch.setattr(memory, "free", lambda device: 60 * MIB / largest.TAKEN)
-    train(composed(*words, "max_steps=12"), tmp_path / "whole")
-    train(composed(*words, "max_steps=5"), tmp_path / "parts")
-    tried = len(weighed)
-    monkeypatch.setattr(memory, "free", lambda device: 10**15)
-    train(composed(*words, "max_steps=12", "ckpt_path=last"), tmp_path / "parts")
-    assert len(weighed) == tried
-    kept = torch.load(tmp_path / "parts/checkpoints/last.ckpt", weights_only=False)
-    assert 30 < kept["spo_lightning"]["tokens_per_batch"] < 60
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    """Nothing is free at first, plenty when it goes on: another number would round otherwise."""
+    words = [word for word in SMALL if not word.startswith("micro")]
+    words += ["loss=spo", cache, "checkpoint.every_n_steps=5", "data.tokens_per_batch=auto"]
+    real = memory.free
+    monkeypatch.setattr(memory, "free", lambda device: 1)
+    train(config(*words, "max_steps=12"), tmp_path / "whole")
+    train(config(*words, "max_steps=5"), tmp_path / "parts")
+    monkeypatch.setattr(memory, "free", real)
+    train(config(*words, "max_steps=12", "ckpt_path=last"), tmp_path / "parts")
+    train(config(*words, "max_steps=12"), tmp_path / "plenty")
+    whole, parts, plenty = (
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=False)
+        for name in ("whole", "parts", "plenty")
+    )
+    numbers = [it["spo_lightning"]["tokens_per_batch"] for it in (whole, parts, plenty)]
+    assert numbers[0] == numbers[1] < numbers[2]
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(parts["state_dict"][name], value), name
+    rounded = (not torch.equal(v, plenty["state_dict"][n]) for n, v in whole["state_dict"].items())
+    assert any(rounded)  # so that the two above are equal for their number alone
 
 
 # -- for real
