@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import submitit
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
 from submitit.helpers import TorchDistributedEnvironment
 from submitit.slurm.slurm import SlurmExecutor
@@ -21,8 +22,10 @@ from spo_lightning.records.progress import WARNINGS
 from spo_lightning.run import processes
 
 AGAIN = "ckpt_path=last"
-LEAST = {"nodes": 1, "tasks_per_node": 1, "timeout_min": 1, "array_parallelism": 1}
-LEAST |= {"signal_delay_s": 0, "max_num_timeout": 0}
+# keys, and the least that each may be
+LEAST = dict.fromkeys(("nodes", "tasks_per_node", "timeout_min", "array_parallelism"), 1)
+LEAST |= dict.fromkeys(("cpus_per_task", "gpus_per_node", "mem_gb"), 1)
+LEAST |= dict.fromkeys(("signal_delay_s", "max_num_timeout"), 0)
 
 
 class Submitted(BaseSubmititLauncher):
@@ -31,10 +34,10 @@ class Submitted(BaseSubmititLauncher):
     def __init__(self, *, cluster: str, dry_run: bool = False, **keys: Any):
         super().__init__(**keys)
         self._EXECUTOR, self.dry_run = cluster, dry_run
-        for key, least in LEAST.items():
-            value = keys.get(key, least)
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"hydra.launcher.{key}={value}: it must be at least {least}")
+        for key in [key for key in LEAST if keys.get(key) is not None]:
+            if not isinstance(keys[key], int) or keys[key] < LEAST[key]:
+                told = f"it must be a whole number, at least {LEAST[key]}"
+                raise UserError(f"hydra.launcher.{key}={keys[key]}: {told}")
         if cluster == "local" and keys["nodes"] > 1:
             raise UserError(
                 f"hydra.launcher.nodes={keys['nodes']}: submitit_local is this machine alone: "
@@ -67,7 +70,7 @@ class Submitted(BaseSubmititLauncher):
 
     # -- in the job
 
-    def __call__(self, sweep_overrides: Sequence[str], *rest: Any) -> JobReturn:
+    def __call__(self, sweep_overrides: list[str], *rest: Any) -> JobReturn:
         task = submitit.JobEnvironment()
         if task.num_tasks > 1:
             _tell_of_the_others(task)
@@ -76,24 +79,25 @@ class Submitted(BaseSubmititLauncher):
         requeue = getattr(signal, f"SIG{task.USR_SIG}")
         for number in (signal.SIGTERM, *WARNINGS):  # until the run itself takes them over
             signal.signal(number, signal.getsignal(requeue))
-        if int(
-            os.environ.get("SLURM_RESTART_COUNT", 0)
-        ):  # by SLURM itself, after a node's failure
+        Singleton.set_state(rest[-1])  # Hydra's, to compose with
+        setup_globals()
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)):  # by SLURM, after a node's failure too
             sweep_overrides = self._going_on(sweep_overrides)
         done = super().__call__(sweep_overrides, *rest)
         if done.status == JobStatus.FAILED and verdict(done._return_value)[0] == SAVED:
             signal.raise_signal(requeue)  # submitit asks checkpoint(), queues again and exits
         return done
 
-    def checkpoint(self, sweep_overrides: Sequence[str], *rest: Any) -> Any:
+    def checkpoint(self, sweep_overrides: list[str], *rest: Any) -> Any:
         """The same job again, which goes on."""
         return super().checkpoint(self._going_on(sweep_overrides), *rest)
 
-    def _going_on(self, words: Sequence[str]) -> list[str]:
+    def _going_on(self, words: list[str]) -> list[str]:
         """A study, and what is no run, begins again."""
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
+        assert self.hydra_context is not None and self.config is not None
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, words)
         goes_on = "ckpt_path" in config and config.get("study") is None and AGAIN not in words
-        return [*words, AGAIN] if goes_on else [*words]
+        return [*words, AGAIN] if goes_on else words
 
 
 class Shown(SlurmExecutor):

@@ -63,7 +63,7 @@ def most(weigh: Callable[[int], float], least: int, whole: int, room: float) -> 
     than there is. ``weigh``: bytes, infinite where they were not to be had.
     """
     good, ceiling, known = least, whole, {least: weigh(least)}
-    while good < ceiling:
+    while known[least] <= room and good < ceiling:
         more = int(min(2 * good, ceiling, _hoped(known, room)))
         if more <= good or more < min(ceiling, FURTHER * good):
             break

@@ -59,7 +59,7 @@ def test_where_memory_ends_before_it_is_said_to(least, more, end):
         asked.append(tokens)
         return math.inf if tokens > end else float(tokens)
 
-    found = most(weigh, least, whole, math.inf)
+    found = most(weigh, least, whole, 1e12)
     truth = max(least, min(whole, end))
     assert least <= found <= truth and found in asked
     assert found == whole or truth <= 1.25 * found + 2
@@ -108,7 +108,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+USUAL = ("none", "second", "kto")  # what is like one of them is slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in USUAL else [pytest.mark.slow]) for n in CASES]
+)
 def test_trials_leave_no_trace(name, caplog):
     """Parameters and numbers are those of the same number given by hand, bit for bit."""
     caplog.set_level("INFO")
@@ -148,17 +153,14 @@ def test_a_run_goes_on_with_the_number_it_found(tmp_path, cache, monkeypatch):
     train(config(*words, "max_steps=5"), tmp_path / "parts")
     monkeypatch.setattr(memory, "free", real)
     train(config(*words, "max_steps=12", "ckpt_path=last"), tmp_path / "parts")
-    train(config(*words, "max_steps=12"), tmp_path / "plenty")
-    whole, parts, plenty = (
+    whole, parts = (
         torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=False)
-        for name in ("whole", "parts", "plenty")
+        for name in ("whole", "parts")
     )
-    numbers = [it["spo_lightning"]["tokens_per_batch"] for it in (whole, parts, plenty)]
-    assert numbers[0] == numbers[1] < numbers[2]
+    numbers = [it["spo_lightning"]["tokens_per_batch"] for it in (whole, parts)]
+    assert numbers[0] == numbers[1] < 40  # of a row; a step of four would have twice as many
     for name, value in whole["state_dict"].items():
         assert torch.equal(parts["state_dict"][name], value), name
-    rounded = (not torch.equal(v, plenty["state_dict"][n]) for n, v in whole["state_dict"].items())
-    assert any(rounded)  # so that the two above are equal for their number alone
 
 
 # -- for real
