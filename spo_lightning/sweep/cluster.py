@@ -23,9 +23,11 @@ from spo_lightning.run import processes
 
 AGAIN = "ckpt_path=last"
 # keys, and the least that each may be
-LEAST = dict.fromkeys(("nodes", "tasks_per_node", "timeout_min", "array_parallelism"), 1)
-LEAST |= dict.fromkeys(("cpus_per_task", "gpus_per_node", "mem_gb"), 1)
-LEAST |= dict.fromkeys(("signal_delay_s", "max_num_timeout"), 0)
+LEAST: dict[str, int] = {
+    **dict.fromkeys(("nodes", "tasks_per_node", "timeout_min", "array_parallelism"), 1),
+    **dict.fromkeys(("cpus_per_task", "gpus_per_node", "mem_gb"), 1),
+    **dict.fromkeys(("signal_delay_s", "max_num_timeout"), 0),
+}
 
 
 class Submitted(BaseSubmititLauncher):
@@ -34,6 +36,8 @@ class Submitted(BaseSubmititLauncher):
     def __init__(self, *, cluster: str, dry_run: bool = False, **keys: Any):
         super().__init__(**keys)
         self._EXECUTOR, self.dry_run = cluster, dry_run
+        if not isinstance(dry_run, bool):
+            raise UserError(f"hydra.launcher.dry_run={dry_run}: it must be true or false")
         for key in [key for key in LEAST if keys.get(key) is not None]:
             if not isinstance(keys[key], int) or keys[key] < LEAST[key]:
                 told = f"it must be a whole number, at least {LEAST[key]}"

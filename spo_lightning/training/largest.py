@@ -63,15 +63,14 @@ def most(weigh: Callable[[int], float], least: int, whole: int, room: float) -> 
     than there is. ``weigh``: bytes, infinite where they were not to be had.
     """
     good, ceiling, known = least, whole, {least: weigh(least)}
-    while known[least] <= room and good < ceiling:
+    while known[least] <= room and good < whole:
         more = int(min(2 * good, ceiling, _hoped(known, room)))
-        if more <= good or more < min(ceiling, FURTHER * good):
+        if more <= good or more < min(whole, FURTHER * good):
             break
         known[more] = weigh(more)
-        if known[more] <= room:
-            good = more
-        else:
-            ceiling = (good + more) // 2
+        good = more if known[more] <= room else good
+        failed = [tokens for tokens, weight in known.items() if weight > room]
+        ceiling = (good + min(failed)) // 2 if failed else whole
     return good
 
 
