@@ -49,8 +49,8 @@ def test_the_submission_that_slurm_gets(tmp_path):
         (tools / name).chmod(0o755)
     words = ("-m", *SMALL, "loss=dpo", "seed=0,1", "hydra/launcher=submitit_slurm")
     keys = ("partition=gpu", "timeout_min=30", "mem_gb=8", "gpus_per_node=4", "nodes=2")
-    keys += ("tasks_per_node=4", "additional_parameters={requeue: true}")
-    asked = [f"hydra.launcher.{key}" for key in keys]
+    asked = [f"hydra.launcher.{key}" for key in (*keys, "tasks_per_node=4")]
+    asked += ["+hydra.launcher.additional_parameters.requeue=true"]
     # what is shown beforehand, where there are not even those commands
     shown = command(tmp_path, *words, *asked, "hydra.sweep.dir=sweep", "hydra.launcher.dry_run=1")
     assert shown.code == 2 and "hydra.launcher.dry_run" in shown.err

@@ -53,7 +53,9 @@ def logs(place):
     return "".join(path.read_text() for path in sorted(place.rglob(".submitit/*/*_log.out")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM], ids=lambda number: number.name
+)
 def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path, cache, whole, number):
     """Twice, as a scheduler may; the last bit is that of a run that nobody disturbed."""
     process = start(tmp_path, *RUN, *LOCAL, cache)
