@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from spo_lightning.errors import UserError
 from spo_lightning.sweep import SWEEPS
+from spo_lightning.sweep.composing import yamls_before_schemas
 from spo_lightning.sweep.launcher import Processes
 
 
@@ -55,11 +55,8 @@ class SubmititLauncher(Launcher):
 
 
 class Questions(SearchPathPlugin):
-    """Lets ``--config-name`` find the sweeps of the package, from a wheel too; and launchers of
-    conf/ that stand for an engine's own of that name."""
+    """Lets ``--config-name`` find the sweeps of the package, from a wheel too."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("spo_lightning", f"file://{SWEEPS}")
-        launchers: Any = ConfigStore.instance().repo["hydra"]["launcher"]
-        for name in ("submitit_slurm.yaml", "submitit_local.yaml"):  # Hydra would merge the two
-            launchers.pop(name, None)
+        yamls_before_schemas()
