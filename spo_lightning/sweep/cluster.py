@@ -76,13 +76,13 @@ class Submitted(BaseSubmititLauncher):
 
     def __call__(self, sweep_overrides: list[str], *rest: Any) -> JobReturn:
         task = submitit.JobEnvironment()
+        requeue = getattr(signal, f"SIG{task.USR_SIG}")
+        for number in (signal.SIGTERM, *WARNINGS):  # until the run itself takes them over
+            signal.signal(number, signal.getsignal(requeue))
         if task.num_tasks > 1:
             _tell_of_the_others(task)
         if task.global_rank:
             return _followed()
-        requeue = getattr(signal, f"SIG{task.USR_SIG}")
-        for number in (signal.SIGTERM, *WARNINGS):  # until the run itself takes them over
-            signal.signal(number, signal.getsignal(requeue))
         Singleton.set_state(rest[-1])  # Hydra's, to compose with
         setup_globals()
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)):  # by SLURM, after a node's failure too

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 
 RUN = (*SMALL, "loss=spo", "checkpoint.every_n_steps=0", "report.enabled=false")
-RUN = (*RUN, "eval.every_n_steps=0", "max_steps=200")
+RUN = (*RUN, "eval.every_n_steps=0", "max_steps=60")
 LOCAL = ("-m", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep")
-TWO = ("batch_size=7", "model.dtype=float64", "hardware.precision=64-true", "max_steps=60")
+TWO = ("batch_size=7", "model.dtype=float64", "hardware.precision=64-true", "max_steps=40")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path, cache, whole, num
     """Twice, as a scheduler may; the last bit is that of a run that nobody disturbed."""
     process = start(tmp_path, *RUN, *LOCAL, cache)
     job, pids = tmp_path / "sweep/0", set()
-    for rows in (20, 60):
+    for rows in (5, 25):
         pid = begun(job, process, rows)["pid"]
         os.kill(pid, number)
         pids.add(pid)
@@ -110,10 +110,10 @@ def test_what_ctrl_c_ends_is_not_queued_again(tmp_path, cache):
 
 def test_a_job_that_slurm_itself_restarts_goes_on(tmp_path, cache, whole):
     """A node fails: no signal was heard, and the scheduler begins the same job anew."""
-    words = (*RUN, *LOCAL, cache, "checkpoint.every_n_steps=10")
+    words = (*RUN, *LOCAL, cache, "checkpoint.every_n_steps=5")
     process = start(tmp_path, *words)
     job = tmp_path / "sweep/0"
-    os.kill(begun(job, process, 30)["pid"], signal.SIGKILL)
+    os.kill(begun(job, process, 12)["pid"], signal.SIGKILL)
     assert end(process, 200).code == 1
     done = command(tmp_path, *words, timeout=400, SLURM_RESTART_COUNT="1")
     assert done.code == 0, done.err

@@ -175,9 +175,9 @@ from spo_lightning.training import largest
 
 share, limit = float(sys.argv[1]), float(sys.argv[2])
 torch.set_num_threads(1)
-sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6}
-made = policy(dtype="float32", max_position_embeddings=512, **sizes)
-given = scored(made.lm, random_pairs(64, longest=100))
+sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3}
+made = policy(dtype="float32", **sizes)
+given = scored(made.lm, random_pairs(48, longest=80))
 room, own = share * 2**20, torch.device("cpu")
 if limit:
     import resource
@@ -187,7 +187,7 @@ else:
     memory.free = lambda device: room
 before = memory.in_use(own)
 memory.forget(own)
-done = fitted(made, objective("loss=spo"), given, tokens="auto", batch_size=64, steps=3)
+done = fitted(made, objective("loss=spo"), given, tokens="auto", batch_size=48, steps=2)
 whole = sum(map(len, given.pairs))
 taken = (memory.peak(own) - before) / 2**20
 print(json.dumps({"tokens": done.module.tokens, "whole": whole, "taken": taken}))
