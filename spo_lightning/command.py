@@ -1,7 +1,7 @@
 """One wrapper around every command: finds the configuration, runs the work, sets the exit code.
 
 0 done; 1 failure; 2 the user's error, Hydra's refusals included; 3 a sweep with failed jobs;
-130 Ctrl-C; 143 SIGTERM.
+130 Ctrl-C; 143 SIGTERM, SIGUSR1 or SIGUSR2.
 """
 
 import logging

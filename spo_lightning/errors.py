@@ -3,7 +3,8 @@
 import errno
 from collections.abc import Iterator
 
-STOPPED = (130, 143)  # exit codes of Ctrl-C and SIGTERM
+SAVED = 143  # exit code of SIGTERM, and of the warnings SIGUSR1 and SIGUSR2: it may go on
+STOPPED = (130, SAVED)  # and of Ctrl-C
 PIPE = 141  # of a command whose output nobody reads to its end, as the shell has it for SIGPIPE
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # torch's words
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, for this file or this user
@@ -54,6 +55,11 @@ def is_full(error: BaseException) -> bool:
     return False
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory for it, of the host or of a GPU."""
+    return isinstance(error, MemoryError) or any(mark in str(error) for mark in OUT_OF_MEMORY)
+
+
 def chain(error: BaseException) -> Iterator[BaseException]:
     """The error and its causes."""
     seen: BaseException | None = error
@@ -73,7 +79,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     text = str(error).splitlines()[0] if str(error) else ""
-    if isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return 1, f"out of memory: lower micro_batch_size or the model's size ({text})"
     if is_full(error):
         return 1, f"cannot write: {text}"

@@ -21,8 +21,8 @@ from spo_lightning.data.sets import Pairs
 from spo_lightning.models.scorer import Beside, Scorer, score
 from spo_lightning.records.progress import silent
 from spo_lightning.training.feed import mismatches
-from spo_lightning.training.fit import OuterSteps
 from spo_lightning.training.module import Preference
+from spo_lightning.training.outer_steps import OuterSteps
 from spo_lightning.training.reference import MovingReference
 from spo_lightning.training.sharding import processes
 from spo_lightning.world import ALONE

@@ -24,12 +24,14 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf, open_dict
 from pairs import CONF
 from tiny import policy
 
 from spo_lightning.command import named
 from spo_lightning.config import knobs
+from spo_lightning.sweep.composing import yamls_before_schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -155,6 +157,8 @@ COMMANDS = [
 def as_in_a_command():
     """What Hydra has found before it composes, and nothing of it afterwards."""
     OmegaConf.register_new_resolver("run_id", lambda: "0", use_cache=True, replace=True)
+    Plugins.instance()
+    yamls_before_schemas()
     yield
     HydraConfig.instance().cfg = None
 

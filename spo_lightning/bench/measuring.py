@@ -2,8 +2,6 @@
 
 import ctypes
 import multiprocessing
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from spo_lightning.bench.contestants import Contestant
 from spo_lightning.bench.ours import Watch
 from spo_lightning.errors import Diverged
 from spo_lightning.models.device import set_threads
+from spo_lightning.models.memory import forget_peak, highest_resident
 from spo_lightning.records.progress import Stages, quiet
 
 MIB = 2**20
@@ -125,25 +123,6 @@ class Memory(Watch):
     @property
     def mib(self) -> float:
         return (self.highest - self.before) / MIB
-
-
-def forget_peak() -> bool:
-    """Start the peak of this process anew; False where the system does not let us."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak
-    except OSError:
-        return False
-    return True
-
-
-def highest_resident() -> int:
-    """Bytes of this process in memory, at most since the peak was forgotten."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def above(contestant: Contestant, steps: int) -> float:

@@ -24,7 +24,8 @@ from spo_lightning.models.sources import check_sources
 from spo_lightning.records.progress import Stages, hushed, silent
 from spo_lightning.run.job import objective
 from spo_lightning.run.training import prepared
-from spo_lightning.training.fit import OuterSteps, module_of, steps_alone
+from spo_lightning.training.fit import module_of, steps_alone
+from spo_lightning.training.outer_steps import OuterSteps
 from spo_lightning.training.reference import MovingReference
 from spo_lightning.world import World
 

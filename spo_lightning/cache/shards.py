@@ -11,8 +11,8 @@ import os
 import struct
 import time
 from array import array
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from spo_lightning.records.lock import alone
 from spo_lightning.records.progress import Stages
 
 log = logging.getLogger(__name__)
@@ -111,30 +112,9 @@ class Shards:
         """Remove the least recently used shards of any name until ``limit`` holds."""
         trim(self.home, self.limit, ".rows")
 
-    @contextmanager
-    def alone(self, stages: Stages) -> Iterator[None]:
+    def alone(self, stages: Stages) -> AbstractContextManager[None]:
         """One process at a time, where the file system has locks; a signal ends the wait."""
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.home / f"{self.name}.lock")
-        waited = False
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-            while not lock.is_locked:
-                try:
-                    lock.acquire(timeout=1.0)
-                except Timeout:
-                    if not waited:
-                        log.info("Cache: another run is filling %s: waiting for it", self.room)
-                    waited = True
-                    if stages.stop.signal is not None:
-                        raise stages.stop.raised(stages.how_to_go_on) from None
-        except (OSError, NotImplementedError) as error:
-            log.warning("Cache: no lock in %s (%s): going on without", self.home, error)
-        try:
-            yield
-        finally:
-            lock.release()
+        return alone(self.home / f"{self.name}.lock", stages.check)
 
     def _read(self, path: Path, wanted: Collection[bytes]) -> dict[bytes, Tensor]:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Rows in, token pairs out: tokenised once for all runs, read from mapped files afterwards.
+"""Rows in, token pairs out: tokenised once for all runs, read from files afterwards.
 
 What is kept is known by the rows themselves, the tokenizer and how it is asked; neither by the
 model nor by the run. A file is written beside its place and renamed; one that does not match its
@@ -75,7 +75,7 @@ class Tokens:
         import pyarrow as pa
 
         try:
-            with pa.memory_map(str(path)) as file:
+            with pa.OSFile(str(path)) as file:  # a map ends the process where another node trims
                 whole = file.read_buffer()
             content = whole.slice(CHECK)
             if _check(content) != whole.slice(0, CHECK).to_pybytes():

@@ -86,7 +86,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
     "data.eval_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "data.chunk_rows": (lambda v: v >= 1, "at least 1"),
-    "data.tokens_per_batch": (lambda v: v is None or v >= 2, "at least 2, or null"),
+    "data.tokens_per_batch": (
+        lambda v: v in (None, "auto") or v >= 2,
+        "at least 2, auto (as many as fit), or null",
+    ),
     "hardware.logits_mib": (lambda v: v >= 1, "at least 1"),
     "data.scored": (lambda v: v in ("assistant", "all"), "assistant or all"),
     "data.on_mismatch": (lambda v: v in ("split", "drop", "error"), "split, drop or error"),

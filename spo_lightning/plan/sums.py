@@ -84,6 +84,7 @@ class Run:
     def micro(self) -> int:
         """Pairs of a microbatch."""
         limit = self.cfg.data.get("tokens_per_batch")
+        limit = 1 if limit == "auto" else limit  # the least that it may come to
         each = self.cfg.plan.prompt + self.rows(1).answers * self.cfg.plan.completion
         micro = limit // each if limit else self.cfg.micro_batch_size
         return max(1, min(self.own, micro))

@@ -21,8 +21,9 @@ from spo_lightning.data.sets import Pairs
 from spo_lightning.preflight.geometry import Advance, slopes, sums
 from spo_lightning.run.record import Referenced
 from spo_lightning.training.callbacks.evolution import Named
-from spo_lightning.training.fit import OuterSteps, module_of, steps_alone
+from spo_lightning.training.fit import module_of, steps_alone
 from spo_lightning.training.microbatch import trainable
+from spo_lightning.training.outer_steps import OuterSteps
 from spo_lightning.training.reference import MovingReference
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from spo_lightning.errors import CannotWrite, is_full
 
@@ -47,7 +48,7 @@ def _size(count: int) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Beside, then renamed: a reader never sees half a file."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # nodes share a process's number
     with writing(path):
         try:
             beside.write_text(text, encoding="utf-8")

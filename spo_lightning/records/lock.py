@@ -1,12 +1,14 @@
-"""One writer per run directory: a lock that names its holder and dies with it."""
+"""One writer per run directory: a lock that names its holder and dies with it; and waiting in
+turn for what is made once for all runs."""
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +16,10 @@ from typing import IO, Any
 from spo_lightning.errors import UserError
 from spo_lightning.records.disk import writing
 
+log = logging.getLogger(__name__)
+
 NAME = "writer.lock"
+LOOK_SECONDS = 0.5
 BEAT_SECONDS = 10.0
 # of a holder on another host, whose kernel's lock may not reach us: longer than a shared file
 # system takes to show a beat, shorter than a scheduler takes to start a job anew twice
@@ -41,6 +46,33 @@ def held(directory: Path) -> Iterator[None]:
         file.close()
 
 
+@contextmanager
+def alone(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """One process at a time, of those that the kernel's lock reaches: on some shared file systems
+    that is none, or those of one machine. It saves work, and what is inside is right without it.
+
+    ``check`` ends the wait by what it raises.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        log.warning("Cache: no lock %s (%s): going on without", path, error)
+        yield
+        return
+    with file:
+        waited = False
+        while (mine := locked(file)) is False:
+            if not waited:
+                log.info("Cache: another run is making %s: waiting for it", path.with_suffix(""))
+            waited = True
+            check()
+            time.sleep(LOOK_SECONDS)
+        if mine is None:
+            log.warning("Cache: no locks in %s: going on without", path.parent)
+        yield
+
+
 OPEN: set[IO[str]] = set()
 # a child that outlives its parent must not keep the lock; the parent's own stays
 os.register_at_fork(after_in_child=lambda: [file.close() for file in OPEN])
@@ -50,10 +82,10 @@ def _taken(path: Path) -> IO[str]:
     """The file, locked, with this process's name in it."""
     while True:
         file = path.open("a+", encoding="utf-8")
-        locked = _locked(file)
+        mine = locked(file)
         file.seek(0)
         before = _named(file.read())
-        if locked is False:
+        if mine is False:
             raise _refusal(path, before)
         try:
             if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
@@ -62,7 +94,7 @@ def _taken(path: Path) -> IO[str]:
             pass
         file.close()  # its holder has removed it since we opened it
     here = socket.gethostname()
-    if before and (locked is None or before.get("host") != here):
+    if before and (mine is None or before.get("host") != here):
         age = _now(path) - path.stat().st_mtime
         if age < DEAD_SECONDS:
             raise _refusal(path, before, age)
@@ -74,7 +106,7 @@ def _taken(path: Path) -> IO[str]:
     return file
 
 
-def _locked(file: IO[str]) -> bool | None:
+def locked(file: IO[Any]) -> bool | None:
     """Whether the kernel gives us the lock; None on a file system that has none."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

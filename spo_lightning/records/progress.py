@@ -1,7 +1,7 @@
 """Every stage of a run goes through here: a progress bar, the status file, and signals.
 
 A signal sets a flag; ``advance`` raises ``Interrupted`` after the step in hand. A second signal
-ends the process at once.
+ends the process at once, unless the first was a scheduler's warning that an end will come.
 """
 
 import logging
@@ -13,41 +13,48 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from spo_lightning.errors import Interrupted
+from spo_lightning.errors import SAVED, Interrupted
 from spo_lightning.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
 QUIET_SECONDS = 10.0  # between plain lines where there is no terminal
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # of a scheduler, some time before it ends a job
 ONCE_SECONDS = 1.0  # within which a signal that comes again, to a whole tree of processes, is one
 
 
 class Stop:
-    """Remembers the first SIGINT or SIGTERM; the second one quits."""
+    """Remembers the first SIGINT, SIGTERM or warning; what follows SIGINT or SIGTERM quits."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._came = 0.0
 
     def install(self) -> dict[int, Any]:
-        """Take the two signals over; returns the handlers that were there."""
-        return {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        """Take the signals over; returns the handlers that were there."""
+        taken = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
+        return {number: signal.signal(number, self._note) for number in taken}
 
     def _note(self, number: int, frame: Any) -> None:
         if number == self.signal and time.monotonic() - self._came < ONCE_SECONDS:
             return
-        if self.signal is not None:
+        if self.signal is not None and number in WARNINGS:
+            return
+        if self.signal not in (None, *WARNINGS):
             os._exit(128 + number)
         self.signal, self._came = number, time.monotonic()
         for child in multiprocessing.active_children():  # the ranks of a ddp run
-            if child.pid and number == signal.SIGTERM:
+            if child.pid and number != signal.SIGINT:
                 os.kill(child.pid, number)
 
     def raised(self, how_to_go_on: str) -> Interrupted:
-        number = self.signal or signal.SIGTERM
-        return Interrupted(
-            128 + number, f"stopped by {signal.Signals(number).name}. {how_to_go_on}"
-        )
+        return stopped(self.signal or signal.SIGTERM, f". {how_to_go_on}")
+
+
+def stopped(number: int, more: str = "") -> Interrupted:
+    """How a run ends that a signal asked to."""
+    code = 128 + number if number == signal.SIGINT else SAVED
+    return Interrupted(code, f"stopped by {signal.Signals(number).name}{more}")
 
 
 class Stages:
@@ -76,10 +83,15 @@ class Stages:
                 state["done"] += count
                 show(state["done"], text)
                 self.note(title, state["done"], total)
-                if check and self.stop.signal is not None:
-                    raise self.stop.raised(self.how_to_go_on)
+                if check:
+                    self.check()
 
             yield advance
+
+    def check(self) -> None:
+        """Ends the run where a signal came."""
+        if self.stop.signal is not None:
+            raise self.stop.raised(self.how_to_go_on)
 
     def _shown(
         self, title: str, total: int, done: int

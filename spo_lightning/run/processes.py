@@ -41,8 +41,9 @@ def follows() -> bool:
 
 
 def refuse_sweep() -> None:
-    """Processes that something else began walk one run: a sweep has its jobs begin their own."""
-    if _told():
+    """Processes that something else began walk one run: a sweep has its jobs begin their own, or
+    submitit begin them."""
+    if _told() and "SUBMITIT_EXECUTOR" not in os.environ:
         raise UserError(
             "a sweep's jobs begin their own processes: hardware.devices=N, not torchrun"
         )

@@ -1,6 +1,5 @@
 """Every prompt's answers and scores, kept as they are drawn: a run that was stopped goes on."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import without_pace
+from spo_lightning.records.lock import locked
 
 Drawn = dict[str, Any]  # number of the prompt, its row, samples, scores
 
@@ -35,11 +35,9 @@ class Record:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+b")  # its lock is held for as long as it is open
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if locked(self.file) is False:
             told = "another command draws into it: wait for it, or take another output"
-            raise UserError(f"{self.path}: {told}") from None
+            raise UserError(f"{self.path}: {told}")
         self.file.seek(0)
         head, first = self.file.readline(), self.file.readline()
         differs = self._differs(head) if head.endswith(b"\n") else None

@@ -6,6 +6,7 @@ One takes an eighth of a second, and Hydra composes all to look at them and agai
 from collections.abc import Sequence
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 
@@ -39,6 +40,14 @@ class Checking:
     def options(self, words: Sequence[str]) -> tuple[str, ...]:
         """Those that choose an option of a group."""
         return tuple(word for word in words if self.loader.get_group_options(key_of(word)))
+
+
+def yamls_before_schemas() -> None:
+    """A launcher's options in conf/ stand for an engine's own of that name: Hydra would merge the
+    two, and refuse what only one of them has."""
+    launchers: Any = ConfigStore.instance().repo["hydra"]["launcher"]
+    for name in ("submitit_slurm.yaml", "submitit_local.yaml"):
+        launchers.pop(name, None)
 
 
 def is_numbered(config: Any) -> bool:

@@ -4,7 +4,6 @@ The libraries are imported once, before the first job, and nothing is computed h
 that forks must have no thread pool. What ends a job (an error, a kill, memory) leaves the others.
 """
 
-import fcntl
 import logging
 import os
 import signal
@@ -27,6 +26,7 @@ from spo_lightning.records.directory import (
     remove_secrets,
     words_without_secrets,
 )
+from spo_lightning.records.lock import locked
 from spo_lightning.records.progress import Stop
 from spo_lightning.sweep import board, jobs, process
 from spo_lightning.sweep.composing import Checking, is_numbered, of_the_task
@@ -247,13 +247,11 @@ def alone(directory: Path) -> IO[str]:
     file = (directory / ".lock").open("w")
     patience = time.monotonic() + PATIENCE_SECONDS
     while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if locked(file) is not False:  # or there are no locks
             return file
-        except BlockingIOError:
-            if time.monotonic() > patience:
-                raise UserError(f"{directory}: a sweep is running there: wait for it") from None
-            time.sleep(0.2)
+        if time.monotonic() > patience:
+            raise UserError(f"{directory}: a sweep is running there: wait for it")
+        time.sleep(0.2)
 
 
 def _refuse_another(job: Job, old: Job) -> None:

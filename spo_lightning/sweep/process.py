@@ -17,6 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from spo_lightning.errors import STOPPED, Interrupted, is_bug, verdict
 from spo_lightning.records.directory import finished_numbers
+from spo_lightning.records.progress import WARNINGS, stopped
 from spo_lightning.sweep import jobs
 from spo_lightning.sweep.jobs import Job
 
@@ -99,8 +100,9 @@ def _run(said: Connection, path: Path, parent: int, threads: int | None, work: A
     """The job's process."""
     os.setpgid(0, 0)  # Ctrl-C goes to the sweep, which passes it on once
     _end_with(parent)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _quit)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, *WARNINGS):
+        signal.signal(number, _quit)
     path.mkdir(parents=True, exist_ok=True)
     with (path / OUTPUT).open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -127,7 +129,7 @@ def _run(said: Connection, path: Path, parent: int, threads: int | None, work: A
 
 
 def _quit(number: int, frame: Any) -> None:
-    raise Interrupted(128 + number, f"stopped by {signal.Signals(number).name}")
+    raise stopped(number)
 
 
 def _end_with(parent: int) -> None:

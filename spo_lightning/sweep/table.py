@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import IDLE, write_text
+from spo_lightning.records.lock import alone
 from spo_lightning.sweep.jobs import Job
 
 NUMBERS = (
@@ -71,8 +72,6 @@ class Table:
 
     def add(self, name: str, job: Job, commit: str | None) -> None:
         """One row more; written anew beside and renamed, and no other sweep's row is lost."""
-        from filelock import FileLock
-
         row: dict[str, Any] = {
             "config": name,
             "words": " ".join(job.words),
@@ -81,8 +80,7 @@ class Table:
         }
         for when in WHEN:
             row |= {f"{when}/{n}": job.numbers.get(when, {}).get(n) for n in self.names}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+        with alone(self.path.with_name(f".{self.path.name}.lock")):
             self.rows = self._read() | {name: row}
             text = io.StringIO(newline="")
             writer = csv.DictWriter(text, self.head, lineterminator="\n")

@@ -8,6 +8,7 @@ import math
 import time
 from contextlib import nullcontext
 from typing import Any
+from uuid import uuid4
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +24,7 @@ from spo_lightning.diffusion.scorer import ImageScorer
 from spo_lightning.diffusion.store import key_of, latents_of, name_of, weights_of
 from spo_lightning.errors import Diverged, UserError
 from spo_lightning.records.disk import writing
+from spo_lightning.records.lock import alone
 from spo_lightning.records.progress import Stages
 from spo_lightning.training.sft import WARMUP, cosine
 
@@ -33,7 +35,6 @@ CODE = 1  # raise it when the same pictures and settings come to train another d
 
 def begin(cfg: DictConfig, task: Pictures, pipeline: Pipeline, stages: Stages) -> None:
     """The denoiser learns the task's pictures in place, or what an earlier run learned of them."""
-    from filelock import FileLock
     from safetensors.torch import load_file, save_file
 
     steps = warm_start_steps(cfg)
@@ -49,16 +50,14 @@ def begin(cfg: DictConfig, task: Pictures, pipeline: Pipeline, stages: Stages) -
     noise = sorted((k, it) for k, it in pipeline.scheduler.config.items() if k[0] != "_")
     about = weights_of(denoiser), noise, texts, settings, CODE
     file = None if cache is None else cache / "denoisers" / f"{key_of(*about)}.safetensors"
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if file is None else FileLock(f"{file}.lock"):
+    with nullcontext() if file is None else alone(file.with_suffix(".lock"), stages.check):
         if file is not None and file.exists():
             denoiser.load_state_dict(load_file(file))
             log.info("Pretrained: taken from %s", file)
             return
         _train(cfg, task, pipeline, settings, stages)
         if file is not None:
-            beside = file.with_suffix(".tmp")
+            beside = file.with_name(f".{file.stem}.{uuid4().hex}.tmp")
             with writing(file):
                 save_file({n: it.contiguous() for n, it in denoiser.state_dict().items()}, beside)
                 beside.replace(file)

@@ -1,10 +1,9 @@
 """Prepared pairs and an objective in, a trained policy out: the part that runs under Lightning."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +13,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from spo_lightning.data.batch import Microbatches, PairBatch, by_pairs, by_tokens, draws
 from spo_lightning.data.sets import Pairs
 from spo_lightning.diffusion.reference import Beside
 from spo_lightning.errors import Interrupted, UserError
@@ -33,6 +31,7 @@ from spo_lightning.training.callbacks.start import StartCheck
 from spo_lightning.training.feed import Feed, Mismatched
 from spo_lightning.training.microbatch import trainable
 from spo_lightning.training.module import Preference
+from spo_lightning.training.outer_steps import OuterSteps
 from spo_lightning.training.reference import MovingReference
 from spo_lightning.training.sharding import processes
 from spo_lightning.world import spread_like
@@ -82,82 +81,6 @@ class GoesOn(NamedTuple):
                 mine.copy_(spread_like(value, mine))
 
 
-class OuterSteps(IterableDataset):
-    """One item per outer step: this rank's microbatches. Starts where the module stands.
-
-    Microbatches have ``micro`` pairs, or are dealt so that none has more than ``tokens`` tokens.
-    ``lower``: texts drawn beside the pairs, as many as pairs, for a lower level of its own.
-    ``feed``: where the pairs come from in place of ``pairs``. ``mismatched``: prompts of all
-    steps' rows with others' answers, row by row.
-    """
-
-    def __init__(
-        self,
-        pairs: Pairs,
-        module: Preference,
-        *,
-        micro: int,
-        seed: int,
-        tokens: int | None = None,
-        lower: Pairs | None = None,
-        feed: Feed | None = None,
-        mismatched: Pairs | None = None,
-    ):
-        self.pairs, self.module, self.seed, self.lower = pairs, module, seed, lower
-        self.feed, self.mismatched = feed, mismatched
-        self.split = partial(by_tokens, limit=tokens) if tokens else partial(by_pairs, limit=micro)
-
-    @classmethod
-    def of(
-        cls, cfg: DictConfig, module: Preference, train: Pairs, lower: Pairs | None, **more: Any
-    ) -> "OuterSteps":
-        """As the configuration deals them."""
-        limits = {"micro": cfg.micro_batch_size, "tokens": cfg.data.get("tokens_per_batch")}
-        return cls(train, module, seed=cfg.seed, lower=lower, **limits, **more)
-
-    def __iter__(self) -> Iterator[Microbatches]:
-        trainer, size = self.module.trainer, self.module.batch_size
-        start, stop, lower = self.module.outer_step, trainer.max_steps, self.lower
-        beside = None if lower is None else draws(len(lower), size, self.seed + 1, start, stop)
-        own = range(size)[trainer.global_rank :: trainer.world_size]
-        for step, given in enumerate(self._steps(size, start, stop), start):
-            mine = given.take(own)
-            sizes = [len(pair) for pair in mine.pairs]
-            drawn: list[int] = []
-            if lower is not None and beside is not None:
-                drawn = next(beside)[trainer.global_rank :: trainer.world_size]
-                sizes = [size + len(lower.pairs[row]) for size, row in zip(sizes, drawn)]
-            parts = []
-            for places in self.split(sizes):
-                part = mine.batch(places)
-                if lower is not None:
-                    texts = lower.batch([drawn[place] for place in places])
-                    part = replace(part, lower=texts)
-                parts.append(part)
-            below = lower is not None or any(pair.chosen for pair in given.pairs)
-            yield Microbatches(parts, self._mismatched(min(step, stop - 1) * size, own), below)
-
-    def _mismatched(self, begin: int, own: Sequence[int]) -> list[PairBatch]:
-        """Of the outer step whose rows begin there, those of this rank."""
-        if self.mismatched is None:
-            return []
-        some = self.mismatched.take([begin + place for place in own])
-        return [some.batch(places) for places in self.split([len(pair) for pair in some.pairs])]
-
-    def _steps(self, size: int, start: int, stop: int) -> Iterator[Pairs]:
-        """The pairs of every outer step, of all ranks."""
-        if self.feed is not None:
-            return self.feed.steps(size, start, stop)
-        orders = draws(len(self.pairs), size, self.seed, start, stop)
-        return (self.pairs.take(rows) for rows in orders)
-
-    def epoch(self, step: int, pairs_seen: int) -> float:
-        """Passes over the training pairs before the end of outer step ``step``."""
-        if self.feed is not None:
-            return self.feed.epoch(step)
-        return pairs_seen / len(self.pairs)
-
-
 def fit(
     cfg: DictConfig,
     given: Material,
@@ -174,7 +97,7 @@ def fit(
         return steps
     quiet()  # Lightning, which is imported only here
     module = module_of(cfg, given.scorer, loss, solver, steps, given.moving)
-    beside = {"feed": given.feed, "mismatched": given.mismatched.train}
+    beside = {"feed": given.feed, "mismatched": given.mismatched.train, "world": stages.world}
     data = OuterSteps.of(cfg, module, given.train, given.lower, **beside)
     trainer = Trainer(
         accelerator=cfg.hardware.accelerator,

@@ -81,6 +81,25 @@ def scored(scorer: Scorer, theta: Tensors, batch: PairBatch) -> PairLogps:
     return functional_call(scorer, dict(zip(mine, theta)), (batch,))
 
 
+def linearized_at(
+    theta: Tensors, parameters: Tensors, lower: Callable[[Tensors], Tensor], count: int
+) -> tuple[Slope, Callable[[Tensors], Tensors]]:
+    """The slope of the sum of ``lower`` over ``count``, and products with its derivative, which
+    keep the graph."""
+    mine = set(parameters)
+    # leaves of its own: the parameters are about to move, which would break the graph
+    copies = (t.detach().clone() if t in mine else t.detach() for t in theta)
+    leaves = tuple(copy.requires_grad_() for copy in copies)
+    found = lower(leaves)
+    mean = found.sum() / count
+    slope = torch.autograd.grad(mean, leaves, create_graph=True, materialize_grads=True)
+
+    def product(vector: Tensors) -> Tensors:
+        return torch.autograd.grad(slope, leaves, vector, materialize_grads=True)
+
+    return Slope(tuple(s.detach() for s in slope), {"lower": found.detach().mean()}), product
+
+
 @torch.no_grad()
 def moved_from_reference(
     scorer: Scorer, mismatched: Sequence[PairBatch], theta: Tensors

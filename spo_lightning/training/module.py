@@ -18,10 +18,10 @@ from spo_lightning.errors import Diverged
 from spo_lightning.evaluation.totals import Totals
 from spo_lightning.models.scorer import Scorer
 from spo_lightning.models.sharded import kept, write
-from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
+from spo_lightning.solvers import Problem, Slope, Solver, Step, Tensors, Terms
 from spo_lightning.solvers.none import NoLower
-from spo_lightning.training import bf16
-from spo_lightning.training.microbatch import Moved, moved_from_reference, problem_of, trainable
+from spo_lightning.training import bf16, microbatch
+from spo_lightning.training.microbatch import Moved, trainable
 from spo_lightning.training.observation import Observation
 from spo_lightning.training.reference import MovingReference
 from spo_lightning.training.sharding import dealt
@@ -62,6 +62,8 @@ class Preference(LightningModule):
         self.beta, self.batch_size, self.clip_norm = beta, batch_size, clip_norm
         self.log_every, self.whole_batch = log_every, whole_batch
         self.outer_step = self.pairs_seen = self.num_tokens = 0
+        self.tokens: int | None = None  # of a microbatch, where they were found (largest.py)
+        self.rehearsing = False
         self.solver_state: Any = None
         self.moments_state: dict[str, float] = {}
         self.ratios = (0.0, 0.0)  # log-ratios of all answers so far: their sum and count
@@ -91,9 +93,7 @@ class Preference(LightningModule):
         self.num_tokens += read if self.trainer.world_size == 1 else int(self._over_ranks(read))
         batch = self.moving.read(self.scorer, batch)
         seen = Observation(self.beta, observed, losses.asks(self.loss, "moments"))
-        # without a desirable answer there is no G, and nothing for a solver to remember
-        solver = self.solver if batch.below else NoLower()
-        step = solver.step(self._problem(batch, seen), self.solver_state)
+        step = self._solved(batch, seen)
         norm = self._follow(step.direction, step.displacement, seen.objective, batch)
         self.solver_state = step.state
         self.outer_step += 1
@@ -110,6 +110,20 @@ class Preference(LightningModule):
         self.numbers = {}
         if observed:
             self.numbers = self._named(means, step.logged, norm)
+
+    def rehearse(self, batch: Microbatches) -> None:
+        """What an outer step computes, by this process alone; nothing of it stays."""
+        self.rehearsing = True
+        try:
+            seen = Observation(self.beta, True, losses.asks(self.loss, "moments"))
+            self._solved(self.moving.read(self.scorer, batch), seen)
+        finally:
+            self.rehearsing = False
+
+    def _solved(self, batch: Microbatches, seen: Observation) -> Step:
+        # without a desirable answer there is no G, and nothing for a solver to remember
+        solver = self.solver if batch.below else NoLower()
+        return solver.step(self._problem(batch, seen), self.solver_state)
 
     @property
     def moments(self) -> losses.Moments:
@@ -145,7 +159,8 @@ class Preference(LightningModule):
             parts = 1 if self.whole_batch else BESIDE
             at_once = Microbatches(part.split(-(-len(part) // parts)))
             with kernel():
-                return self._linearized(theta, part)
+                lower = self._part(part, lambda _: None).lower
+                return microbatch.linearized_at(theta, parameters, lower, self.batch_size)
 
         def everywhere(name: str) -> Callable[[Tensors], Any]:
             def evaluated(theta: Tensors) -> Any:
@@ -172,7 +187,7 @@ class Preference(LightningModule):
 
     def _part(self, part: PairBatch, kl: Moved, seen: Observation | None = None) -> Problem:
         of = self.scorer, self.loss, self.moments, self.outer_step
-        return problem_of(part, *of, kl, seen, self.moving.value_moves)
+        return microbatch.problem_of(part, *of, kl, seen, self.moving.value_moves)
 
     def _kl_of(self, batch: Microbatches) -> Moved:
         """How far the policy has moved on all mismatched rows of the outer step, at least 0: found
@@ -182,7 +197,8 @@ class Preference(LightningModule):
         def kl(theta: Tensors) -> Tensor | None:
             if not batch.mismatched:
                 return None
-            total, rows = moved_from_reference(self.scorer, batch.mismatched, theta)
+            others = batch.mismatched
+            total, rows = microbatch.moved_from_reference(self.scorer, others, theta)
             return (self._over_ranks(total) / self._over_ranks(rows)).clamp(min=0)
 
         return kl
@@ -193,22 +209,6 @@ class Preference(LightningModule):
         """
         alone = len(batch) == 1 and self.trainer.world_size == 1
         return alone and all(self.scorer.keeps(part) for part in batch)
-
-    def _linearized(
-        self, theta: Tensors, part: PairBatch
-    ) -> tuple[Slope, Callable[[Tensors], Tensors]]:
-        parameters = set(self.trainable().values())
-        # leaves of its own: the parameters are about to move, which would break the graph
-        copies = (t.detach().clone() if t in parameters else t.detach() for t in theta)
-        leaves = tuple(copy.requires_grad_() for copy in copies)
-        lower = self._part(part, lambda _: None).lower(leaves)
-        mean = lower.sum() / self.batch_size
-        slope = torch.autograd.grad(mean, leaves, create_graph=True, materialize_grads=True)
-
-        def product(vector: Tensors) -> Tensors:
-            return torch.autograd.grad(slope, leaves, vector, materialize_grads=True)
-
-        return Slope(tuple(s.detach() for s in slope), {"lower": lower.detach().mean()}), product
 
     @contextmanager
     def _moved_to(self, theta: Tensors) -> Iterator[None]:
@@ -305,13 +305,13 @@ class Preference(LightningModule):
     def _reducing(self, last: bool) -> Any:
         """Gradients travel between ranks once, in the last microbatch's backward."""
         wrapped = self.trainer.strategy.model
-        if last or not hasattr(wrapped, "no_sync"):
+        if (last and not self.rehearsing) or not hasattr(wrapped, "no_sync"):
             return nullcontext()
         return wrapped.no_sync()  # type: ignore[union-attr]
 
     def _over_ranks(self, value: Tensor | float) -> Tensor:
         wide = torch.as_tensor(value, dtype=torch.float64, device=self.device)
-        alone = self.trainer.world_size == 1
+        alone = self.trainer.world_size == 1 or self.rehearsing
         return wide if alone else self.trainer.strategy.reduce(wide, reduce_op="sum")
 
     def _reduce(self, totals: Totals) -> Totals:
@@ -336,12 +336,13 @@ class Preference(LightningModule):
             "moments": self.moments_state,
             "ratios": self.ratios,
             "reference": self.moving.state_dict(),
+            "tokens_per_batch": self.tokens,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         ours = dealt(checkpoint["spo_lightning"], tuple(self.trainable().values()))
         self.outer_step, self.pairs_seen = ours["outer_step"], ours["pairs_seen"]
-        self.num_tokens = ours["num_tokens"]
+        self.num_tokens, self.tokens = ours["num_tokens"], ours.get("tokens_per_batch")
         self.solver_state, self.moments_state = ours["solver"], ours["moments"]
         self.ratios = tuple(ours.get("ratios", self.ratios))
         if "reference" in ours:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +30,7 @@ from spo_lightning.evaluation.held_out import greedy_answers
 from spo_lightning.models.generate import Decoding
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.sharing import scorer_for
+from spo_lightning.records.lock import alone
 from spo_lightning.records.progress import Stages, Within
 from spo_lightning.training import bf16
 from spo_lightning.world import World
@@ -101,22 +102,22 @@ def warm_start(
     ``cache``: None trains anew and keeps nothing. Every process takes the whole of every batch, as
     the warm start must not depend on how many there are; the first looks into the cache and keeps.
     """
-    from filelock import FileLock
-
     world = stages.world
     if cache is None:
         _say(_train(policy, texts, quality, settings, stages))
         return
     code = HALF_CODE if policy.lm.dtype == torch.bfloat16 else CODE
     home = cache / "warm_starts" / key(policy, texts, {**settings, "code": code})
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(home) + ".lock") if world.first else nullcontext():
+    with (
+        alone(home.with_name(f"{home.name}.lock"), stages.check) if world.first else nullcontext()
+    ):
         if world.once((home / "model.safetensors").exists):
             policy.read(home)
             log.info("Warm start: taken from %s", home)
         else:
             curve = _train(policy, texts, quality, settings, stages)
-            _keep(policy, curve, home, world)
+            if not _keep(policy, curve, home, world):
+                policy.read(home)
     _say(json.loads((home / "curve.json").read_text()))
 
 
@@ -177,16 +178,27 @@ def cosine(steps: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
-def _keep(policy: Policy, curve: list[tuple[int, float]], home: Path, world: World) -> None:
-    """Write beside and rename: a kill in mid-write leaves no half warm start."""
-    beside = home.with_name(f"{home.name}.{world.once(os.getpid)}.tmp")
+def _keep(policy: Policy, curve: list[tuple[int, float]], home: Path, world: World) -> bool:
+    """Write beside and rename: a kill in mid-write leaves no half warm start. False where another
+    run, which no lock reached, has kept one meanwhile: others may read it, so it stays."""
+    beside = home.with_name(f"{home.name}.{world.once(lambda: uuid4().hex)}.tmp")
     card = "The warm start (SFT) of a model built from its config.\n"
     policy.save(beside, merge=True, card=card, world=world)
-    if world.first:
+
+    def named() -> bool:
         (beside / "curve.json").write_text(json.dumps(curve))
-        shutil.rmtree(home, ignore_errors=True)
-        beside.rename(home)
-    world.barrier()
+        if not (home / "model.safetensors").exists():
+            shutil.rmtree(home, ignore_errors=True)  # somebody took from it
+        try:
+            beside.rename(home)
+        except OSError:
+            if not (home / "model.safetensors").exists():
+                raise
+            shutil.rmtree(beside)
+            return False
+        return True
+
+    return world.once(named)
 
 
 def _shown(curve: Sequence[Sequence[float]]) -> str:

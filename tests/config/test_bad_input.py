@@ -315,6 +315,7 @@ KNOBS += [
         "tokens_per_batch is",
         slow=True,
     ),
+    Case("tokens in a word", ("data.tokens_per_batch=all",), "at least 2, auto (as many as fit)"),
     Case("a whole batch over devices", (*WHOLE, "hardware=ddp"), "hardware.devices="),
     Case(
         "a weight without similarities",

@@ -19,7 +19,7 @@ from spo_lightning.data.load import load, load_to_look
 from spo_lightning.data.sets import Pairs
 from spo_lightning.errors import UserError
 from spo_lightning.train import train
-from spo_lightning.training.fit import OuterSteps
+from spo_lightning.training.outer_steps import OuterSteps
 
 UNIT = partial(torch.optim.SGD, lr=1.0)  # the step is the direction
 

@@ -162,6 +162,8 @@ def gone_on(cwd: Path, *words: str):
 
 STOPS = [
     (signal.SIGTERM, 143),
+    (signal.SIGUSR1, 143),
+    pytest.param(signal.SIGUSR2, 143, marks=pytest.mark.slow),
     pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
 ]
 
@@ -207,6 +209,20 @@ def test_a_second_signal_quits_at_once(tmp_path, cache):
     os.kill(process.pid, signal.SIGCONT)
     assert end(process).code in (130, 143)
     assert status(tmp_path / "run")["state"] == "running"
+
+
+@pytest.mark.slow
+def test_an_end_that_was_announced_waits_for_the_save(tmp_path, cache, whole):
+    """A scheduler warns, and then comes its SIGTERM, and another warning: none of them quits."""
+    process = begun(tmp_path, cache, "checkpoint.every_n_steps=0", steps=1)
+    os.kill(process.pid, signal.SIGSTOP)  # all arrive within one step
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+    os.kill(process.pid, signal.SIGCONT)
+    assert end(process).code == 143
+    assert status(tmp_path / "run")["state"] == "interrupted"
+    gone_on(tmp_path)
+    assert_same_run(whole, tmp_path / "run")
 
 
 @pytest.mark.slow

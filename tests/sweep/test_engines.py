@@ -48,8 +48,15 @@ def test_the_submission_that_slurm_gets(tmp_path):
         (tools / name).write_text(f"#!/bin/sh\n{does}\n")
         (tools / name).chmod(0o755)
     words = ("-m", *SMALL, "loss=dpo", "seed=0,1", "hydra/launcher=submitit_slurm")
-    keys = ("partition=gpu", "timeout_min=30", "mem_gb=8", "gpus_per_node=1")
-    asked = [f"hydra.launcher.{key}" for key in keys]
+    keys = ("partition=gpu", "timeout_min=30", "mem_gb=8", "gpus_per_node=4", "nodes=2")
+    asked = [f"hydra.launcher.{key}" for key in (*keys, "tasks_per_node=4")]
+    asked += ["+hydra.launcher.additional_parameters.requeue=true"]
+    # what is shown beforehand, where there are not even those commands
+    shown = command(tmp_path, *words, *asked, "hydra.sweep.dir=sweep", "hydra.launcher.dry_run=1")
+    assert shown.code == 2 and "hydra.launcher.dry_run" in shown.err
+    seen = ("hydra.sweep.dir=sweep", "hydra.launcher.dry_run=true")
+    shown = command(tmp_path, *words, *asked, *seen)
+    assert shown.code == 0, shown.err
     path = f"{tools}:{os.environ['PATH']}"
     process = start(tmp_path, *words, *asked, "hydra.sweep.dir=sweep", PATH=path)
     patience = time.monotonic() + 120
@@ -59,6 +66,9 @@ def test_the_submission_that_slurm_gets(tmp_path):
     ended = end(process)
     (script,) = kept.glob("*.sh")
     text = script.read_text()
-    for line in ("--partition=gpu", "--time=30", "--mem=8GB", "--gpus-per-node=1", "--array=0-1"):
+    lines = ("--partition=gpu", "--time=30", "--mem=8GB", "--gpus-per-node=4", "--array=0-1")
+    lines += ("--nodes=2", "--ntasks-per-node=4", "--signal=USR2@120", "--requeue")
+    for line in lines:
         assert f"#SBATCH {line}" in text, ended
+    assert text.strip() == shown.out.strip()
     assert "submitit.core._submit" in text
