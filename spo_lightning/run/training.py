@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning.config.build import built
+from spo_lightning.config.studies import goes_on
 from spo_lightning.errors import STOPPED, Lost, UserError, verdict
 from spo_lightning.records import loggers
 from spo_lightning.records.directory import RunDir
@@ -78,7 +79,7 @@ def train(
     run = RunDir(run_dir, writes=world.first)
     own = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
     how = how or own
-    if cfg.get("study") is not None:
+    if not goes_on(cfg):
         how = "A study starts from its beginning"
     stages = Stages(run.note, Stop(), how, world)
     with held(run.path) if world.first else nullcontext():
@@ -142,7 +143,8 @@ def _study(cfg: "DictConfig", run: RunDir, stages: Stages) -> dict[str, Any]:
     stages.note("report", 0, 1)
     for path in study.report(run.path):
         log.info("Written: %s", path)
-    run.checkpoints.rmdir()  # a study has none
+    if not any(run.checkpoints.iterdir()):
+        run.checkpoints.rmdir()
     return numbers
 
 
