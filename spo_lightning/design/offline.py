@@ -86,28 +86,26 @@ class Collecting:
         return Offline(designs, objectives, Order.of(objectives), held)
 
     def _pooled(self, problem: Problem, draws: np.random.Generator) -> tuple[Array, Array]:
-        """Every generation of as many searches as it takes, without what was not finite."""
-        searched = Scaled(
-            problem.width,
-            problem.measured(np.zeros((1, problem.width))).shape[1],
-            problem.measured,
-        )
-        pooled: list[tuple[Array, Array]] = []
-
-        def keep(algorithm) -> None:
-            designs, objectives = algorithm.pop.get("X", "F")
-            finite = np.isfinite(objectives).all(axis=1)
-            pooled.append((designs[finite], objectives[finite]))
-
-        while sum(len(designs) for designs, _ in pooled) < self.rows:
+        """Every generation of as many searches as it takes: each design once, if what it was
+        measured at is finite."""
+        count = problem.measured(np.zeros((1, problem.width))).shape[1]
+        searched = Scaled(problem.width, count, problem.measured)
+        pooled = np.empty((0, problem.width + count))
+        while len(pooled) < self.rows:
+            generations = [pooled]
             minimize(
                 searched,
                 NSGA2(pop_size=self.population, survival=Amateur(problem.amateur)),
                 ("n_gen", problem.generations),
                 seed=int(draws.integers(2**31)),
-                callback=keep,
+                callback=lambda it, seen=generations: seen.append(np.hstack(it.pop.get("X", "F"))),
             )
-            if not sum(len(designs) for designs, _ in pooled):
-                raise UserError(f"problem.name={problem.name}: no design has finite objectives")
-        designs, objectives = (np.concatenate(part) for part in zip(*pooled))
-        return designs, objectives
+            found = np.concatenate(generations)
+            found = np.unique(found[np.isfinite(found).all(axis=1)], axis=0)
+            if len(found) == len(pooled):
+                raise UserError(
+                    f"problem.name={problem.name}: no more than {len(found)} designs with finite "
+                    "objectives are found: lower study.data.rows"
+                )
+            pooled = found
+        return pooled[:, : problem.width], pooled[:, problem.width :]

@@ -31,11 +31,11 @@ class Problem:
         try:
             found = get_problem(self.name, **given)
         except Exception as error:  # pymoo raises Exception itself, or what a constructor does
-            told = f", not with {given}" if given else ""
+            told = f" with {given}" if given else ""
             raise UserError(
                 f"problem.name={self.name}: pymoo has no such problem{told} "
                 f"({str(error).splitlines()[0]}): take an option of conf/problem"
-            ) from error
+            ) from None
         if found.n_obj < 2 or found.n_eq_constr or found.vtype is not float:
             raise UserError(
                 f"problem.name={self.name}: it needs two objectives or more, real variables and "

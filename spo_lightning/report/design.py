@@ -1,4 +1,4 @@
-"""The files of a run that proposes designs in; its part of the page, table.md and figures out.
+"""The files of a run that proposes designs in; its part of the page, methods.md and figures out.
 
 Shown are the fronts: of each method the proposals that no other of its own dominates.
 """
@@ -26,7 +26,8 @@ METHODS = {  # in designs.csv and metrics.json: what they are called
 ASIDE = ("random",)  # far from the others: drawn where it is asked for in the legend
 ABOUT = (
     "Fronts of what each method proposes, measured by the problem itself. Left and down are "
-    "better. What was known has the best of its ranking left out."
+    "better; three objectives turn when they are dragged. Of what was known the top of the "
+    "ranking is left out."
 )
 WEIGHTS = (
     "The same noise at every weight. Grey lines are what guidance is compared with; the known "
@@ -78,7 +79,7 @@ def fronts(designs: Any, weight: float) -> list[Chart]:
     if len(shown) == 2:
         return [Chart("fronts", title, data, axes(*shown), 480)]
     scene = {f"{side}axis": {"title": {"text": plain(n)}} for side, n in zip("xyz", shown)}
-    return [Chart("fronts", f"{title}: drag to turn", data, {"scene": scene}, 600)]
+    return [Chart("fronts", title, data, {"scene": scene}, 600)]
 
 
 def points(label: str, values: Sequence[Sequence[float]], colour: str) -> dict[str, Any]:
@@ -115,17 +116,17 @@ def by_weight(run: Run, guidance: Any) -> list[Chart]:
 
 
 def report(directory: Path) -> list[Path]:
-    """Write table.md and the figures; returns what was written."""
+    """Write methods.md and the figures; returns what was written."""
     run = read(directory, directory.name, {})
     rows = [
         [label, *("" if it is None else f"{it:.4f}" for it in numbers)]
         for label, *numbers in methods(run)
     ]
     text = ["# What each method proposes", "", *table(HEAD, rows), "", MEASURES]
-    write_text(directory / "table.md", "\n".join(text) + "\n")
+    write_text(directory / "methods.md", "\n".join(text) + "\n")
     room = directory / "figures"
     room.mkdir(exist_ok=True)
-    written = [directory / "table.md"]
+    written = [directory / "methods.md"]
     for chart in (block for section in sections(run) for block in section.blocks):
         if isinstance(chart, Chart):
             written += still(chart, room)

@@ -40,9 +40,9 @@ def test_the_steps_back_of_a_gaussian_end_in_it():
 def test_a_net_learns_the_noise_of_a_gaussian():
     draws = seeded(1)
     designs = MIDDLE + WIDE * torch.randn(2000, 2, generator=draws)
-    net = Learning(32, 2, 500, 128, 3e-3, 0.0).net(2, 2, 0)
+    net = Learning(32, 2, 300, 128, 3e-3, 0.0).net(2, 2, 0)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    for _ in range(500):
+    for _ in range(300):
         batch = designs[torch.randint(len(designs), (128,), generator=draws)]
         optimizer.zero_grad()
         loss(net, SCHEDULE, batch, draws).backward()

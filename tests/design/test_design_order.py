@@ -99,9 +99,8 @@ def test_constraints_are_one_objective_more():
     "more, told",
     [
         ({"name": "nope"}, "problem.name=nope: pymoo has no such problem"),
-        ({"name": "zdt5", "variables": None}, "problem.name=zdt5: it needs two objectives"),
         ({"name": "sphere"}, "problem.name=sphere: it needs two objectives"),
-        ({"objectives": 5}, "not with {'n_var': 4, 'n_obj': 5}"),
+        ({"objectives": 5}, "no such problem with {'n_var': 4, 'n_obj': 5}"),
     ],
 )
 def test_problems_that_cannot_be_are_refused_in_a_line(more, told):
