@@ -25,7 +25,6 @@ from spo_lightning.design.measures import measured
 from spo_lightning.design.offline import Collecting, Offline
 from spo_lightning.design.order import Order
 from spo_lightning.design.problem import Array, Problem
-from spo_lightning.errors import UserError
 from spo_lightning.records.directory import write_text
 from spo_lightning.studies.study import write_csv
 
@@ -69,17 +68,7 @@ class Study:
     generations: int
     guidance: Guidance
     reference: float
-    log_every: int
-    checkpoint_every: int
-    ckpt_path: str | None
     report: Callable[[Path], Any]  # reads the files; called by the command after ``run``
-
-    def __post_init__(self):
-        if self.ckpt_path not in (None, "last"):
-            raise UserError(
-                f"ckpt_path={self.ckpt_path}: this experiment goes on in its own directory: "
-                "ckpt_path=last with that hydra.run.dir"
-            )
 
     @property
     def total(self) -> int:
@@ -91,12 +80,19 @@ class Study:
     def offline(self) -> Offline:
         return self.data.of(self.problem, seeded(self.seed, "data"))
 
-    def run(self, directory: Path, advance: Callable[..., Any]) -> dict[str, Any]:
+    def run(
+        self,
+        directory: Path,
+        advance: Callable[..., Any],
+        *,
+        log_every: int,
+        checkpoint_every: int,
+    ) -> dict[str, Any]:
         """Write the files and return metrics.json. A directory with a checkpoint is gone on in."""
         known = self.offline
         log.info("%s", self.told(known))
-        every = (self.checkpoint_every, self.log_every)
-        nets = self.trained(known, Book(directory, *every, COLUMNS, advance))
+        book = Book(directory, checkpoint_every, log_every, COLUMNS, advance)
+        nets = self.trained(known, book)
         proposed = self.proposed(known, nets, advance)
         rows, guidance, found = [], [], {}
         for (method, weight), designs in proposed.items():

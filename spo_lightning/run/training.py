@@ -135,11 +135,19 @@ def _note(run: RunDir, error: BaseException, how: str) -> None:
 
 def _study(cfg: "DictConfig", run: RunDir, stages: Stages) -> dict[str, Any]:
     """An experiment without a language model: its numbers, then what its report makes of them."""
-    study = built(cfg.study)
+    if cfg.ckpt_path not in (None, "last"):
+        raise UserError(
+            f"ckpt_path={cfg.ckpt_path}: this experiment goes on in its own directory: "
+            "ckpt_path=last with that hydra.run.dir"
+        )
+    study, pace = built(cfg.study), {}
+    if goes_on(cfg):
+        pace = {"log_every": cfg.log.every_n_steps}
+        pace["checkpoint_every"] = cfg.checkpoint.every_n_steps
     log.info("Run directory: %s", run.path)
     run.note_status(max_steps=study.total)
     with stages.stage("training", study.total) as advance:
-        numbers = study.run(run.path, advance)
+        numbers = study.run(run.path, advance, **pace)
     stages.note("report", 0, 1)
     for path in study.report(run.path):
         log.info("Written: %s", path)

@@ -1,7 +1,5 @@
 """A run of guided design that takes a second: few designs, narrow nets, few times."""
 
-from functools import partial
-
 from fitting import config
 
 from spo_lightning.config.build import built
@@ -15,7 +13,6 @@ TINY = (
     *(f"study.{net}.steps=12" for net in NETS),
     *(f"study.{net}.batch_size=32" for net in NETS),
     *("study.generations=3", "study.guidance.samples=16", "study.guidance.weights=[3]"),
-    *("log.every_n_steps=4", "checkpoint.every_n_steps=5"),
 )
 
 
@@ -23,4 +20,13 @@ def study(*overrides, problem="zdt1"):
     return built(config(EXPERIMENT, f"problem={problem}", *TINY, *overrides).study)
 
 
-nowhere = partial(lambda *args, **how: None)  # an ``advance`` that nobody looks at
+def nowhere(*args, **how):
+    """An ``advance`` that nobody looks at."""
+
+
+def ran(directory, *overrides, advance=nowhere, checkpoint_every=5):
+    """The study's numbers, of a directory like a run's."""
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    return study(*overrides).run(
+        directory, advance, log_every=4, checkpoint_every=checkpoint_every
+    )

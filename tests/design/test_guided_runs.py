@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from conftest import forked
-from designs import EXPERIMENT, NETS, TINY, nowhere, study
+from designs import EXPERIMENT, NETS, TINY, ran
 from fitting import config
 from hydra import compose, initialize_config_dir
 from pairs import CONF
@@ -30,7 +30,7 @@ SHORT = (
     *(f"study.{net}.width=32" for net in NETS),
     *(f"study.{net}.batch_size=128" for net in NETS),
     *("study.denoiser.steps=300", "study.classifier.steps=300", "study.surrogate.steps=20"),
-    *("study.guidance.weight=10", "study.guidance.clamp_every=20", "checkpoint.every_n_steps=0"),
+    *("study.guidance.weight=10", "study.guidance.clamp_every=20"),
 )
 
 
@@ -42,8 +42,7 @@ def left(directory):
 def whole(tmp_path_factory):
     """A run that nothing stopped."""
     directory = tmp_path_factory.mktemp("whole")
-    (directory / "checkpoints").mkdir()
-    study().run(directory, nowhere)
+    ran(directory)
     return directory
 
 
@@ -63,7 +62,6 @@ class Killed(BaseException):
     ],
 )
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(whole, tmp_path, end, at):
-    (tmp_path / "checkpoints").mkdir()
     calls = 0
 
     def advance(*args, **how):
@@ -73,9 +71,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(whole, tmp_path, end,
             raise end
 
     with pytest.raises(type(end)):
-        study().run(tmp_path, advance)
+        ran(tmp_path, advance=advance)
     assert not (tmp_path / "metrics.json").exists()
-    study().run(tmp_path, nowhere)
+    ran(tmp_path)
     assert left(tmp_path) == left(whole)
     ends = [torch.load(it / "checkpoints/last.ckpt")["nets"] for it in (tmp_path, whole)]
     for net in NETS:
@@ -84,8 +82,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(whole, tmp_path, end,
 
 
 def test_other_seeds_have_other_numbers(whole, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    study("seed=1").run(tmp_path, nowhere)
+    ran(tmp_path, "seed=1")
     assert all(left(tmp_path)[name] != content for name, content in left(whole).items())
 
 
@@ -115,8 +112,7 @@ def test_what_a_run_leaves(tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_guidance_raises_the_hypervolume(seed, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    numbers = study(*SHORT, f"seed={seed}").run(tmp_path, nowhere)
+    numbers = ran(tmp_path, *SHORT, f"seed={seed}", checkpoint_every=0)
     guided, bare = numbers["final"]["hypervolume"], numbers["init"]["hypervolume"]
     assert guided > bare + 0.03, (guided, bare)
 
@@ -157,18 +153,20 @@ def test_keys_that_it_does_not_heed_are_refused():
     assert not goes_on(config("experiment=probability_evolution"))
 
 
-def test_another_checkpoint_is_refused():
+def test_another_checkpoint_is_refused(tmp_path):
+    cfg = config(EXPERIMENT, *TINY, "ckpt_path=mine.ckpt")
     with pytest.raises(
         UserError, match="^ckpt_path=mine.ckpt: this experiment goes on in its own"
     ):
-        study("ckpt_path=mine.ckpt")
+        train(cfg, tmp_path)
+    assert not (tmp_path / "config.yaml").exists()
 
 
 # -- the command
 
 
 def test_the_command_goes_on_and_refuses(tmp_path):
-    words = (EXPERIMENT, *TINY, "hydra.run.dir=run")
+    words = (EXPERIMENT, *TINY, "log.every_n_steps=4", "hydra.run.dir=run")
     done = forked(tmp_path, *words, "problem=pymoo", "problem.name=nope")
     assert done.code == 2
     (line,) = done.err.strip().splitlines()
