@@ -19,6 +19,7 @@ from spo_lightning.records import checkpoints
 from spo_lightning.records.directory import MetricsCsv, cut_after
 
 Numbers = Mapping[str, Tensor]
+Loss = Callable[[torch.Generator], Numbers]
 OFTEN = 20  # looks at held-out rows in a net's training
 CLIPPED = 1.0  # the gradient's norm, as published
 
@@ -101,16 +102,16 @@ def fit(
     name: str,
     net: nn.Module,
     how: Learning,
-    loss: Callable[[torch.Generator], Numbers],
-    held_out: Callable[[], Numbers],
+    loss: Loss,
+    held_out: Loss,
     seed: int,
     book: Book,
 ) -> None:
-    """Train the net in place, from where the book has it. ``loss``: of a batch of ``draws``, with
-    what is to be minimised as ``loss``."""
+    """Train the net in place, from where the book has it. A loss is of a batch that its draws
+    pick; its number ``loss`` is what is minimised. ``held_out`` draws alike at each look."""
     draws = generator(seed, name)
     settings = {"lr": how.lr, "weight_decay": how.weight_decay}
-    optimizer = torch.optim.AdamW(net.parameters(), **settings, fused=True)  # a tenth faster here
+    optimizer = torch.optim.AdamW(net.parameters(), **settings, fused=True)
     done = 0
     if name in book.nets:
         held = book.nets[name]
@@ -140,7 +141,8 @@ def fit(
         done += 1
         if done % look == 0:
             with torch.no_grad():
-                row |= {f"eval/{name}/{key}": value for key, value in held_out().items()}
+                looked = held_out(generator(seed, f"{name}, held out"))
+                row |= {f"eval/{name}/{key}": value for key, value in looked.items()}
         if row:
             book.log(row)
         book.went(name, state, done == how.steps)

@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from spo_lightning.design import denoiser, guided, preference, surrogate
 from spo_lightning.design.denoiser import Schedule
-from spo_lightning.design.fitting import Book, Learning, Numbers, fit, generator, seeded
+from spo_lightning.design.fitting import Book, Learning, Loss, Numbers, fit, generator, seeded
 from spo_lightning.design.measures import measured
 from spo_lightning.design.offline import Collecting, Offline
 from spo_lightning.design.order import Order
@@ -76,10 +75,6 @@ class Study:
         learned = (self.denoiser, self.classifier, self.surrogate)
         return sum(how.steps for how in learned) + self.schedule.times * len(self.guidance.all)
 
-    @cached_property
-    def offline(self) -> Offline:
-        return self.data.of(self.problem, seeded(self.seed, "data"))
-
     def run(
         self,
         directory: Path,
@@ -89,7 +84,7 @@ class Study:
         checkpoint_every: int,
     ) -> dict[str, Any]:
         """Write the files and return metrics.json. A directory with a checkpoint is gone on in."""
-        known = self.offline
+        known = self.data.of(self.problem, seeded(self.seed, "data"))
         log.info("%s", self.told(known))
         book = Book(directory, checkpoint_every, log_every, COLUMNS, advance)
         nets = self.trained(known, book)
@@ -130,15 +125,13 @@ class Study:
         learned = self.losses(known, nets, slice(learns))
         held_out = self.losses(known, nets, slice(learns, None))
         for name, net in nets.items():
-            how, draws = getattr(self, name), partial(generator, self.seed, f"{name}, held out")
-            looked = partial(lambda loss, draws: loss(draws()), held_out[name], draws)
-            fit(name, net, how, learned[name], looked, self.seed, book)
+            fit(name, net, getattr(self, name), learned[name], held_out[name], self.seed, book)
         book.close()
         return {name: net.eval().requires_grad_(False) for name, net in nets.items()}
 
     def losses(
         self, known: Offline, nets: Mapping[str, denoiser.Timed], rows: slice
-    ) -> dict[str, Callable[[torch.Generator], Numbers]]:
+    ) -> dict[str, Loss]:
         """Of each net, over some of the designs: what a batch of draws comes to."""
         designs = torch.from_numpy(known.designs[rows]).float()
         objectives = torch.from_numpy(known.scaled(known.objectives[rows])).float()
