@@ -110,8 +110,9 @@ def fit(
     """Train the net in place, from where the book has it. A loss is of a batch that its draws
     pick; its number ``loss`` is what is minimised. ``held_out`` draws alike at each look."""
     draws = generator(seed, name)
-    settings = {"lr": how.lr, "weight_decay": how.weight_decay}
-    optimizer = torch.optim.AdamW(net.parameters(), **settings, fused=True)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=how.lr, weight_decay=how.weight_decay, fused=True
+    )
     done = 0
     if name in book.nets:
         held = book.nets[name]

@@ -12,7 +12,9 @@ Array = np.ndarray
 
 def hypervolume(objectives: Array, reference: float) -> float:
     """The volume between the proposals and a point at ``reference`` in every objective."""
-    return float(HV(ref_point=np.full(objectives.shape[1], reference))(objectives))
+    found = HV(ref_point=np.full(objectives.shape[1], reference))(objectives)
+    assert found is not None
+    return float(found)
 
 
 def diversity(objectives: Array) -> float:

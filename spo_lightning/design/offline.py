@@ -28,6 +28,7 @@ class Amateur(RankAndCrowding):
         self.share = share
 
     def _do(self, problem, pop, *args, random_state=None, **kwargs):
+        assert random_state is not None
         keep = partial(super()._do, problem, pop, *args, random_state=random_state, **kwargs)
         if random_state.random() >= self.share:
             return keep()

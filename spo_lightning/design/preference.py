@@ -36,9 +36,9 @@ def pairs(
 ) -> tuple[Tensor, Tensor]:
     """Places of at most ``count`` pairs, the preferred one first; those of which neither is
     preferred are left out."""
-    drawn = torch.randint(len(order.rank), (2, count), generator=draws).numpy()
-    sign = order.prefers(*drawn, threshold)
-    first, second = drawn[:, sign != 0]
+    first, second = torch.randint(len(order.rank), (2, count), generator=draws).numpy()
+    sign = order.prefers(first, second, threshold)
+    first, second = first[sign != 0], second[sign != 0]
     turned = sign[sign != 0] < 0
     better, worse = np.where(turned, second, first), np.where(turned, first, second)
     return torch.from_numpy(better), torch.from_numpy(worse)
@@ -51,6 +51,6 @@ def loss(
     time, each with its own noise."""
     times, noise = schedule.drawn(better, draws)
     other = torch.randn(worse.shape, generator=draws, dtype=worse.dtype)
-    noised = (schedule.noised(*it) for it in ((better, times, noise), (worse, times, other)))
-    told = log_preferred(score, *noised, times)
+    first, second = (schedule.noised(x, times, z) for x, z in ((better, noise), (worse, other)))
+    told = log_preferred(score, first, second, times)
     return -told.mean(), (told > np.log(0.5)).double().mean()

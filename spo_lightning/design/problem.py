@@ -1,6 +1,6 @@
 """The name of a problem in, its designs' objectives out. Problems are pymoo's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ class Problem:
     objectives: int | None
     generations: int  # of the search whose designs are known
     amateur: float  # how often that search kept its worst
+    pymoo: Any = field(init=False, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "pymoo", self._made())
@@ -29,7 +30,7 @@ class Problem:
         sizes = {"n_var": self.variables, "n_obj": self.objectives}
         given = {key: size for key, size in sizes.items() if size is not None}
         try:
-            found = get_problem(self.name, **given)
+            found: Any = get_problem(self.name, **given)
         except Exception as error:  # pymoo raises Exception itself, or what a constructor does
             told = f" with {given}" if given else ""
             raise UserError(
@@ -56,7 +57,7 @@ class Problem:
         of what is violated, as in the RE suite (Tanabe and Ishibuchi 2020)."""
         low, high = self.pymoo.xl, self.pymoo.xu
         within = low + (np.clip(designs, -1, 1) + 1) / 2 * (high - low)
-        values = self.pymoo.evaluate(within, return_as_dictionary=True)
+        values: Any = self.pymoo.evaluate(within, return_as_dictionary=True)
         if not self.pymoo.n_ieq_constr:
             return values["F"]
         over = np.maximum(values["G"], 0).sum(axis=1, keepdims=True)

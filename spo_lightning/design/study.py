@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spo_lightning.design import denoiser, guided, preference, surrogate
-from spo_lightning.design.denoiser import Schedule
+from spo_lightning.design.denoiser import Schedule, Timed
 from spo_lightning.design.fitting import Book, Learning, Loss, Numbers, fit, generator, seeded
 from spo_lightning.design.measures import measured
 from spo_lightning.design.offline import Collecting, Offline
@@ -114,7 +114,7 @@ class Study:
             "what was measured are left out"
         )
 
-    def trained(self, known: Offline, book: Book) -> dict[str, denoiser.Timed]:
+    def trained(self, known: Offline, book: Book) -> dict[str, Timed]:
         """The denoiser, the classifier and the surrogate, of the designs that are not held out."""
         inputs, learns = known.designs.shape[1], len(known.designs) - known.held_out
         outputs = {"denoiser": inputs, "classifier": 1, "surrogate": known.objectives.shape[1]}
@@ -129,9 +129,7 @@ class Study:
         book.close()
         return {name: net.eval().requires_grad_(False) for name, net in nets.items()}
 
-    def losses(
-        self, known: Offline, nets: Mapping[str, denoiser.Timed], rows: slice
-    ) -> dict[str, Loss]:
+    def losses(self, known: Offline, nets: Mapping[str, Timed], rows: slice) -> dict[str, Loss]:
         """Of each net, over some of the designs: what a batch of draws comes to."""
         designs = torch.from_numpy(known.designs[rows]).float()
         objectives = torch.from_numpy(known.scaled(known.objectives[rows])).float()
@@ -146,8 +144,8 @@ class Study:
 
         def preferring(draws: torch.Generator) -> Numbers:
             pairs = preference.pairs(order, self.classifier.batch_size, self.threshold, draws)
-            batch = (designs[places] for places in pairs)
-            found = preference.loss(nets["classifier"], self.schedule, *batch, draws)
+            better, worse = (designs[places] for places in pairs)
+            found = preference.loss(nets["classifier"], self.schedule, better, worse, draws)
             return dict(zip(("loss", "accuracy"), found))
 
         def predicting(draws: torch.Generator) -> Numbers:
@@ -158,7 +156,7 @@ class Study:
         return {"denoiser": denoising, "classifier": preferring, "surrogate": predicting}
 
     def proposed(
-        self, known: Offline, nets: Mapping[str, denoiser.Timed], advance: Callable[..., Any]
+        self, known: Offline, nets: Mapping[str, Timed], advance: Callable[..., Any]
     ) -> dict[tuple[str, float], Array]:
         """By method and weight; the known designs' best are such proposals too."""
         count = self.guidance.samples

@@ -1,5 +1,7 @@
 """What guided designs are compared with: chance, and a search on a learned surrogate."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -26,11 +28,10 @@ def searched(
         return predicted(net, torch.from_numpy(designs).float()).double().numpy()
 
     problem = Scaled(start.shape[1], objectives, function)
-    algorithm = NSGA2(pop_size=count, sampling=start[:count])
-    ended = minimize(problem, algorithm, ("n_gen", generations), seed=seed)
-    assert ended.pop is not None
-    found = ended.pop.get("X")
-    return found[Order.of(ended.pop.get("F")).best_first]
+    begin: Any = start[:count]
+    algorithm = NSGA2(pop_size=count, sampling=begin)
+    ended: Any = minimize(problem, algorithm, ("n_gen", generations), seed=seed).pop
+    return ended.get("X")[Order.of(ended.get("F")).best_first]
 
 
 def at_random(width: int, count: int, seed: int) -> Array:

@@ -83,11 +83,11 @@ def fronts(designs: Any, weight: float) -> list[Chart]:
 
 
 def points(label: str, values: Sequence[Sequence[float]], colour: str) -> dict[str, Any]:
-    if len(values) == 2:
-        return series(label, *values, "markers", colour)
-    x, y, z = values
-    found = {"type": "scatter3d", "mode": "markers", "name": plain(label), "x": x, "y": y, "z": z}
-    return found | {"marker": {"color": colour, "size": 3}}
+    x, y, *above = values
+    if not above:
+        return series(label, x, y, "markers", colour)
+    found = {"type": "scatter3d", "mode": "markers", "name": plain(label), "x": x, "y": y}
+    return found | {"z": above[0], "marker": {"color": colour, "size": 3}}
 
 
 def methods(run: Run) -> list[list[Any]]:
