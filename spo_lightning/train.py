@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning import command
-from spo_lightning.config import knobs
+from spo_lightning.config import knobs, studies
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -38,7 +38,8 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> Any:
         cfg, choices = resumed(cfg, run_dir, line.touched, line.choices)
     numbers = train(cfg, run_dir, choices)
     # a run that goes on may be older than its report
-    if OmegaConf.select(cfg, "report.enabled", default=True) and cfg.study is None:
+    paged = studies.heeds(cfg, "report.enabled")
+    if paged and OmegaConf.select(cfg, "report.enabled", default=True):
         log.info("%s", attempted(Path(run_dir)))
     if cfg.sweep.objective is None:
         return numbers

@@ -18,8 +18,17 @@ PACKAGE = Path(spo_lightning.__file__).parent
 # a room may import from the rooms before it, and from itself
 ROOMS = (
     *("errors", "world", "config", "records", "data", "models", "losses", "solvers", "cache"),
-    *("diffusion", "evaluation", "judges", "capability", "training", "sampling", "studies", "run"),
-    *("sweep", "report", "command", "bench", "objectives", "preflight", "plan", "rounds"),
+    *(
+        "diffusion",
+        "evaluation",
+        "judges",
+        "capability",
+        "training",
+        "sampling",
+        "studies",
+        "design",
+    ),
+    *("run", "sweep", "report", "command", "bench", "objectives", "preflight", "plan", "rounds"),
     "prompting",
     *("train", "eval", "inspect", "sample", "iterate", "prompt_search", "export", "dashboard"),
 )

@@ -17,6 +17,7 @@ from spo_lightning.config.apart import check_apart
 from spo_lightning.config.objective import check_loss
 from spo_lightning.config.ranges import DIAGNOSTICS, NEEDS, RANGES, check_kind, holds, number
 from spo_lightning.config.sharded import check_sharded
+from spo_lightning.config.studies import check_study
 from spo_lightning.errors import UserError
 
 # of the model that answers
@@ -142,8 +143,6 @@ READ_ALWAYS = (
     *("model.lora.fresh", "model.lora.merge"),  # adapters of a checkpoint need no rank
     *(f"diagnostics.{d}.every_n_steps" for d in DIAGNOSTICS),
 )
-# all that a run without a language model reads
-STUDY_READS = ("experiment", "seed", "study", "sweep")
 # what stands here goes to a constructor, which knows its own keys
 OPEN = (
     *("model.config.", "optimizer.", "solver.", "solvers.", "data.", "logger."),
@@ -213,7 +212,7 @@ def given() -> Given:
 
 def check(cfg: DictConfig, line: Given) -> None:
     """Refuse what the command line gets wrong, in one line that names the key."""
-    _check_study(cfg, line)
+    check_study(cfg, line.touched)
     check_apart(cfg, line.touched)
     _check_whole(cfg, line)
     for key in line.touched:
@@ -237,15 +236,6 @@ def check(cfg: DictConfig, line: Given) -> None:
             below = key == prefix or key.startswith(prefix.removesuffix(".") + ".")
             if below and key not in READ_ALWAYS and idle(cfg):
                 raise UserError(f"{key} has no effect: {why}; leave it out")
-
-
-def _check_study(cfg: DictConfig, line: Given) -> None:
-    for key in line.touched:
-        if cfg.get("study") is not None and key.split(".")[0] not in STUDY_READS:
-            raise UserError(
-                f"{key} has no effect: this experiment trains no language model, and its settings "
-                "stand under study; leave it out"
-            )
 
 
 def _check_whole(cfg: DictConfig, line: Given) -> None:

@@ -15,6 +15,8 @@ ASKING = ("judge", "judge.engine", "engine", "roles.base", "roles.optimizer")
 DIAGNOSTICS = (
     *("displacement", "evolution", "geometry", "ches", "overoptimisation", "quality", "probes"),
 )
+# of experiment=guided_design
+NETS, ENDS = ("denoiser", "classifier", "surrogate"), ("first", "last")
 # a key, or those below it, that has no effect while the other one is null
 NEEDS = (
     *((f"model.{key}", "model.pretrained") for key in ("revision", "trust_remote_code")),
@@ -184,6 +186,37 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "clipping and several gradients per step)",
     ),
     **{f"diagnostics.{d}.every_n_steps": (lambda v: v >= 0, "at least 0") for d in DIAGNOSTICS},
+    "problem.name": (lambda v: isinstance(v, str), "a name"),
+    **{
+        f"problem.{key}": (
+            lambda v: v is None or (type(v) is int and v >= 2),
+            "at least 2, or null",
+        )
+        for key in ("variables", "objectives")
+    },
+    "problem.generations": (lambda v: v >= 1, "at least 1"),
+    "problem.amateur": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "study.data.rows": (lambda v: v >= 10, "at least 10"),
+    "study.data.left_out": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "study.data.population": (lambda v: v >= 4, "at least 4"),
+    "study.data.held_out": (lambda v: 0 < v < 1, "above 0 and below 1"),
+    "study.schedule.times": (lambda v: v >= 2, "at least 2"),
+    **{f"study.schedule.{end}": (lambda v: 0 < v < 1, "above 0 and below 1") for end in ENDS},
+    **{
+        f"study.{net}.{key}": (lambda v: v >= 1, "at least 1")
+        for net in NETS
+        for key in ("depth", "steps", "batch_size")
+    },
+    **{f"study.{net}.width": (lambda v: v >= 4, "at least 4") for net in NETS},
+    **{f"study.{net}.lr": (lambda v: v > 0, "above 0") for net in NETS},
+    **{f"study.{net}.weight_decay": (lambda v: v >= 0, "at least 0") for net in NETS},
+    "study.threshold": (lambda v: v >= 0, "at least 0"),
+    "study.generations": (lambda v: v >= 1, "at least 1"),
+    "study.guidance.weight": (lambda v: v >= 0, "at least 0"),
+    "study.guidance.weights": (lambda v: all(w >= 0 for w in v), "a list of numbers, at least 0"),
+    "study.guidance.samples": (lambda v: v >= 4, "at least 4"),
+    "study.guidance.clamp_every": (lambda v: v >= 1, "at least 1"),
+    "study.reference": (lambda v: v > 0, "above 0"),
     "diagnostics.displacement.share": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "diagnostics.displacement.tolerance": (lambda v: v >= 0, "at least 0"),
     "diagnostics.displacement.window": (lambda v: v >= 1, "at least 1"),

@@ -49,6 +49,13 @@ UNITS = {
     "time/tokens_per_second": "tokens per second",
     "num_tokens": "tokens",
     "epoch": "passes over the pairs",
+    "denoiser/loss": "mean squared error of the noise",
+    "classifier/loss": "nats per pair",
+    "classifier/accuracy": "share of pairs",
+    "surrogate/loss": "mean squared error",
+    "hypervolume": "volume",
+    "diversity": "mean distance of two designs",
+    "spread": "unevenness of gaps",
     "solver/weight": "weight",
     "solver": "nats per token, or a share",
     "rouge": "F1",
@@ -215,12 +222,15 @@ def still(chart: Chart, folder: Path) -> list[Path]:
     with matplotlib.rc_context({**STYLE, "text.parse_math": False}):
         # a chart of many rows or names is as high as on the page
         figure = Figure(figsize=(6.2, max(4.2, chart.high / 80)), layout="constrained")
-        axis = figure.subplots()
-        across, up = (chart.layout[name]["title"]["text"] for name in ("xaxis", "yaxis"))
-        title = "\n".join(textwrap.wrap(chart.title, 80))
-        axis.set(title=title, xlabel=html.unescape(across), ylabel=html.unescape(up))
+        scene = chart.layout.get("scene")
+        axis = figure.subplots(subplot_kw={} if scene is None else {"projection": "3d"})
+        sides = chart.layout if scene is None else scene
+        told = {f"{side}label": sides.get(f"{side}axis") for side in "xyz"}
+        told = {key: html.unescape(it["title"]["text"]) for key, it in told.items() if it}
+        axis.set(title="\n".join(textwrap.wrap(chart.title, 80)), **told)
         for one in chart.data:
-            STILLS[one["type"]](axis, one)
+            if one.get("visible") != "legendonly":
+                STILLS[one["type"]](axis, one)
         for label in (it for it in chart.layout.get("annotations", ()) if "ax" in it):
             _still_label(axis, label)
         for upright, word in zip(*(chart.layout.get(n, ()) for n in ("shapes", "annotations"))):
@@ -240,6 +250,11 @@ def _still_series(axis: Any, one: Mapping[str, Any]) -> None:
     ring = {"mfc": "none", "markersize": 8} if "open" in mark else {"markersize": 5}
     label = html.unescape(one["name"])[:WRAPPED]
     axis.plot(one["x"], one["y"], drawn, color=one["marker"]["color"], label=label, **ring)
+
+
+def _still_space(axis: Any, one: Mapping[str, Any]) -> None:
+    label = html.unescape(one["name"])[:WRAPPED]
+    axis.scatter(one["x"], one["y"], one["z"], s=6, color=one["marker"]["color"], label=label)
 
 
 def _still_label(axis: Any, one: Mapping[str, Any]) -> None:
@@ -268,4 +283,9 @@ def _still_heat(axis: Any, one: Mapping[str, Any]) -> None:
                 axis.text(x, y, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=8)
 
 
-STILLS = {"scatter": _still_series, "histogram": _still_histogram, "heatmap": _still_heat}
+STILLS = {
+    "scatter": _still_series,
+    "scatter3d": _still_space,
+    "histogram": _still_histogram,
+    "heatmap": _still_heat,
+}

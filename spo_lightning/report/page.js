@@ -9,11 +9,13 @@
     const ink = printing ? "#1b1b1b" : style.getPropertyValue("--ink").trim();
     const line = printing ? "#d5d8dd" : style.getPropertyValue("--line").trim();
     const axis = { gridcolor: line, zerolinecolor: line, linecolor: line };
+    const scene = Object.fromEntries(Object.entries(layout.scene ?? {}).map(([side, one]) => [side, { ...one, ...axis }]));
     return {
       ...layout,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink, family: "system-ui, sans-serif", size: 12 },
       xaxis: { ...layout.xaxis, ...axis }, yaxis: { ...layout.yaxis, ...axis },
+      ...(layout.scene && { scene }),
       margin: { l: 60, r: 15, t: 15, b: 50, ...layout.margin },
       legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" },
     };

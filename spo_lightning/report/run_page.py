@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
+from spo_lightning.report import design
 from spo_lightning.report.charts import GREY, Chart, histogram, lines, series, unit
 from spo_lightning.report.page import Browsed, Folded, Note, Picture, Samples, Section, Table
 from spo_lightning.report.reading import (
@@ -68,6 +69,7 @@ def sections(run: Run) -> list[Section]:
     rest = [chart for chart in main if chart.key not in PROBABILITY]
     return [
         Section("Before and after", [*told(run), *numbers(run)], "Held-out numbers."),
+        *design.sections(run),
         Section("Where the probability goes", [*goes, *balance(run)], ABOUT),
         Section("Pair by pair", [*spread(run), *lost(run)], "Held-out pairs: change in nats."),
         Section("Every pair", every_pair(run), "Numbers after training, as pairs.jsonl has them."),

@@ -15,14 +15,28 @@ from spo_lightning.records.directory import IDLE
 from spo_lightning.report.reading import Run
 
 # which number ranks, the first that the runs have; more is better
-QUALITY = ("win_rate", "exact_match", "rougeL", "preference/accuracy", "rewards/accuracies")
+QUALITY = (
+    "hypervolume",
+    "win_rate",
+    "exact_match",
+    "rougeL",
+    "preference/accuracy",
+    "rewards/accuracies",
+)
 CAPABILITY = ("exact_match", "rougeL")
 LOSS = 0.02  # of capability against init, above which a setting is not ranked first
-GROUPS = ("data", "model", "loss", "solver")  # whose options tell settings apart
+GROUPS = ("problem", "data", "model", "loss", "solver")  # whose options tell settings apart
 # two-sided 95% points of Student's t by degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 MEANINGS = {  # of the numbers shown, in their order
+    "hypervolume": "of designs drawn with guidance, measured by the problem; more is better",
+    "hypervolume/unguided": "of designs drawn without guidance",
+    "hypervolume/data": "of the best designs that were known",
+    "hypervolume/surrogate": "of a search on a learned surrogate",
+    "hypervolume/random": "of designs drawn at random",
+    "diversity": "mean distance of two designs proposed with guidance, in scaled objectives",
+    "spread": "how uneven their gaps are; less is better",
     "exact_match": "share of prompts whose greedy answer is right; more is better",
     "win_rate": "how often a sampled answer beats one of the policy before training, by the "
     "data's judge, ties half; more is better",
@@ -52,7 +66,8 @@ class Setting:
 
     @property
     def data(self) -> str:
-        return self.runs[0].choices.get("data", "given")
+        choices = self.runs[0].choices
+        return choices.get("problem") or choices.get("data", "given")
 
     @property
     def seeds(self) -> set[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning.config.build import built
+from spo_lightning.config.studies import goes_on
 from spo_lightning.errors import STOPPED, Lost, UserError, verdict
 from spo_lightning.records import loggers
 from spo_lightning.records.directory import RunDir
@@ -78,7 +79,7 @@ def train(
     run = RunDir(run_dir, writes=world.first)
     own = f"Go on with: python -m spo_lightning.train ckpt_path=last hydra.run.dir={run_dir}"
     how = how or own
-    if cfg.get("study") is not None:
+    if not goes_on(cfg):
         how = "A study starts from its beginning"
     stages = Stages(run.note, Stop(), how, world)
     with held(run.path) if world.first else nullcontext():
@@ -134,15 +135,24 @@ def _note(run: RunDir, error: BaseException, how: str) -> None:
 
 def _study(cfg: "DictConfig", run: RunDir, stages: Stages) -> dict[str, Any]:
     """An experiment without a language model: its numbers, then what its report makes of them."""
-    study = built(cfg.study)
+    if cfg.ckpt_path not in (None, "last"):
+        raise UserError(
+            f"ckpt_path={cfg.ckpt_path}: this experiment goes on in its own directory: "
+            "ckpt_path=last with that hydra.run.dir"
+        )
+    study, pace = built(cfg.study), {}
+    if goes_on(cfg):
+        pace = {"log_every": cfg.log.every_n_steps}
+        pace["checkpoint_every"] = cfg.checkpoint.every_n_steps
     log.info("Run directory: %s", run.path)
     run.note_status(max_steps=study.total)
     with stages.stage("training", study.total) as advance:
-        numbers = study.run(run.path, advance)
+        numbers = study.run(run.path, advance, **pace)
     stages.note("report", 0, 1)
     for path in study.report(run.path):
         log.info("Written: %s", path)
-    run.checkpoints.rmdir()  # a study has none
+    if not any(run.checkpoints.iterdir()):
+        run.checkpoints.rmdir()
     return numbers
 
 

@@ -14,7 +14,14 @@ from spo_lightning.records.directory import MAY_DIFFER, words_without_secrets, w
 RECORD = "sweep.json"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 FAILED, INTERRUPTED, DIED = "failed", "interrupted", "died"  # died: by a signal, leaving no word
-SHOWN = ("exact_match", "win_rate", "nll/chosen", "displacement/chosen", "rewards/accuracies")
+SHOWN = (
+    "hypervolume",
+    "exact_match",
+    "win_rate",
+    "nll/chosen",
+    "displacement/chosen",
+    "rewards/accuracies",
+)
 WIDE = 60  # columns of a job's words in a table
 
 

@@ -19,6 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup
 from omegaconf import open_dict
 
 from spo_lightning.config.knobs import defaults_of
+from spo_lightning.config.studies import goes_on
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import (
     commit,
@@ -226,7 +227,7 @@ class Processes:
         def work() -> JobReturn:
             config = self._kept(job.number, words)
             begun = self.resume and (job.path / "config.yaml").exists()
-            if begun and config.get("study") is None:  # it goes on
+            if begun and goes_on(config):
                 config = self._composed(job.number, [*words, "ckpt_path=last"])
             return run_job(
                 hydra_context=self.context,
