@@ -1,0 +1,373 @@
+"""A mixture and a preference in, a run directory out: everything in the order in which it happens.
+
+``metrics.csv`` and ``checkpoints/``: the denoiser's training, then the methods', side by side on
+the same pairs and draws. ``start.csv``: the denoiser beside the mixture's exact score, by noise.
+``moments.csv``: surrogate and truth over held-out pairs, per method and moment. ``pairs.csv``: the
+same pair by pair at the end. ``density.csv``: log-densities over the plane, of the reference, of
+the best policy there is and of each method. ``metrics.json``: what all come to.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spo_lightning.design.denoiser import Schedule as Noising
+from spo_lightning.design.fitting import Book, Learning, Numbers, fit, generator, seeded
+from spo_lightning.diffusion.batch import HELD_OUT, Draws, ImageBatch
+from spo_lightning.diffusion.objective import TARGETS, Schedule, bound
+from spo_lightning.diffusion.scorer import ImageScorer
+from spo_lightning.errors import Interrupted, UserError
+from spo_lightning.mixture import measures
+from spo_lightning.mixture.likelihood import Flow, Predict, shares
+from spo_lightning.mixture.measures import Grid
+from spo_lightning.mixture.training import Denoiser, Learner, Method, batch_of, told
+from spo_lightning.mixture.truth import Mixture, Preference
+from spo_lightning.records.directory import write_text
+from spo_lightning.studies.study import write_csv
+
+log = logging.getLogger(__name__)
+
+PHASE = "methods"  # what the checkpoint calls the second half
+AT_ONCE = 64  # pairs whose draws are scored together
+LEVELS = 12  # of noise at which the start is held against the exact score
+OFF, ON = "denoiser/loss", "loss"
+
+
+class Sides(NamedTuple):
+    """Log-probabilities of held-out pairs, [B, 2] each, chosen first."""
+
+    truth: Tensor
+    surrogate: Tensor  # as trained on, many draws
+    one: Tensor  # the same, one draw
+    bound: Tensor  # the variational bound's weights, in nats
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is looked at, and how closely."""
+
+    pairs: int  # held out
+    draws: int  # of times and noise per held-out pair
+    moments: Sequence[int]  # steps after which everything is measured; the last is the end
+
+    def __post_init__(self):
+        rising = list(self.moments)
+        if not rising or rising != sorted({*rising}) or rising[0] < 1:
+            raise ValueError(
+                f"study.measuring.moments={rising} must be steps that rise, from 1 on"
+            )
+        for name in ("pairs", "draws"):
+            if getattr(self, name) < 3:
+                raise ValueError(
+                    f"study.measuring.{name} must be at least 3, not {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True)
+class Study:
+    """Learns the mixture, then what is preferred in it, by every method."""
+
+    seed: int
+    reads: Sequence[str]  # keys of train.yaml that it heeds; config/studies.py asks
+    mixture: Mixture
+    preference: Preference
+    rows: int
+    noise: Noising
+    denoiser: Learning
+    scale: float
+    weights: Callable[[Schedule], Tensor]
+    draws: int
+    pairs: int
+    batch_size: int
+    lr: float
+    beta: float
+    methods: Mapping[str, Method]
+    asked: Method
+    flow_steps: int
+    measuring: Measuring
+    grid: Grid
+    log_every: int
+    checkpoint_every: int
+    ckpt_path: str | None
+    report: Callable[[Path], Any]  # reads the files; called by the command after ``run``
+
+    def __post_init__(self):
+        for name in ("rows", "draws", "pairs", "batch_size", "flow_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"study.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("lr", "beta", "scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"study.{name} must be above 0, not {getattr(self, name)}")
+        if len(self.mixture.centres[0]) != 2 or {len(c) for c in self.preference.centres} != {2}:
+            raise ValueError("study.mixture and study.preference must have centres [x, y]")
+        if self.ckpt_path not in (None, "last"):
+            raise UserError(
+                f"ckpt_path={self.ckpt_path}: this experiment goes on in its own directory: "
+                "ckpt_path=last with that hydra.run.dir"
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.measuring.moments[-1]
+
+    @property
+    def total(self) -> int:
+        return self.denoiser.steps + self.steps
+
+    @cached_property
+    def trained(self) -> dict[str, Method]:
+        """By title: those of the yaml, and what loss= and solver= say if it is none of them."""
+        known = any(self.asked.equals(method) for method in self.methods.values())
+        return dict(self.methods) if known else {**self.methods, self.asked.title: self.asked}
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Its places, and what the net is told of each."""
+        kept = self.noise.kept
+        times = told(0.5 * ((1 - kept) / kept).log(), self.flow)
+        image, noise = kept.sqrt().float(), (1 - kept).sqrt().float()
+        return Schedule(image, noise, times.float(), TARGETS["epsilon"])
+
+    @cached_property
+    def flow(self) -> Flow:
+        ends = 0.5 * ((1 - self.noise.kept) / self.noise.kept).log()
+        return Flow(ends[0].item(), ends[-1].item(), self.flow_steps)
+
+    def run(self, directory: Path, advance: Callable[..., Any]) -> dict[str, Any]:
+        """Write the files and return metrics.json. A directory with a checkpoint is gone on in."""
+        columns = [f"{split}/{OFF}" for split in ("train", "eval")]
+        columns += [f"train/{ON}/{title}" for title in self.trained]
+        book = Book(directory, self.checkpoint_every, self.log_every, columns, advance)
+        start = self.started(book)
+        at, init = self.compared_with_truth(start)
+        write_csv(directory / "start.csv", at)
+        log.info(
+            "The start is %.4f nats from the mixture (KL), its error of the exact score %.2f%%",
+            init["start/kl"],
+            100 * init["start/score"],
+        )
+        learners, held, moments = self.learned(start, book)
+        book.close()
+        write_csv(directory / "moments.csv", moments)
+        write_csv(directory / "pairs.csv", self.pair_by_pair(held))
+        density, numbers = self.over_the_plane(start, learners)
+        write_csv(directory / "density.csv", density)
+        last = {row["method"]: row for row in moments if row["step"] == self.steps}
+        final = {
+            f"{name}/{title}": value
+            for name in [*next(iter(last.values()))][2:]
+            for title, value in ((title, row[name]) for title, row in last.items())
+        }
+        found = {"init": init, "final": {**final, **numbers}, "steps": book.step}
+        write_text(directory / "metrics.json", json.dumps(found, indent=1) + "\n")
+        log.info("\n%s\n", table(found["final"], [*self.trained]))
+        return found
+
+    # -- the start
+
+    def started(self, book: Book) -> Denoiser:
+        """A denoiser that has learned the mixture."""
+        points = self.mixture.drawn(self.rows, generator(self.seed, "rows"))
+        beside = self.mixture.drawn(self.rows, generator(self.seed, "rows, held out"))
+        net = self.denoiser.net(2, 2, seeded(self.seed, "denoiser, weights"))
+
+        def loss(some: Tensor, count: int, draws: torch.Generator) -> Numbers:
+            batch = some[torch.randint(len(some), (count,), generator=draws)]
+            places = torch.randint(len(self.schedule), (count,), generator=draws)
+            noise = torch.randn(batch.shape, generator=draws)
+            noisy = self.schedule.noised(batch, noise, places)
+            return {"loss": F.mse_loss(net(noisy, self.schedule.times[places]), noise)}
+
+        fit(
+            "denoiser",
+            net,
+            self.denoiser,
+            lambda draws: loss(points, self.denoiser.batch_size, draws),
+            lambda: loss(beside, len(beside), generator(self.seed, "denoiser, held out")),
+            self.seed,
+            book,
+        )
+        return Denoiser(net, self.flow).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def compared_with_truth(self, start: Denoiser) -> tuple[list[dict], dict[str, float]]:
+        """The start's error of the exact score by noise, and its density beside the mixture's."""
+        draws = generator(self.seed, "start, measured")
+        points = self.mixture.drawn(self.measuring.pairs * 2, draws)
+        rows, off, of = [], 0.0, 0.0
+        for n in range(LEVELS):
+            u = self.flow.low + (self.flow.high - self.flow.low) * n / (LEVELS - 1)
+            image, noise = shares(u)
+            noisy = image * points + noise * torch.randn(points.shape, generator=draws)
+            exact = self.mixture.noise(noisy, image, noise)
+            error = (start.predict(noisy, u) - exact).square().mean().item()
+            size = exact.square().mean().item()
+            rows.append({"noise_over_image": math.exp(u), "error": error, "exact": size})
+            off, of = off + error, of + size
+        exact = self.mixture.log_density(points, 1.0, shares(self.flow.low)[1])
+        away = (exact - self.flow.log_density(start.predict, points)).mean().item()
+        return rows, {"start/kl": away, "start/score": off / of}
+
+    # -- the methods
+
+    def drawn_pairs(self, count: int, name: str) -> Tensor:
+        """[count, 2, 2]"""
+        draws = generator(self.seed, name)
+        return self.preference.pairs(self.mixture.drawn(2 * count, draws), draws)
+
+    def learned(
+        self, start: Denoiser, book: Book
+    ) -> tuple[dict[str, Learner], dict[str, Sides], list[dict[str, Any]]]:
+        """The methods' learners at the end, the held-out pairs under each, and every moment."""
+        pairs, held = (
+            self.drawn_pairs(n, name)
+            for n, name in ((self.pairs, "pairs"), (self.measuring.pairs, "pairs, held out"))
+        )
+        surrogate = {"scale": self.scale, "weights": self.weights(self.schedule)}
+        learners = {
+            title: Learner(method, start, self.schedule, self.lr, **surrogate)
+            for title, method in self.trained.items()
+        }
+        done, moments = 0, []
+        if PHASE in book.nets:
+            state = book.nets[PHASE]
+            done, moments = state["step"], list(state["moments"])
+            for title, learner in learners.items():
+                learner.load(state["learners"][title])
+        reference = ImageScorer(start, self.schedule, **surrogate)
+        before = self.sides(start.predict, start, held)
+        ends: dict[str, Sides] = {}
+
+        def state() -> dict[str, Any]:
+            held = {title: learner.state() for title, learner in learners.items()}
+            return {"step": done, "moments": moments, "learners": held}
+
+        while done < self.steps:
+            batch = self.batch(pairs, reference, done)
+            losses = {
+                f"train/{ON}/{title}": learner.step(batch, done)["loss"]
+                for title, learner in learners.items()
+            }
+            if done == 0 or (done + 1) % self.log_every == 0:
+                book.log(losses)
+            done += 1
+            if done in self.measuring.moments:
+                ends = {t: self.sides(it.predict, it.denoiser, held) for t, it in learners.items()}
+                for title, side in ends.items():
+                    moments.append({"method": title, "step": done, **moment(side, before)})
+            book.went(PHASE, state, done == self.steps)
+        ends = ends or {t: self.sides(it.predict, it.denoiser, held) for t, it in learners.items()}
+        return learners, {"before": before, **ends}, moments
+
+    def batch(self, pairs: Tensor, reference: ImageScorer, step: int) -> ImageBatch:
+        """An outer step's pairs with their draws and what the reference says at them."""
+        draws = generator(self.seed, f"batch {step}")
+        rows = torch.randint(len(pairs), (self.batch_size,), generator=draws)
+        named = rows * self.batch_size + torch.arange(self.batch_size)  # a row may come twice
+        spread = Draws(seeded(self.seed, "draws"), self.draws, len(self.schedule))
+        batch = spread.of(batch_of(pairs[rows], named), step)
+        with torch.no_grad():
+            return replace(batch, reference=reference(batch).logps)
+
+    @torch.no_grad()
+    def sides(self, predict: Predict, denoiser: Denoiser, pairs: Tensor) -> Sides:
+        """Truth and surrogates of held-out pairs, at draws that are the same at every look."""
+        truth = self.flow.log_density(predict, pairs.flatten(0, 1)).view(-1, 2)
+        seed = seeded(self.seed, "draws, held out")
+        trained, nats = (self.scale, self.weights(self.schedule)), (1.0, bound(self.schedule))
+        found = [truth]
+        asked = ((trained, self.measuring.draws), (trained, 1), (nats, self.measuring.draws))
+        for (scale, weights), count in asked:
+            scorer = ImageScorer(denoiser, self.schedule, scale=scale, weights=weights)
+            spread, parts = Draws(seed, count, len(self.schedule)), []
+            for first in range(0, len(pairs), AT_ONCE):
+                some = pairs[first : first + AT_ONCE]
+                batch = batch_of(some, torch.arange(first, first + len(some)))
+                parts.append(scorer(spread.of(batch, HELD_OUT)).sums)
+            found.append(torch.cat(parts))
+        return Sides(*found)
+
+    def pair_by_pair(self, held: Mapping[str, Sides]) -> list[dict[str, Any]]:
+        """Rows of pairs.csv: changes of log-probability of both points of every held-out pair."""
+        before, rows = held["before"], []
+        for title in self.trained:
+            moved = Sides(*(after - at for after, at in zip(held[title], before)))
+            for pair in range(len(moved.truth)):
+                row: dict[str, Any] = {"method": title, "pair": pair}
+                for name in Sides._fields:
+                    chosen, rejected = getattr(moved, name)[pair].tolist()
+                    row |= {f"{name}_chosen": chosen, f"{name}_rejected": rejected}
+                rows.append(row)
+        return rows
+
+    # -- the plane
+
+    def over_the_plane(
+        self, start: Denoiser, learners: Mapping[str, Learner]
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Rows of density.csv, and how far each method is from the best policy there is."""
+        points = self.grid.points
+        reference = self.flow.log_density(start.predict, points)
+        # of all policies the one with the most reward less beta times KL from the reference
+        best = measures.whole(reference + self.preference.reward(points) / self.beta)
+        logs = {t: self.flow.log_density(it.predict, points) for t, it in learners.items()}
+        everyone = {"reference": reference, **logs}
+        centres = torch.tensor(self.mixture.centres)
+        numbers: dict[str, float] = {}
+        for title, values in everyone.items():
+            numbers[f"kl_from_best/{title}"] = measures.kl(best, values)
+            numbers[f"kl_to_best/{title}"] = measures.kl(values, best)
+            numbers[f"mass/{title}"] = self.grid.mass(values)
+        for title, values in {"best": best, **everyone}.items():
+            parts = measures.by_centre(values, points, centres)
+            numbers |= {f"mode{n}/{title}": share for n, share in enumerate(parts, 1)}
+            shown = measures.whole(values).exp() @ self.preference.reward(points).double()
+            numbers[f"reward/{title}"] = shown.item()
+        area = 2 * torch.tensor(2 * self.grid.reach / self.grid.side).double().log()
+        shown = {"reference": reference, "best": best - area, **logs}
+        columns = {name: values.tolist() for name, values in shown.items()}
+        rows = [
+            {"x": x, "y": y, **{name: values[n] for name, values in columns.items()}}
+            for n, (x, y) in enumerate(points.tolist())
+        ]
+        return rows, numbers
+
+
+def moment(now: Sides, before: Sides) -> dict[str, float]:
+    """A row of moments.csv: of changes against the reference, surrogate beside truth."""
+    moved = Sides(*(after - at for after, at in zip(now, before)))
+    margins = Sides(*(it[:, 0] - it[:, 1] for it in moved))
+    found: dict[str, float] = {}
+    for name in Sides._fields[1:]:
+        said = getattr(margins, name)
+        found[f"pearson/{name}"] = measures.pearson(said, margins.truth)
+        found[f"spearman/{name}"] = measures.spearman(said, margins.truth)
+        found[f"slope/{name}"] = measures.slope(said, margins.truth)
+    for name in Sides._fields:
+        chosen, margin = getattr(moved, name)[:, 0].double(), getattr(margins, name).double()
+        found[f"margin/{name}"] = margin.mean().item()
+        found[f"accuracy/{name}"] = (margin > 0).double().mean().item()
+        found[f"displacement/{name}"] = chosen.mean().item()
+        found[f"displaced/{name}"] = (chosen < 0).double().mean().item()
+    return found
+
+
+def table(final: Mapping[str, float], titles: Sequence[str]) -> str:
+    """What a terminal shows: a line for each method."""
+    names = ("pearson/surrogate", "spearman/surrogate", "pearson/bound", "displacement/truth")
+    names = (*names, "displacement/surrogate", "kl_from_best", "kl_to_best", "reward")
+    heads = [name.replace("displacement", "moved").replace("surrogate", "surr.") for name in names]
+    lines = [f"{'method':<12}" + "".join(f"{head:>16}" for head in heads)]
+    lines.append("-" * len(lines[0]))
+    for title in titles:
+        lines.append(f"{title:<12}" + "".join(f"{final[f'{n}/{title}']:>16.3f}" for n in names))
+    return "\n".join(lines)
