@@ -23,7 +23,7 @@ from torch import Tensor
 
 # x_t [N, D] and u in, the noise that is seen in it out
 Predict = Callable[[Tensor, float], Tensor]
-MIDDLE, BREADTH = -0.7, 1.0  # of u, where steps are short
+MIDDLE, BREADTH = -0.8, 0.8  # of u, where steps are short
 
 
 def shares(u: float) -> tuple[float, float]:
