@@ -1,8 +1,7 @@
 r"""A denoiser and points in, the exact log-density of the model it makes out.
 
 A diffusion model that is drawn from along its probability flow (Song et al. 2021, 2011.13456) has
-a density. With $u = \log(s / a)$, the log of noise over image, the flow of $x_u = a x + s \epsilon$
-is
+a density. With $u = \log(s / a)$, the log of noise over image, the flow is
 
 $$ \frac{dx}{du} = s(\epsilon_\theta(x, u) - s x), \qquad s^2 = \sigma(2u) $$
 

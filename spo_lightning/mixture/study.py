@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,13 @@ from torch.nn import functional as F
 
 from spo_lightning.design.denoiser import Schedule as Noising
 from spo_lightning.design.fitting import Book, Learning, Numbers, fit, generator, seeded
-from spo_lightning.diffusion.batch import HELD_OUT, Draws, ImageBatch
-from spo_lightning.diffusion.objective import TARGETS, Schedule, bound
+from spo_lightning.diffusion.batch import Draws, ImageBatch
+from spo_lightning.diffusion.objective import TARGETS, Schedule
 from spo_lightning.diffusion.scorer import ImageScorer
-from spo_lightning.errors import Interrupted, UserError
+from spo_lightning.errors import UserError
 from spo_lightning.mixture import measures
-from spo_lightning.mixture.likelihood import Flow, Predict, shares
+from spo_lightning.mixture.held_out import HeldOut, Sides, moment, pair_by_pair
+from spo_lightning.mixture.likelihood import Flow, shares
 from spo_lightning.mixture.measures import Grid
 from spo_lightning.mixture.training import Denoiser, Learner, Method, batch_of, told
 from spo_lightning.mixture.truth import Mixture, Preference
@@ -37,18 +38,8 @@ from spo_lightning.studies.study import write_csv
 log = logging.getLogger(__name__)
 
 PHASE = "methods"  # what the checkpoint calls the second half
-AT_ONCE = 64  # pairs whose draws are scored together
 LEVELS = 12  # of noise at which the start is held against the exact score
 OFF, ON = "denoiser/loss", "loss"
-
-
-class Sides(NamedTuple):
-    """Log-probabilities of held-out pairs, [B, 2] each, chosen first."""
-
-    truth: Tensor
-    surrogate: Tensor  # as trained on, many draws
-    one: Tensor  # the same, one draw
-    bound: Tensor  # the variational bound's weights, in nats
 
 
 @dataclass(frozen=True)
@@ -155,19 +146,22 @@ class Study:
             init["start/kl"],
             100 * init["start/score"],
         )
-        learners, held, moments = self.learned(start, book)
+        learners, moved, moments = self.learned(start, book)
         book.close()
         write_csv(directory / "moments.csv", moments)
-        write_csv(directory / "pairs.csv", self.pair_by_pair(held))
+        write_csv(directory / "pairs.csv", pair_by_pair(moved))
         density, numbers = self.over_the_plane(start, learners)
         write_csv(directory / "density.csv", density)
         last = {row["method"]: row for row in moments if row["step"] == self.steps}
         final = {
             f"{name}/{title}": value
-            for name in [*next(iter(last.values()))][2:]
-            for title, value in ((title, row[name]) for title, row in last.items())
+            for title, row in last.items()
+            for name, value in row.items()
+            if name not in ("method", "step")
         }
-        found = {"init": init, "final": {**final, **numbers}, "steps": book.step}
+        followed = [row["pearson/surrogate"] for row in last.values()]
+        final = {"pearson": sum(followed) / len(followed), **final, **numbers}
+        found = {"init": init, "final": final, "steps": book.step}
         write_text(directory / "metrics.json", json.dumps(found, indent=1) + "\n")
         log.info("\n%s\n", table(found["final"], [*self.trained]))
         return found
@@ -227,29 +221,22 @@ class Study:
     def learned(
         self, start: Denoiser, book: Book
     ) -> tuple[dict[str, Learner], dict[str, Sides], list[dict[str, Any]]]:
-        """The methods' learners at the end, the held-out pairs under each, and every moment."""
-        pairs, held = (
-            self.drawn_pairs(n, name)
-            for n, name in ((self.pairs, "pairs"), (self.measuring.pairs, "pairs, held out"))
-        )
+        """The methods' learners, what became of the held-out pairs under each, every moment."""
+        pairs = self.drawn_pairs(self.pairs, "pairs")
         surrogate = {"scale": self.scale, "weights": self.weights(self.schedule)}
-        learners = {
-            title: Learner(method, start, self.schedule, self.lr, **surrogate)
-            for title, method in self.trained.items()
-        }
-        done, moments = 0, []
-        if PHASE in book.nets:
-            state = book.nets[PHASE]
-            done, moments = state["step"], list(state["moments"])
-            for title, learner in learners.items():
-                learner.load(state["learners"][title])
         reference = ImageScorer(start, self.schedule, **surrogate)
-        before = self.sides(start.predict, start, held)
-        ends: dict[str, Sides] = {}
+        kept = book.nets.get(PHASE, {"step": 0, "moments": [], "learners": {}})
+        done, moments = kept["step"], list(kept["moments"])
+        learners = self.learners(start, surrogate, kept["learners"])
+        sight = self.sight(**surrogate)
+        before, moved = sight.under(start), {}
 
         def state() -> dict[str, Any]:
-            held = {title: learner.state() for title, learner in learners.items()}
-            return {"step": done, "moments": moments, "learners": held}
+            each = {title: learner.state() for title, learner in learners.items()}
+            return {"step": done, "moments": moments, "learners": each}
+
+        def looked() -> dict[str, Sides]:
+            return {t: sight.under(it.denoiser).less(before) for t, it in learners.items()}
 
         while done < self.steps:
             batch = self.batch(pairs, reference, done)
@@ -257,16 +244,32 @@ class Study:
                 f"train/{ON}/{title}": learner.step(batch, done)["loss"]
                 for title, learner in learners.items()
             }
-            if done == 0 or (done + 1) % self.log_every == 0:
-                book.log(losses)
             done += 1
+            if done == 1 or done % self.log_every == 0:
+                book.log(losses)
             if done in self.measuring.moments:
-                ends = {t: self.sides(it.predict, it.denoiser, held) for t, it in learners.items()}
-                for title, side in ends.items():
-                    moments.append({"method": title, "step": done, **moment(side, before)})
+                moved = looked()
+                for title, sides in moved.items():
+                    moments.append({"method": title, "step": done, **moment(sides)})
             book.went(PHASE, state, done == self.steps)
-        ends = ends or {t: self.sides(it.predict, it.denoiser, held) for t, it in learners.items()}
-        return learners, {"before": before, **ends}, moments
+        return learners, moved or looked(), moments
+
+    def learners(
+        self, start: Denoiser, surrogate: Mapping[str, Any], kept: Mapping[str, Any]
+    ) -> dict[str, Learner]:
+        """At the start, or where they were kept."""
+        found = {}
+        for title, method in self.trained.items():
+            found[title] = Learner(method, start, self.schedule, self.lr, **surrogate)
+            if title in kept:
+                found[title].load(kept[title])
+        return found
+
+    def sight(self, **surrogate: Any) -> HeldOut:
+        """How held-out pairs are looked at."""
+        seed, count = seeded(self.seed, "draws, held out"), self.measuring.draws
+        pairs = self.drawn_pairs(self.measuring.pairs, "pairs, held out")
+        return HeldOut(pairs, self.flow, self.schedule, **surrogate, draws=count, seed=seed)
 
     def batch(self, pairs: Tensor, reference: ImageScorer, step: int) -> ImageBatch:
         """An outer step's pairs with their draws and what the reference says at them."""
@@ -277,37 +280,6 @@ class Study:
         batch = spread.of(batch_of(pairs[rows], named), step)
         with torch.no_grad():
             return replace(batch, reference=reference(batch).logps)
-
-    @torch.no_grad()
-    def sides(self, predict: Predict, denoiser: Denoiser, pairs: Tensor) -> Sides:
-        """Truth and surrogates of held-out pairs, at draws that are the same at every look."""
-        truth = self.flow.log_density(predict, pairs.flatten(0, 1)).view(-1, 2)
-        seed = seeded(self.seed, "draws, held out")
-        trained, nats = (self.scale, self.weights(self.schedule)), (1.0, bound(self.schedule))
-        found = [truth]
-        asked = ((trained, self.measuring.draws), (trained, 1), (nats, self.measuring.draws))
-        for (scale, weights), count in asked:
-            scorer = ImageScorer(denoiser, self.schedule, scale=scale, weights=weights)
-            spread, parts = Draws(seed, count, len(self.schedule)), []
-            for first in range(0, len(pairs), AT_ONCE):
-                some = pairs[first : first + AT_ONCE]
-                batch = batch_of(some, torch.arange(first, first + len(some)))
-                parts.append(scorer(spread.of(batch, HELD_OUT)).sums)
-            found.append(torch.cat(parts))
-        return Sides(*found)
-
-    def pair_by_pair(self, held: Mapping[str, Sides]) -> list[dict[str, Any]]:
-        """Rows of pairs.csv: changes of log-probability of both points of every held-out pair."""
-        before, rows = held["before"], []
-        for title in self.trained:
-            moved = Sides(*(after - at for after, at in zip(held[title], before)))
-            for pair in range(len(moved.truth)):
-                row: dict[str, Any] = {"method": title, "pair": pair}
-                for name in Sides._fields:
-                    chosen, rejected = getattr(moved, name)[pair].tolist()
-                    row |= {f"{name}_chosen": chosen, f"{name}_rejected": rejected}
-                rows.append(row)
-        return rows
 
     # -- the plane
 
@@ -340,25 +312,6 @@ class Study:
             for n, (x, y) in enumerate(points.tolist())
         ]
         return rows, numbers
-
-
-def moment(now: Sides, before: Sides) -> dict[str, float]:
-    """A row of moments.csv: of changes against the reference, surrogate beside truth."""
-    moved = Sides(*(after - at for after, at in zip(now, before)))
-    margins = Sides(*(it[:, 0] - it[:, 1] for it in moved))
-    found: dict[str, float] = {}
-    for name in Sides._fields[1:]:
-        said = getattr(margins, name)
-        found[f"pearson/{name}"] = measures.pearson(said, margins.truth)
-        found[f"spearman/{name}"] = measures.spearman(said, margins.truth)
-        found[f"slope/{name}"] = measures.slope(said, margins.truth)
-    for name in Sides._fields:
-        chosen, margin = getattr(moved, name)[:, 0].double(), getattr(margins, name).double()
-        found[f"margin/{name}"] = margin.mean().item()
-        found[f"accuracy/{name}"] = (margin > 0).double().mean().item()
-        found[f"displacement/{name}"] = chosen.mean().item()
-        found[f"displaced/{name}"] = (chosen < 0).double().mean().item()
-    return found
 
 
 def table(final: Mapping[str, float], titles: Sequence[str]) -> str:

@@ -95,7 +95,7 @@ class Learner:
         self, method: Method, start: Denoiser, schedule: Schedule, lr: float, **surrogate: Any
     ):
         self.method, self.denoiser = method, deepcopy(start).requires_grad_()
-        self.scorer = ImageScorer(self.denoiser, schedule, **surrogate)
+        self.scorer: Any = ImageScorer(self.denoiser, schedule, **surrogate)
         self.theta: Tensors = tuple(self.scorer.parameters())
         self.optimizer = torch.optim.AdamW(self.theta, lr=lr, weight_decay=0.0, fused=True)
         self.memory = method.solver.init(self.theta)
@@ -120,7 +120,7 @@ class Learner:
         self.memory = step.state
         return found
 
-    def _problem(self, batch: ImageBatch, number: int, found: dict[str, Tensor]) -> Problem:
+    def _problem(self, batch: Any, number: int, found: dict[str, Tensor]) -> Problem:
         """F and G of the outer step, which is one microbatch. ``found``: takes F's mean."""
         none = losses.Moments(0.0, 1.0)  # no loss that would read them comes here
         part = problem_of(

@@ -43,9 +43,7 @@ class Mixture:
         """[count, D]"""
         centres = torch.tensor(self.centres)
         which = torch.randint(len(centres), (count,), generator=draws)
-        return centres[which] + self.spread * torch.randn(
-            count, centres.shape[1], generator=draws
-        )
+        return centres[which] + self.spread * torch.randn(count, centres.shape[1], generator=draws)
 
 
 @dataclass(frozen=True)
