@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 PHASE = "methods"  # what the checkpoint calls the second half
 LEVELS = 12  # of noise at which the start is held against the exact score
-OFF, ON = "denoiser/loss", "loss"
+NETS = ("denoiser", "annealing")  # phases of the start's training, at two step lengths
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Study:
     rows: int
     noise: Noising
     denoiser: Learning
+    annealing: Mapping[str, Any]
     scale: float
     weights: Callable[[Schedule], Tensor]
     draws: int
@@ -95,6 +96,8 @@ class Study:
         for name in ("rows", "draws", "pairs", "batch_size", "flow_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"study.{name} must be at least 1, not {getattr(self, name)}")
+        if not (self.annealing["steps"] >= 1 and self.annealing["lr"] > 0):
+            raise ValueError("study.annealing: steps must be at least 1 and lr above 0")
         for name in ("lr", "beta", "scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"study.{name} must be above 0, not {getattr(self, name)}")
@@ -112,7 +115,7 @@ class Study:
 
     @property
     def total(self) -> int:
-        return self.denoiser.steps + self.steps
+        return self.denoiser.steps + self.annealing["steps"] + self.steps
 
     @cached_property
     def trained(self) -> dict[str, Method]:
@@ -135,8 +138,8 @@ class Study:
 
     def run(self, directory: Path, advance: Callable[..., Any]) -> dict[str, Any]:
         """Write the files and return metrics.json. A directory with a checkpoint is gone on in."""
-        columns = [f"{split}/{OFF}" for split in ("train", "eval")]
-        columns += [f"train/{ON}/{title}" for title in self.trained]
+        columns = [f"{split}/{name}/loss" for name in NETS for split in ("train", "eval")]
+        columns += [f"train/loss/{title}" for title in self.trained]
         book = Book(directory, self.checkpoint_every, self.log_every, columns, advance)
         start = self.started(book)
         at, init = self.compared_with_truth(start)
@@ -181,15 +184,11 @@ class Study:
             noisy = self.schedule.noised(batch, noise, places)
             return {"loss": F.mse_loss(net(noisy, self.schedule.times[places]), noise)}
 
-        fit(
-            "denoiser",
-            net,
-            self.denoiser,
-            lambda draws: loss(points, self.denoiser.batch_size, draws),
-            lambda: loss(beside, len(beside), generator(self.seed, "denoiser, held out")),
-            self.seed,
-            book,
-        )
+        def looked() -> Numbers:
+            return loss(beside, len(beside), generator(self.seed, "denoiser, held out"))
+
+        for name, how in zip(NETS, (self.denoiser, replace(self.denoiser, **self.annealing))):
+            fit(name, net, how, partial(loss, points, how.batch_size), looked, self.seed, book)
         return Denoiser(net, self.flow).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -241,7 +240,7 @@ class Study:
         while done < self.steps:
             batch = self.batch(pairs, reference, done)
             losses = {
-                f"train/{ON}/{title}": learner.step(batch, done)["loss"]
+                f"train/loss/{title}": learner.step(batch, done)["loss"]
                 for title, learner in learners.items()
             }
             done += 1

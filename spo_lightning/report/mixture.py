@@ -60,11 +60,11 @@ TITLES = {
 }
 PICTURES = {
     "follows": ("pairs", "surrogate margin over true log-ratio, a panel per method"),
+    "displaced": ("displacement", "change of the chosen points over training, a panel per method"),
     "plane": ("densities", "densities of the reference, the best policy and each method"),
 }
 
 FOLLOWS = {"surrogate": "surrogate", "bound": "bound's weights"}
-SEEN = {"truth": "true", "surrogate": "surrogate"}
 
 
 def sections(run: Run) -> list[Section]:
@@ -75,8 +75,6 @@ def sections(run: Run) -> list[Section]:
         moments = rows_of(run.path / "moments.csv")
         charts = {
             "follows": [chart(moments, "pearson", "Correlation with the true log-ratio", FOLLOWS)],
-            "displaced": [chart(moments, "displacement", "Change of the chosen points", SEEN)],
-            "plane": [],
         }
         found = []
         for group, title in TITLES.items():
@@ -89,7 +87,7 @@ def sections(run: Run) -> list[Section]:
                 name, told = PICTURES[group]
                 file = run.path / "figures" / f"{name}.png"
                 shown += [Picture(told, file.read_bytes())] if file.is_file() else []
-            found.append(Section(title, [*shown, *charts[group]], ABOUT[group]))
+            found.append(Section(title, [*shown, *charts.get(group, [])], ABOUT[group]))
         return found
     except (ValueError, KeyError, TypeError) as error:
         told = f"{' or '.join(FILES)}: unreadable ({str(error).splitlines()[0]})"

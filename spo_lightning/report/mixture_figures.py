@@ -1,4 +1,4 @@
-"""pairs.csv and density.csv of a run on a mixture in; pairs and densities (svg, png) out."""
+"""The tables of a run on a mixture in; pairs, displacement and densities (svg, png) out."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,16 +17,20 @@ def drawn(directory: Path, room: Path, final: Mapping[str, float]) -> list[Path]
 
     with matplotlib.rc_context(STYLE):
         pairs, density = (rows_of(directory / f"{name}.csv") for name in ("pairs", "density"))
-        found = saved(scattered(pairs, final), room / "pairs", dpi=130)
-        return found + saved(planes(density, final), room / "densities", dpi=130)
+        figures = {
+            "pairs": scattered(pairs, final),
+            "displacement": displaced(rows_of(directory / "moments.csv")),
+            "densities": planes(density, final),
+        }
+        return [file for name, it in figures.items() for file in saved(it, room / name, dpi=130)]
 
 
 def panels(count: int, size: float, **how: Any) -> tuple[Any, list[Any]]:
     """A figure with so many square panels; what is left over is blank."""
     from matplotlib.figure import Figure
 
-    across = min(count, WIDE)
-    down = -(-count // across)
+    down = -(-count // WIDE)
+    across = -(-count // down)
     figure = Figure(figsize=(size * across, (size + 0.35) * down), layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False, **how).flat)
     for axis in axes[count:]:
@@ -51,6 +55,26 @@ def scattered(pairs: Any, final: Mapping[str, float]) -> Any:
     figure.supxlabel("true log-ratio of the pair (nats)", fontsize=9)
     figure.supylabel("surrogate margin", fontsize=9)
     figure.suptitle("Held-out pairs at the end of training; dotted: surrogate = truth")
+    return figure
+
+
+def displaced(moments: Any) -> Any:
+    """A panel per method: the mean change of chosen points over training, true and surrogate."""
+    methods = list(moments["method"].unique())
+    figure, axes = panels(len(methods), 2.7)
+    for axis, method in zip(axes, methods):
+        some = moments[moments["method"] == method]
+        for kind, colour, look in (("truth", INK, "o-"), ("surrogate", GREW, "s--")):
+            told = {"truth": "log p, nats", "surrogate": "surrogate"}[kind]
+            axis.plot(
+                some["step"], some[f"displacement/{kind}"], look, color=colour, ms=4, label=told
+            )
+        axis.axhline(0, color=OTHER, linewidth=0.8)
+        axis.set(title=method, xscale="log")
+    axes[0].legend(fontsize=8)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("change against the reference", fontsize=9)
+    figure.suptitle("Chosen points of held-out pairs, the mean")
     return figure
 
 

@@ -31,7 +31,12 @@ EXPERIMENT = "experiment=diffusion_mixture"
 METHODS = ("SFT", "DPO", "DMPO", "SPO", "SPO-DMPO")
 TINY = (
     *("study.rows=200", "study.denoiser.width=8", "study.denoiser.depth=1"),
-    *("study.denoiser.steps=6", "study.denoiser.batch_size=16", "study.pairs=40"),
+    *(
+        "study.denoiser.steps=4",
+        "study.annealing.steps=2",
+        "study.denoiser.batch_size=16",
+        "study.pairs=40",
+    ),
     *("study.batch_size=4", "study.draws=2", "study.flow_steps=4", "study.grid.side=6"),
     *("study.measuring.pairs=6", "study.measuring.draws=3", "study.measuring.moments=[2,5]"),
     *("log.every_n_steps=2", "checkpoint.every_n_steps=4"),
