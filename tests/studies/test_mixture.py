@@ -9,18 +9,18 @@ import pytest
 import torch
 from conftest import forked
 from fitting import config
+from numpy.polynomial.hermite_e import hermegauss
 
 from spo_lightning import losses
 from spo_lightning.config.build import built
 from spo_lightning.config.studies import goes_on, heeds
 from spo_lightning.design.denoiser import Schedule as Noising
-from spo_lightning.diffusion.batch import Draws
 from spo_lightning.diffusion.objective import TARGETS, Schedule, bound
 from spo_lightning.diffusion.scorer import ImageScorer
 from spo_lightning.errors import Interrupted, UserError
 from spo_lightning.mixture import measures
 from spo_lightning.mixture.likelihood import shares
-from spo_lightning.mixture.training import Denoiser, Learner, Method, batch_of
+from spo_lightning.mixture.training import Denoiser, Learner, Method
 from spo_lightning.mixture.truth import Mixture, Preference
 from spo_lightning.report.reading import read
 from spo_lightning.report.run_page import sections
@@ -122,35 +122,39 @@ def test_the_flow_of_the_exact_score_has_the_mixtures_density(shipped):
 
 
 def test_a_net_has_a_density_that_adds_to_one(shipped, start):
-    """Whatever it says of the noise: an untrained net's flow is one as well."""
-    grid = measures.Grid(6.0, 60)
-    assert grid.mass(shipped.flow.log_density(start.predict, grid.points)) == pytest.approx(
-        1, abs=5e-3
-    )
+    """Whatever it says of the noise; where it says s x, nothing moves: N(0, I) is the density."""
+
+    def predict(points, u):
+        return shares(u)[1] * points + start.predict(points, u)
+
+    grid = measures.Grid(7.0, 40)
+    found = shipped.flow.log_density(predict, grid.points)
+    assert grid.mass(found) == pytest.approx(1, abs=5e-3)
+    plain = shipped.flow.log_density(lambda points, u: shares(u)[1] * points, grid.points)
+    normal = -0.5 * grid.points.square().sum(1) - math.log(2 * math.pi)
+    torch.testing.assert_close(plain, normal, rtol=0, atol=5e-3)
+    assert (found - plain).abs().max() > 0.1
 
 
 def test_the_bound_of_the_exact_denoiser_is_the_likelihood():
     """Its surrogate's differences between points are those of the log-density, point by point:
     the bound is tight where the denoiser is its own density's (Kong et al. 2023, 2302.03792)."""
-    mixture, half = Mixture([[1.0, 0.0], [-0.8, 0.6]], 0.4), 0.5
+    mixture = Mixture([[1.0, 0.0], [-0.8, 0.6]], 0.4)
     kept = Noising(400, 2.5e-4, 0.05).kept
-    ratio = ((1 - kept) / kept).sqrt()
-    schedule = Schedule(kept.sqrt().float(), (1 - kept).sqrt().float(), ratio.log(), _epsilon())
-
-    class Exact(torch.nn.Module):
-        def forward(self, noisy, times):
-            rows = [exact(mixture, x[None], u.item()) for x, u in zip(noisy, times)]
-            return type("Said", (), {"sample": torch.cat(rows)})
-
-    scorer = ImageScorer(Exact(), schedule, scale=2 * half, weights=bound(schedule))
-    pairs = torch.tensor([[[1.0, 0.2], [-0.5, -0.9]]])
-    batch = Draws(0, 6000, 400).of(batch_of(pairs, torch.zeros(1)), 0)
-    truth = mixture.log_density(pairs[0]).diff().item()
-    assert scorer(batch).sums.diff().item() == pytest.approx(truth, abs=0.15)
-
-
-def _epsilon():
-    return TARGETS["epsilon"]
+    schedule = Schedule(kept.sqrt(), (1 - kept).sqrt(), kept, TARGETS["epsilon"])
+    nodes, masses = (torch.tensor(it) for it in hermegauss(24))  # the mean over noise, exactly
+    noise = torch.cartesian_prod(nodes, nodes)
+    mass = torch.outer(masses, masses).flatten() / (2 * math.pi)
+    pair = torch.tensor([[1.0, 0.2], [-0.5, -0.9]], dtype=torch.float64)
+    surrogate = torch.zeros(2, dtype=torch.float64)
+    for a, s, weight in zip(schedule.image.tolist(), schedule.noise.tolist(), bound(schedule)):
+        errors = [
+            mass @ (noise - mixture.noise(a * x + s * noise, a, s)).square().mean(1) for x in pair
+        ]
+        surrogate -= weight * torch.stack(errors) / len(schedule)  # scale 1: half of two
+    truth = mixture.log_density(pair)
+    assert surrogate.diff().item() == pytest.approx(truth.diff().item(), abs=0.02)
+    assert abs(truth.diff().item()) > 5
 
 
 # -- the surrogate and what trains on it
@@ -174,7 +178,7 @@ def test_a_step_descends_the_loss_by_finite_differences(shipped, start):
     method = Method(partial(losses.dpo, beta=0.3, label_smoothing=0.0), NoLower())
     made = learner(shipped, start, method)
     made.denoiser.double()
-    batch = shipped.batch(shipped.drawn_pairs(8, "some"), made.scorer, 0)
+    batch = shipped.batch(shipped.drawn_pairs(8, "some").double(), made.scorer, 0)
     before = [p.detach().clone() for p in made.theta]
     problem = made._problem(batch, 0, {})
     direction = method.solver.step(problem, {}).direction
