@@ -27,6 +27,7 @@ ROOMS = (
         "sampling",
         "studies",
         "design",
+        "mixture",
     ),
     *("run", "sweep", "report", "command", "bench", "objectives", "preflight", "plan", "rounds"),
     "prompting",

@@ -98,3 +98,14 @@ def min_snr(schedule: Schedule, *, gamma: float) -> Tensor:
     return ratio.clamp(max=gamma) / schedule.target.each(schedule.image, schedule.noise).clamp(
         min=1e-12
     )
+
+
+def bound(schedule: Schedule) -> Tensor:
+    r"""[P] as the variational bound counts them: errors of the noise by how fast $\lambda =
+    \log a^2/s^2$ falls there. With ``scale`` half the number of elements l is then in nats, less
+    what no denoiser changes. Kingma et al. 2021 (2107.00630), eq. 17: half the integral of
+    $|\lambda'(t)| \lVert\epsilon - \epsilon_\theta\rVert^2$."""
+    ratio = (schedule.image.double() / schedule.noise.double()).square()
+    (falls,) = torch.gradient(ratio.log())
+    each = schedule.target.each(schedule.image, schedule.noise).double()
+    return (len(schedule) * falls.abs() * ratio / each.clamp(min=1e-12)).float()

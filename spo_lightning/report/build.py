@@ -6,7 +6,7 @@ from pathlib import Path
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import private, write_text
 from spo_lightning.records.summary import run_table
-from spo_lightning.report import run_page, steps, sweep_page
+from spo_lightning.report import mixture, run_page, steps, sweep_page
 from spo_lightning.report.charts import Chart, still
 from spo_lightning.report.page import Section, page
 from spo_lightning.report.reading import Run, runs_of
@@ -46,7 +46,9 @@ def build(
     done = [run for run in runs if run.finished]
     if done:
         numbers = {"init": done[0].init, "final": done[0].final}
-        text = run_table(numbers) if len(done) == 1 else markdown(Sweep(done))
+        sweep = Sweep(done)
+        several = markdown(sweep) + mixture.markdown(sweep.settings)
+        text = run_table(numbers) if len(done) == 1 else several
         written.append(room / TABLE)
         write_text(written[-1], private(text))
     if stills:

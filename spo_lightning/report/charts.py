@@ -53,6 +53,7 @@ UNITS = {
     "classifier/loss": "nats per pair",
     "classifier/accuracy": "share of pairs",
     "surrogate/loss": "mean squared error",
+    "pearson": "correlation",
     "hypervolume": "volume",
     "diversity": "mean distance of two designs",
     "spread": "unevenness of gaps",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-from spo_lightning.report import design
+from spo_lightning.report import design, mixture
 from spo_lightning.report.charts import GREY, Chart, histogram, lines, series, unit
 from spo_lightning.report.page import Browsed, Folded, Note, Picture, Samples, Section, Table
 from spo_lightning.report.reading import (
@@ -70,6 +70,7 @@ def sections(run: Run) -> list[Section]:
     return [
         Section("Before and after", [*told(run), *numbers(run)], "Held-out numbers."),
         *design.sections(run),
+        *mixture.sections(run),
         Section("Where the probability goes", [*goes, *balance(run)], ABOUT),
         Section("Pair by pair", [*spread(run), *lost(run)], "Held-out pairs: change in nats."),
         Section("Every pair", every_pair(run), "Numbers after training, as pairs.jsonl has them."),

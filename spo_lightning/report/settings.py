@@ -17,6 +17,7 @@ from spo_lightning.report.reading import Run
 # which number ranks, the first that the runs have; more is better
 QUALITY = (
     "hypervolume",
+    "pearson",
     "win_rate",
     "exact_match",
     "rougeL",
@@ -37,6 +38,8 @@ MEANINGS = {  # of the numbers shown, in their order
     "hypervolume/random": "of designs drawn at random",
     "diversity": "mean distance of two designs proposed with guidance, in scaled objectives",
     "spread": "how uneven their gaps are; less is better",
+    "pearson": "correlation of the surrogate's margins with the true log-ratios of held-out "
+    "pairs, the mean over methods",
     "exact_match": "share of prompts whose greedy answer is right; more is better",
     "win_rate": "how often a sampled answer beats one of the policy before training, by the "
     "data's judge, ties half; more is better",

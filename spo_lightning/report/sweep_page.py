@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from spo_lightning.report import overoptimisation, paper
+from spo_lightning.report import mixture, overoptimisation, paper
 from spo_lightning.report.charts import unit
 from spo_lightning.report.page import Note, Section, Table
 from spo_lightning.report.reading import Run
@@ -62,6 +62,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("Ranking", ranking(sweep), RANKING),
         Section("Differences by seed", differences(sweep), DIFFERENCES),
         Section("Methods, bare and with SPO", methods(sweep)),
+        *mixture.seeded(sweep.settings),
         Section("Over the grid", heats(sweep), "An empty field has no run."),
         Section("Quality against displacement", front(sweep), FRONT),
         Section("At equal margin", margins(sweep), MARGINS),
