@@ -39,6 +39,7 @@ PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 ARGUMENTS = {
     **{name: f"spo_lightning.{name}.__main__" for name in ("report", "objectives")},
     "dashboard": "spo_lightning.dashboard",
+    "preflight.afterwards": "spo_lightning.preflight.afterwards",
 }
 OTHERS = ("pip", "pytest", "wandb")  # programs that are not ours
 RUN = ("README.md", "extending.md")
@@ -130,7 +131,7 @@ def ours(words: list[str]) -> tuple[str, list[str]] | None:
         assert words[0] in OTHERS, words
         return None
     at = words.index("-m") + 1
-    package, _, name = words[at].rpartition(".")
+    package, _, name = words[at].partition(".")
     assert package == "spo_lightning", words
     return name, words[at + 1 :]
 

@@ -184,11 +184,9 @@ class Study:
             noisy = self.schedule.noised(batch, noise, places)
             return {"loss": F.mse_loss(net(noisy, self.schedule.times[places]), noise)}
 
-        def looked() -> Numbers:
-            return loss(beside, len(beside), generator(self.seed, "denoiser, held out"))
-
+        held_out = partial(loss, beside, len(beside))
         for name, how in zip(NETS, (self.denoiser, replace(self.denoiser, **self.annealing))):
-            fit(name, net, how, partial(loss, points, how.batch_size), looked, self.seed, book)
+            fit(name, net, how, partial(loss, points, how.batch_size), held_out, self.seed, book)
         return Denoiser(net, self.flow).eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from spo_lightning.solvers import linear as L
 from spo_lightning.solvers.implicit import Implicit
 from spo_lightning.solvers.products import Exact, FiniteDifference
 from spo_lightning.solvers.unrolled import Hypergradient, Plain, Preconditioned, Unrolled
-from spo_lightning.training.module import Preference
+from spo_lightning.training import microbatch
 from spo_lightning.training.observation import Observation
 
 DIRECTIONS = 20
@@ -103,13 +103,13 @@ def micro(request, monkeypatch):
         return
     monkeypatch.setattr(models, "ROOM", 99)
     products = []
-    whole = Preference._linearized
+    whole = microbatch.linearized_at
 
     def noted(*arguments):
         products.append(1)
         return whole(*arguments)
 
-    monkeypatch.setattr(Preference, "_linearized", noted)
+    monkeypatch.setattr(microbatch, "linearized_at", noted)
     yield 6
     assert len(products) == (request.node.callspec.params.get("steps") == 1)
 
