@@ -87,8 +87,6 @@ class Study:
     flow_steps: int
     measuring: Measuring
     grid: Grid
-    log_every: int
-    checkpoint_every: int
     ckpt_path: str | None
     report: Callable[[Path], Any]  # reads the files; called by the command after ``run``
 
@@ -136,11 +134,18 @@ class Study:
         ends = 0.5 * ((1 - self.noise.kept) / self.noise.kept).log()
         return Flow(ends[0].item(), ends[-1].item(), self.flow_steps)
 
-    def run(self, directory: Path, advance: Callable[..., Any]) -> dict[str, Any]:
+    def run(
+        self,
+        directory: Path,
+        advance: Callable[..., Any],
+        *,
+        log_every: int,
+        checkpoint_every: int,
+    ) -> dict[str, Any]:
         """Write the files and return metrics.json. A directory with a checkpoint is gone on in."""
         columns = [f"{split}/{name}/loss" for name in NETS for split in ("train", "eval")]
         columns += [f"train/loss/{title}" for title in self.trained]
-        book = Book(directory, self.checkpoint_every, self.log_every, columns, advance)
+        book = Book(directory, checkpoint_every, log_every, columns, advance)
         start = self.started(book)
         at, init = self.compared_with_truth(start)
         write_csv(directory / "start.csv", at)
@@ -242,7 +247,7 @@ class Study:
                 for title, learner in learners.items()
             }
             done += 1
-            if done == 1 or done % self.log_every == 0:
+            if done == 1 or done % book.log_every == 0:
                 book.log(losses)
             if done in self.measuring.moments:
                 moved = looked()

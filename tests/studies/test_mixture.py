@@ -29,6 +29,7 @@ from spo_lightning.solvers.none import NoLower
 
 EXPERIMENT = "experiment=diffusion_mixture"
 METHODS = ("SFT", "DPO", "DMPO", "SPO", "SPO-DMPO")
+PACE = {"log_every": 2, "checkpoint_every": 4}
 TINY = (
     *("study.rows=200", "study.denoiser.width=8", "study.denoiser.depth=1"),
     *(
@@ -241,7 +242,7 @@ def whole(tmp_path_factory):
     """A run that nothing stopped."""
     directory = tmp_path_factory.mktemp("whole")
     (directory / "checkpoints").mkdir()
-    study(*TINY).run(directory, nowhere)
+    study(*TINY).run(directory, nowhere, **PACE)
     return directory
 
 
@@ -269,9 +270,9 @@ def test_a_stopped_mixture_ends_as_if_it_had_not_been(whole, tmp_path, end, at):
             raise end
 
     with pytest.raises(type(end)):
-        study(*TINY).run(tmp_path, advance)
+        study(*TINY).run(tmp_path, advance, **PACE)
     assert not (tmp_path / "metrics.json").exists()
-    study(*TINY).run(tmp_path, nowhere)
+    study(*TINY).run(tmp_path, nowhere, **PACE)
     assert left(tmp_path) == left(whole)
 
 
@@ -311,7 +312,7 @@ def test_what_a_mixture_leaves_is_shown(whole):
 
 def test_other_seeds_have_other_mixtures(whole, tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    study(*TINY, "seed=1").run(tmp_path, nowhere)
+    study(*TINY, "seed=1").run(tmp_path, nowhere, **PACE)
     assert all(left(tmp_path)[name] != content for name, content in left(whole).items())
 
 
