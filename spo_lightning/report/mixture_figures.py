@@ -98,6 +98,7 @@ def planes(density: Any, final: Mapping[str, float]) -> Any:
             values = (final[f"{kl}/{name}"] for kl in ("kl_from_best", "kl_to_best"))
             told += "\nKL(best, p) {:.2f}, KL(p, best) {:.2f}".format(*values)
         axis.set_aspect("equal")
+        axis.tick_params(labelbottom=True)  # below some of the upper row nothing stands
         axis.set_title(told, fontsize=8.5)
     figure.suptitle(
         "Densities over the plane; orange: where the best policy has 3% of its peak or more"
