@@ -345,6 +345,6 @@ def test_seeds_of_a_mixture_are_shown_with_intervals(tmp_path):
     done = forked(tmp_path, "-m", EXPERIMENT, *TINY, *words, timeout=300)
     assert done.code == 0, done.err
     assert "Each method over the seeds" in (tmp_path / "sweep/report.html").read_text()
-    done = forked(tmp_path, "sweep", module="spo_lightning.report")
+    done = forked(tmp_path, "sweep", module=("-m", "spo_lightning.report"))
     assert done.code == 0, done.err
     assert "2 seeds. Densities" in (tmp_path / "sweep/table.md").read_text()
