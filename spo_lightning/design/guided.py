@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_lightning.design.denoiser import Schedule, Timed
 from spo_lightning.design.preference import Score, gradient
+from spo_lightning.studies.denoiser import Schedule, Timed
 
 
 @torch.no_grad()

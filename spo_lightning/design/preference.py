@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spo_lightning.design.denoiser import Schedule
 from spo_lightning.design.order import Order
+from spo_lightning.studies.denoiser import Schedule
 
 Score = Callable[[Tensor, Tensor], Tensor]  # [N, D] and [N] to [N, 1]
 

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spo_lightning.design import denoiser, guided, preference, surrogate
-from spo_lightning.design.denoiser import Schedule, Timed
-from spo_lightning.design.fitting import Book, Learning, Loss, Numbers, fit, generator, seeded
+from spo_lightning.design import guided, preference, surrogate
 from spo_lightning.design.measures import measured
 from spo_lightning.design.offline import Collecting, Offline
 from spo_lightning.design.order import Order
 from spo_lightning.design.problem import Array, Problem
 from spo_lightning.records.directory import write_text
+from spo_lightning.studies import denoiser
+from spo_lightning.studies.denoiser import Schedule, Timed
+from spo_lightning.studies.fitting import Book, Learning, Loss, Numbers, fit, generator, seeded
 from spo_lightning.studies.study import write_csv
 
 log = logging.getLogger(__name__)

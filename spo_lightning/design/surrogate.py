@@ -8,9 +8,9 @@ from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.optimize import minimize
 from torch import Tensor
 
-from spo_lightning.design.denoiser import Timed
 from spo_lightning.design.order import Order
 from spo_lightning.design.problem import Array, Scaled
+from spo_lightning.studies.denoiser import Timed
 
 
 def predicted(net: Timed, designs: Tensor) -> Tensor:

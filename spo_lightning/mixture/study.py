@@ -20,12 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spo_lightning.design.denoiser import Schedule as Noising
-from spo_lightning.design.fitting import Book, Learning, Numbers, fit, generator, seeded
 from spo_lightning.diffusion.batch import Draws, ImageBatch
 from spo_lightning.diffusion.objective import TARGETS, Schedule
 from spo_lightning.diffusion.scorer import ImageScorer
-from spo_lightning.errors import UserError
 from spo_lightning.mixture import measures
 from spo_lightning.mixture.held_out import HeldOut, Sides, moment, pair_by_pair
 from spo_lightning.mixture.likelihood import Flow, shares
@@ -33,6 +30,8 @@ from spo_lightning.mixture.measures import Grid
 from spo_lightning.mixture.training import Denoiser, Learner, Method, batch_of, told
 from spo_lightning.mixture.truth import Mixture, Preference
 from spo_lightning.records.directory import write_text
+from spo_lightning.studies.denoiser import Schedule as Noising
+from spo_lightning.studies.fitting import Book, Learning, Numbers, fit, generator, seeded
 from spo_lightning.studies.study import write_csv
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,6 @@ class Study:
     flow_steps: int
     measuring: Measuring
     grid: Grid
-    ckpt_path: str | None
     report: Callable[[Path], Any]  # reads the files; called by the command after ``run``
 
     def __post_init__(self):
@@ -101,11 +99,6 @@ class Study:
                 raise ValueError(f"study.{name} must be above 0, not {getattr(self, name)}")
         if len(self.mixture.centres[0]) != 2 or {len(c) for c in self.preference.centres} != {2}:
             raise ValueError("study.mixture and study.preference must have centres [x, y]")
-        if self.ckpt_path not in (None, "last"):
-            raise UserError(
-                f"ckpt_path={self.ckpt_path}: this experiment goes on in its own directory: "
-                "ckpt_path=last with that hydra.run.dir"
-            )
 
     @property
     def steps(self) -> int:

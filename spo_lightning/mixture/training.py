@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from spo_lightning import losses
-from spo_lightning.design.denoiser import Timed
-from spo_lightning.design.fitting import CLIPPED
 from spo_lightning.diffusion.batch import ImageBatch
 from spo_lightning.diffusion.objective import Schedule
 from spo_lightning.diffusion.scorer import ImageScorer
@@ -25,6 +23,8 @@ from spo_lightning.losses.around import assembled
 from spo_lightning.mixture.likelihood import Flow, Predict
 from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
 from spo_lightning.solvers.none import NoLower
+from spo_lightning.studies.denoiser import Timed
+from spo_lightning.studies.fitting import CLIPPED
 from spo_lightning.training.microbatch import problem_of
 
 TOLD = 10.0  # the net's times run from 0 to this: its quickest wave then turns 1.6 times

@@ -122,7 +122,7 @@ def _files(where: str, revision: str, wanted: Sequence[str]) -> dict[str, tuple[
         if path is None:
             continue
         with safe_open(path, "pt") as file:
-            for key in {*file.keys()} & {*wanted}:  # noqa: SIM118 (no dict)
+            for key in {*file.keys()} & {*wanted}:  # noqa: SIM118 (a file iterates no keys)
                 found[key] = (Path(path), file.get_slice(key).get_shape())
     return found
 

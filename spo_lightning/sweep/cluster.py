@@ -17,6 +17,7 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmitit
 from submitit.helpers import TorchDistributedEnvironment
 from submitit.slurm.slurm import SlurmExecutor
 
+from spo_lightning.config.studies import goes_on
 from spo_lightning.errors import SAVED, STOPPED, UserError, verdict
 from spo_lightning.records.progress import WARNINGS
 from spo_lightning.run import processes
@@ -97,11 +98,11 @@ class Submitted(BaseSubmititLauncher):
         return super().checkpoint(self._going_on(sweep_overrides), *rest)
 
     def _going_on(self, words: list[str]) -> list[str]:
-        """A study, and what is no run, begins again."""
+        """What cannot go on, as some studies and what is no run, begins again."""
         assert self.hydra_context is not None and self.config is not None
         config = self.hydra_context.config_loader.load_sweep_config(self.config, words)
-        goes_on = "ckpt_path" in config and config.get("study") is None and AGAIN not in words
-        return [*words, AGAIN] if goes_on else words
+        may = "ckpt_path" in config and goes_on(config) and AGAIN not in words
+        return [*words, AGAIN] if may else words
 
 
 class Shown(SlurmExecutor):

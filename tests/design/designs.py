@@ -1,6 +1,7 @@
 """A run of guided design that takes a second: few designs, narrow nets, few times."""
 
 from fitting import config
+from stops import nowhere
 
 from spo_lightning.config.build import built
 
@@ -18,10 +19,6 @@ TINY = (
 
 def study(*overrides, problem="zdt1"):
     return built(config(EXPERIMENT, f"problem={problem}", *TINY, *overrides).study)
-
-
-def nowhere(*args, **how):
-    """An ``advance`` that nobody looks at."""
 
 
 def ran(directory, *overrides, advance=nowhere, checkpoint_every=5):

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from spo_lightning.design.denoiser import Schedule, Timed, loss
-from spo_lightning.design.fitting import Learning
 from spo_lightning.design.guided import sampled
 from spo_lightning.design.preference import gradient, log_preferred
+from spo_lightning.studies.denoiser import Schedule, Timed, loss
+from spo_lightning.studies.fitting import Learning
 
 MIDDLE, WIDE = torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.3])  # of a Gaussian
 SCHEDULE = Schedule(times=60, first=1e-3, last=0.25)

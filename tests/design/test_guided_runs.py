@@ -10,6 +10,7 @@ from designs import EXPERIMENT, NETS, TINY, ran
 from fitting import config
 from hydra import compose, initialize_config_dir
 from pairs import CONF
+from stops import Killed, ending
 
 from spo_lightning.config import knobs
 from spo_lightning.config.build import built
@@ -46,10 +47,6 @@ def whole(tmp_path_factory):
     return directory
 
 
-class Killed(BaseException):
-    """As a SIGKILL: nothing more is written."""
-
-
 @pytest.mark.parametrize(
     "end, at",
     [
@@ -62,16 +59,8 @@ class Killed(BaseException):
     ],
 )
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(whole, tmp_path, end, at):
-    calls = 0
-
-    def advance(*args, **how):
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise end
-
     with pytest.raises(type(end)):
-        ran(tmp_path, advance=advance)
+        ran(tmp_path, advance=ending(end, at))
     assert not (tmp_path / "metrics.json").exists()
     ran(tmp_path)
     assert left(tmp_path) == left(whole)

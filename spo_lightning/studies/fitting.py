@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo_lightning.design.denoiser import Timed
 from spo_lightning.errors import Diverged, Interrupted
 from spo_lightning.records import checkpoints
 from spo_lightning.records.directory import MetricsCsv, cut_after
+from spo_lightning.studies.denoiser import Timed
 
 Numbers = Mapping[str, Tensor]
 Loss = Callable[[torch.Generator], Numbers]

@@ -10,11 +10,11 @@ import torch
 from conftest import forked
 from fitting import config
 from numpy.polynomial.hermite_e import hermegauss
+from stops import Killed, ending, nowhere
 
 from spo_lightning import losses
 from spo_lightning.config.build import built
 from spo_lightning.config.studies import goes_on, heeds
-from spo_lightning.design.denoiser import Schedule as Noising
 from spo_lightning.diffusion.objective import TARGETS, Schedule, bound
 from spo_lightning.diffusion.scorer import ImageScorer
 from spo_lightning.errors import Interrupted, UserError
@@ -25,6 +25,7 @@ from spo_lightning.mixture.truth import Mixture, Preference
 from spo_lightning.report.reading import read
 from spo_lightning.report.run_page import sections
 from spo_lightning.solvers.none import NoLower
+from spo_lightning.studies.denoiser import Schedule as Noising
 
 EXPERIMENT = "experiment=diffusion_mixture"
 METHODS = ("SFT", "DPO", "DMPO", "SPO", "SPO-DMPO")
@@ -42,10 +43,6 @@ TINY = (
     *("log.every_n_steps=2", "checkpoint.every_n_steps=4"),
 )
 FILES = ("metrics.csv", "metrics.json", "start.csv", "moments.csv", "pairs.csv", "density.csv")
-
-
-def nowhere(*_, **__):
-    """An ``advance`` that nobody looks at."""
 
 
 def study(*overrides):
@@ -245,10 +242,6 @@ def whole(tmp_path_factory):
     return directory
 
 
-class Killed(BaseException):
-    """As a SIGKILL: nothing more is written."""
-
-
 @pytest.mark.parametrize(
     "end, at",
     [
@@ -260,16 +253,8 @@ class Killed(BaseException):
 )
 def test_a_stopped_mixture_ends_as_if_it_had_not_been(whole, tmp_path, end, at):
     (tmp_path / "checkpoints").mkdir()
-    calls = 0
-
-    def advance(*_, **__):
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise end
-
     with pytest.raises(type(end)):
-        study(*TINY).run(tmp_path, advance, **PACE)
+        study(*TINY).run(tmp_path, ending(end, at), **PACE)
     assert not (tmp_path / "metrics.json").exists()
     study(*TINY).run(tmp_path, nowhere, **PACE)
     assert left(tmp_path) == left(whole)
@@ -331,7 +316,6 @@ def test_what_the_mixture_heeds():
         (["study.grid.side=1"], "study.grid.side=1"),
         (["study.lr=0"], "study.lr must be above 0, not 0"),
         (["loss=tdpo1"], "this loss reads divergences, which points lack: take another"),
-        (["ckpt_path=mine.ckpt"], "^ckpt_path=mine.ckpt: this experiment goes on in its own"),
     ],
 )
 def test_a_mixture_that_cannot_be_meant_is_refused(words, said):
