@@ -4,13 +4,17 @@ on; their tasks are one run; what SLURM would be given is shown."""
 import csv
 import json
 import os
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, command, end, start
 from safetensors.torch import load_file
+
+from spo_lightning.records.progress import WARNINGS
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 
@@ -53,6 +57,23 @@ def logs(place):
     return "".join(path.read_text() for path in sorted(place.rglob(".submitit/*/*_log.out")))
 
 
+def controller_of(place):
+    """The process that begins a job's tasks, once it has."""
+    pickled = [*(place / "sweep/.submitit").glob("*/*_submitted.pkl")]
+    return int(pickled[0].name.split("_")[0]) if pickled else None
+
+
+def hears(controller, numbers):
+    """Whether its only task answers these signals: submitit, which loads the job first, sets its
+    own for one of them."""
+    try:
+        (task,) = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
+        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{task}/status").read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return all(int(caught[1], 16) >> (number - 1) & 1 for number in numbers)
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM], ids=lambda number: number.name
 )
@@ -82,18 +103,14 @@ def test_a_job_that_is_told_before_it_begins(tmp_path, cache, whole):
     """While it imports and composes: nothing is saved yet, and nothing is lost."""
     process = start(tmp_path, *LOCAL, *RUN, cache)
     until = time.monotonic() + 600
-    while "Loading pickle" not in logs(tmp_path):
+    while not (controller := controller_of(tmp_path)) or not hears(controller, WARNINGS):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)
-    (pickled,) = (tmp_path / "sweep/.submitit").glob("*/*_submitted.pkl")
-    controller = int(pickled.name.split("_")[0])
-    until = time.monotonic() + 300
-    while "Bypassing" not in logs(tmp_path) and "preempted" not in logs(tmp_path):
-        os.kill(controller, signal.SIGTERM)  # which passes it on
-        assert time.monotonic() < until
-        time.sleep(0.3)
+    os.kill(controller, signal.SIGTERM)  # which passes it on
     done = end(process, 900)
     assert done.code == 0, done.err
+    assert "SIGTERM" in logs(tmp_path) and "this job is preempted" in logs(tmp_path)
+    assert "Going on from" not in logs(tmp_path)
     for name, value in weights(whole).items():
         assert torch.equal(weights(tmp_path / "sweep/0")[name], value), name
 
