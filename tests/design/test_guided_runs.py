@@ -99,7 +99,7 @@ def test_what_a_run_leaves(tmp_path):
     assert {"hypervolume_by_weight", "other_classifier_accuracy"} <= charts.keys()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_guidance_raises_the_hypervolume(seed, tmp_path):
     numbers = ran(tmp_path, *SHORT, f"seed={seed}", checkpoint_every=0)
     guided, bare = numbers["final"]["hypervolume"], numbers["init"]["hypervolume"]
@@ -154,6 +154,7 @@ def test_another_checkpoint_is_refused(tmp_path):
 # -- the command
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_and_refuses(tmp_path):
     words = (EXPERIMENT, *TINY, "log.every_n_steps=4", "hydra.run.dir=run")
     done = forked(tmp_path, *words, "problem=pymoo", "problem.name=nope")

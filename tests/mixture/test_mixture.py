@@ -260,6 +260,7 @@ def test_a_stopped_mixture_ends_as_if_it_had_not_been(whole, tmp_path, end, at):
     assert left(tmp_path) == left(whole)
 
 
+@pytest.mark.slow
 def test_the_command_trains_reports_goes_on_and_refuses(whole, tmp_path):
     words = (EXPERIMENT, *TINY, "hydra.run.dir=run")
     done = forked(tmp_path, *words, "study.mixture.spread=0")

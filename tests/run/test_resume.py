@@ -162,9 +162,10 @@ def gone_on(cwd: Path, *words: str):
 
 STOPS = [
     (signal.SIGTERM, 143),
-    (signal.SIGUSR1, 143),
-    pytest.param(signal.SIGUSR2, 143, marks=pytest.mark.slow),
-    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    *(
+        pytest.param(number, code, marks=pytest.mark.slow)
+        for number, code in ((signal.SIGUSR1, 143), (signal.SIGUSR2, 143), (signal.SIGINT, 130))
+    ),
 ]
 
 
