@@ -219,7 +219,10 @@ def _is_slow_in_half(query: Tensor, tree: Tree) -> bool:
     """Whether float32 is faster: a CPU's backward of short attention takes three to six times as
     long in bfloat16 (forward and backward of 65 tokens 6.7 to 1.5 ms, of 158 13 to 6, of 512 33 to
     41)."""
-    return query.device.type == "cpu" and query.element_size() == 2 and tree.longest <= SHORT
+    if query.device.type != "cpu" or tree.longest > SHORT:
+        return False
+    half = query.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    return half or query.element_size() == 2
 
 
 def _long(query: Tensor, tree: Tree) -> bool:

@@ -97,6 +97,42 @@ def test_a_window_is_packed_too(monkeypatch, calls, family, changes, window):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_cpu_attends_in_float32_within_short_rows_in_half_precision(monkeypatch, calls, mixed):
+    """Its backward in bfloat16 takes several times as long there."""
+    seen = []
+    plain = attention.scaled_dot_product_attention
+
+    def watched(query, *args, **kwargs):
+        found = plain(query, *args, **kwargs)
+        seen.append((query.dtype, found.dtype))
+        return found
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    lm = policy("llama-grouped", dtype="float32" if mixed else "bfloat16").lm
+    pairs = random_pairs(3)
+    batch = collate(pairs, PAD_ID)
+
+    def score() -> torch.Tensor:
+        seen.clear()
+        lm.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            found = Scorer(lm, True)(batch).logps
+        found.sum().backward()
+        return found.detach()
+
+    wide, slopes = score(), gradients(lm)
+    assert seen and {dtype for both in seen for dtype in both} == {torch.float32}
+    monkeypatch.setattr(attention, "SHORT", 5)
+    half = score()
+    assert {found for _, found in seen} == {torch.bfloat16}
+    torch.testing.assert_close(wide, half, rtol=0, atol=0.1)
+    assert all(value.isfinite().all() for value in slopes.values())
+    exact = lm.float()
+    expected = torch.cat([slow_logps(exact, pair) for pair in pairs]).float()
+    assert (wide - expected).abs().mean() <= 1.1 * (half - expected).abs().mean()
+
+
 @pytest.fixture
 def flex(monkeypatch):
     """FlexAttention by its own uncompiled reference, its lack of a backward on a CPU looked past:
