@@ -31,6 +31,7 @@ class Rows:
     prompt: int
     completion: int
     answers: int = 2
+    wide: bool = False  # attended to in float32, whatever the precision
 
     @property
     def tokens(self) -> int:
@@ -108,21 +109,24 @@ class Attended(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, copied: int, scores: int
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Rows, scores: int
     ) -> Tensor:
-        more = [it.new_empty(1, it.shape[1], copied, it.shape[3]) for it in (key, value)]
+        ctx.key, ctx.dtype = key.shape, query.dtype
+        query, key, value = (it.float() if rows.wide else it for it in (query, key, value))
+        more = [it.new_empty(1, it.shape[1], rows.keys, it.shape[3]) for it in (key, value)]
         out = query.new_empty(query.shape).transpose(1, 2)
         floats = query.shape[1] * (query.shape[2] + 2 * scores)
-        ctx.save_for_backward(query, *more, out, query.new_empty(floats, dtype=torch.float32))
-        ctx.key = key.shape
-        return out
+        own = (key, value) if rows.wide else ()  # prompts' are parts of these
+        held = query.new_empty(floats, dtype=torch.float32)
+        ctx.save_for_backward(query, *more, out, held, *own)
+        return out.to(ctx.dtype)
 
     @staticmethod  # torch declares any number of slopes, and each function has its own
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, *_ = ctx.saved_tensors
         beside = torch.empty_like(key), torch.empty_like(value)
-        found = (torch.empty_like(query), *(slope.new_empty(ctx.key) for _ in beside))
-        return *found, None, None
+        found = (torch.empty_like(query), *(key.new_empty(ctx.key) for _ in beside))
+        return *(it.to(ctx.dtype) for it in found), None, None
 
 
 def attend(
@@ -139,7 +143,7 @@ def attend(
     """transformers' attention interface, of which nothing is computed."""
     # no fused kernel knows capped scores, or sinks: see models/attention.py
     scores = 0 if softcap is None and s_aux is None else rows.scores
-    found: Any = Attended.apply(query, key, value, rows.keys, scores)
+    found: Any = Attended.apply(query, key, value, rows, scores)
     return found, None
 
 

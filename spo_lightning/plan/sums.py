@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from spo_lightning.config.build import built
 from spo_lightning.losses import asks
 from spo_lightning.models import head
+from spo_lightning.models.attention import SHORT
 from spo_lightning.models.policy import DTYPES
 from spo_lightning.models.scorer import FLOATS
 from spo_lightning.plan.memory import Peaks, Rows, of_look, of_step
@@ -91,7 +92,11 @@ class Run:
 
     def rows(self, pairs: int) -> Rows:
         answers = 1 if self.cfg.loss.get("unpaired") else 2
-        return Rows(pairs, self.cfg.plan.prompt, self.cfg.plan.completion, answers)
+        prompt, completion = self.cfg.plan.prompt, self.cfg.plan.completion
+        short = prompt + completion - 1 <= SHORT
+        half = self.rounds or self.shape.itemsize == 2
+        wide = short and half and self.device == "cpu"
+        return Rows(pairs, prompt, completion, answers, wide)
 
     @property
     def trained(self) -> float:
