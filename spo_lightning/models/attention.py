@@ -76,9 +76,9 @@ def forward(
     way = _by_stretch if _long(query, tree) else _in_rectangles
     if not _is_slow_in_half(query, tree):
         return way(query, key, value, tree, window, how)[None], None
-    wide = (states.float() for states in (query, key, value))
     with torch.autocast("cpu", enabled=False):
-        return way(*wide, tree, window, how)[None].to(value.dtype), None
+        found = way(query.float(), key.float(), value.float(), tree, window, how)
+    return found[None].to(value.dtype), None
 
 
 def flex_forward(
