@@ -227,7 +227,8 @@ def markdown(sweep: Sweep) -> str:
     rows = []
     for data in sorted({setting.data for setting in sweep.settings}, reverse=True):
         every = [run for one in sweep.settings if one.data == data for run in one.runs]
-        rows.append(_row(f"init (data={data})", Setting({}, every), sweep.names, "init"))
+        before = _row(f"init (data={data})", Setting({}, every), sweep.names, "init")
+        rows += [before] if any(before[2:]) else []  # a study begins with none
     rows += [_row(setting.name, setting, sweep.names, "final") for setting in sweep.settings]
     lines = table(head, rows)
     apart = []
