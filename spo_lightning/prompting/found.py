@@ -6,7 +6,6 @@ from its start, asks nothing that stands there, and ends as it would have ended.
 
 import json
 import logging
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,17 +55,14 @@ def find(
     with held(place):
         record = _begun(cfg, place, choices, command)
         calls = Calls(place / CALLS, cfg.budget.calls, cfg.budget.dollars, cfg.batch_size)
-        before = stages.stop.install()
         try:
-            walked(cfg, place, record, calls, stages)
+            with stages.stop.listening():
+                walked(cfg, place, record, calls, stages)
         except UserError:
             if not calls.count:  # bad input leaves no search of its settings
                 for name in (TREE, "config.yaml"):
                     (place / name).unlink(missing_ok=True)
             raise
-        finally:
-            for one, handler in before.items():
-                signal.signal(one, handler)
     log.info("\n%s\n\nPrompt: %s\nPage: %s", page.told(record), place / PROMPT, place / page.NAME)
     return record
 

@@ -35,6 +35,16 @@ class Stop:
         taken = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
         return {number: signal.signal(number, self._note) for number in taken}
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals are taken over inside; the handlers that were there come back."""
+        before = self.install()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def _note(self, number: int, frame: Any) -> None:
         if number == self.signal and time.monotonic() - self._came < ONCE_SECONDS:
             return

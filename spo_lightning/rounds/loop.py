@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import shutil
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,16 +116,13 @@ def iterate(
     with held(place):
         record = _begun(cfg, place, choices, command)
         loop = Loop(cfg, place, choices, stages, record)
-        before = stages.stop.install()
         try:
-            for number in range(1 + len(record["rounds"]), cfg.loop.rounds + 1):
-                _round(loop, number)
+            with stages.stop.listening():
+                for number in range(1 + len(record["rounds"]), cfg.loop.rounds + 1):
+                    _round(loop, number)
         except UserError:
             _withdraw(loop)
             raise
-        finally:
-            for one, handler in before.items():
-                signal.signal(one, handler)
     log.info("\n%s\n\nLoop: %s", page.table(record["rounds"]), place / page.NAME)
     return record
 

@@ -1,7 +1,6 @@
 """A training run in one process: its stages in order, its directory, and how it ends."""
 
 import logging
-import signal
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -102,20 +101,17 @@ def _written(
 ) -> dict[str, Any]:
     """The run's work in its directory; how it ended is noted there."""
     study, stop = cfg.get("study") is not None, stages.stop
-    before = stop.install()
-    try:
-        numbers = _study(cfg, run, stages) if study else _run(cfg, run, choices, stages)
-    except BaseException as error:
-        ended = stages.world.reason(error)
-        if isinstance(ended, Lost) and stop.signal is not None:  # the others heard it first
-            ended = stop.raised(stages.how_to_go_on)
-        _note(run, ended, stages.how_to_go_on)
-        if ended is error:
-            raise
-        raise ended from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with stop.listening():
+        try:
+            numbers = _study(cfg, run, stages) if study else _run(cfg, run, choices, stages)
+        except BaseException as error:
+            ended = stages.world.reason(error)
+            if isinstance(ended, Lost) and stop.signal is not None:  # the others heard it first
+                ended = stop.raised(stages.how_to_go_on)
+            _note(run, ended, stages.how_to_go_on)
+            if ended is error:
+                raise
+            raise ended from error
     run.note_status(state="finished", stage="done")
     loggers.close(run.path, 0)
     return numbers

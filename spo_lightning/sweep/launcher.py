@@ -6,7 +6,6 @@ that forks must have no thread pool. What ends a job (an error, a kill, memory) 
 
 import logging
 import os
-import signal
 import sys
 import time
 from collections import deque
@@ -186,25 +185,20 @@ class Processes:
         stop = Stop()
         if left:
             _import_libraries()
-        handlers = stop.install()
         told = False  # the signal, to the jobs that run
-        try:
-            with board.shown(self.sweep, self.parallel) as look:
-                while running or (left and stop.signal is None):
-                    while left and len(running) < self.parallel and stop.signal is None:
-                        job = left.popleft()
-                        work = self._work(job, given[job.number])
-                        running.append(process.begun(job, self.parallel, work))
-                    told = told or process.told(stop.signal, running)
-                    process.hear(running)
-                    for one in [one for one in running if one.process.exitcode is not None]:
-                        running.remove(one)
-                        returned[one.job.number] = process.ended(one)
-                        self._noted(one.job)
-                    look()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        with stop.listening(), board.shown(self.sweep, self.parallel) as look:
+            while running or (left and stop.signal is None):
+                while left and len(running) < self.parallel and stop.signal is None:
+                    job = left.popleft()
+                    work = self._work(job, given[job.number])
+                    running.append(process.begun(job, self.parallel, work))
+                told = told or process.told(stop.signal, running)
+                process.hear(running)
+                for one in [one for one in running if one.process.exitcode is not None]:
+                    running.remove(one)
+                    returned[one.job.number] = process.ended(one)
+                    self._noted(one.job)
+                look()
         if stop.signal is not None:
             self.sweep.write()
             again = f"python -m spo_lightning.train sweep.resume={self.sweep.directory}"
