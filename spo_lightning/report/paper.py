@@ -109,6 +109,11 @@ def report(path: Path) -> tuple[str, list[Path]]:
     names = (name.removeprefix("final/") for name in rows[0] if name.startswith("final/"))
     more = [name for name in names if name not in {*HEADINGS, *UNSHOWN}]
     main, front = parts(jobs(rows), more)
+    if not any(part.both(method) for part in (*main, *front) for method in part.methods):
+        raise UserError(
+            f"{path}: no job has both capability and preference ({CAPABILITY} or a task's number, "
+            f"{WIN_RATE} or {ACCURACY}): a page of the runs' directory shows what they have"
+        )
     titled = [(part.name, cells(part)) for part in main]
     titled += [(f"Front, {part.name}", along(part)) for part in front]
     text = "\n\n".join("\n".join([f"**{name}**", "", *table(*told)]) for name, told in titled)
@@ -270,7 +275,7 @@ def drawn(main: Sequence[Part], front: Sequence[Part], path: Path) -> list[Path]
 def methods(part: Part, axis: Any) -> None:
     """The controls in grey; every objective from its bare form to the one with SPO."""
     for method, marker in ((INIT, "D"), (CHOSEN, "s"), (SFT_SET, "^")):
-        if method == INIT or method in part.methods:
+        if (method == INIT or method in part.methods) and part.both(method):
             axis.plot(*part.point(method), marker, color=OTHER, label=method)
     for number, base in enumerate(part.bases):
         bare, held = part.point(base), part.point(base + SPO)
@@ -288,7 +293,8 @@ def methods(part: Part, axis: Any) -> None:
 def points(part: Part, axis: Any) -> None:
     """A front: of every method a line through the values of the first word that varies, marked by
     value, and one for each value of the others; rings where a job names none."""
-    axis.plot(*part.point(INIT), "D", color=OTHER, label=INIT)
+    if part.both(INIT):
+        axis.plot(*part.point(INIT), "D", color=OTHER, label=INIT)
     lines: dict[str, list[tuple[str, tuple[float, float]]]] = {}
     for method, setting in part.methods.items():
         (first, value), *others = [(k.split(".")[1], v) for k, v in setting.told.items()]

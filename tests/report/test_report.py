@@ -181,6 +181,19 @@ def test_a_page_of_the_user_s_is_not_written_over(tmp_path, monkeypatch, capsys)
     assert path.with_suffix(".md").read_text() == "# Mine\n"
 
 
+def test_a_csv_of_a_study_s_jobs(tmp_path, monkeypatch, capsys):
+    """Designs have hypervolumes, and no objective that stands beside another."""
+    path = tmp_path / "t.csv"
+    path.write_text("config,words,final/hypervolume\na1,problem=zdt1 seed=0,4.8\n")
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        report_main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1
+    assert "no job has both capability and preference" in told
+    assert [*tmp_path.iterdir()] == [path]
+
+
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "config,words\n"])
 def test_a_csv_of_no_jobs(tmp_path, monkeypatch, capsys, text):
     path = tmp_path / "t.csv"
