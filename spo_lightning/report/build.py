@@ -6,7 +6,7 @@ from pathlib import Path
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import private, write_text
 from spo_lightning.records.summary import run_table
-from spo_lightning.report import mixture, run_page, steps, sweep_page
+from spo_lightning.report import design, mixture, run_page, steps, sweep_page
 from spo_lightning.report.charts import Chart, still
 from spo_lightning.report.page import Section, page
 from spo_lightning.report.reading import Run, runs_of
@@ -47,7 +47,8 @@ def build(
     if done:
         numbers = {"init": done[0].init, "final": done[0].final}
         sweep = Sweep(done)
-        several = markdown(sweep) + mixture.markdown(sweep.settings)
+        several = markdown(sweep)
+        several += "".join(it.markdown(sweep.settings) for it in (design, mixture))
         text = run_table(numbers) if len(done) == 1 else several
         written.append(room / TABLE)
         write_text(written[-1], private(text))

@@ -11,7 +11,7 @@ from spo_lightning.records.directory import write_text
 from spo_lightning.report.charts import GREY, Chart, axes, lines, plain, series, still
 from spo_lightning.report.page import Note, Section, Table
 from spo_lightning.report.reading import Run, read, rows_of
-from spo_lightning.report.settings import table
+from spo_lightning.report.settings import Setting, cell, starred, table
 from spo_lightning.report.style import COLOURS
 
 FILES = ("designs.csv", "guidance.csv")
@@ -39,6 +39,13 @@ MEASURES = (
     "two proposals there. Spread: how uneven their gaps are; less is better."
 )
 HEAD = ("method", *NAMES)
+SEEDED = (
+    "Hypervolume of the guided proposals over the seeds, and less that of each other method at "
+    "the same seed (95% intervals; * where zero is outside). The weight is the one with the "
+    "largest mean, chosen afterwards by the same proposals."
+)
+OTHERS = [method for method in METHODS if method != "guided"]
+SEEDED_HEAD = ("setting", "seeds", "guided", *(f"minus {METHODS[it]}" for it in OTHERS), "weight")
 
 
 def sections(run: Run) -> list[Section]:
@@ -113,6 +120,39 @@ def by_weight(run: Run, guidance: Any) -> list[Chart]:
         title = f"{name.capitalize()} by guidance weight"
         found.append(lines(f"{name}_by_weight", title, "guidance weight", name, data))
     return found
+
+
+def over_seeds(settings: Sequence[Setting]) -> list[list[Any]]:
+    """A row of a setting that proposes designs."""
+    rows = []
+    for setting in settings:
+        guided = setting.values("hypervolume")
+        if not setting.values("hypervolume/data"):
+            continue
+        apart = (
+            [guided[seed] - value for seed, value in setting.values(f"hypervolume/{it}").items()]
+            for it in OTHERS
+        )
+        paths = [run.path / "guidance.csv" for run in setting.runs]
+        at = [rows_of(path).set_index("weight")["hypervolume"] for path in paths if path.is_file()]
+        best = float(sum(at).idxmax()) if at else None  # type: ignore[union-attr]
+        rows.append(
+            [setting.name, len(setting.seeds), cell(guided.values()), *map(starred, apart), best]
+        )
+    return rows
+
+
+def seeded(settings: Sequence[Setting]) -> list[Section]:
+    """Of a sweep: what guidance gains over each other method."""
+    rows = over_seeds(settings)
+    found = Section("Guided against the others", [Table("guided", SEEDED_HEAD, rows)], SEEDED)
+    return [found] * bool(rows)
+
+
+def markdown(settings: Sequence[Setting]) -> str:
+    """The same for table.md; nothing of other runs."""
+    rows = over_seeds(settings)
+    return "\n".join(["", SEEDED, "", *table(SEEDED_HEAD, rows), ""]) if rows else ""
 
 
 def report(directory: Path) -> list[Path]:

@@ -128,6 +128,13 @@ class Sweep:
         some = [setting for setting in self.settings if setting.mean(quality) is not None]
         return sorted(some, key=lambda s: (kept(s) is not False, s.mean(quality)), reverse=True)
 
+    @cached_property
+    def rankings(self) -> list[list[Setting]]:
+        """One for each data: numbers of one say nothing of another's."""
+        every = dict.fromkeys(setting.data for setting in self.settings)
+        found = ([one for one in self.ranked if one.data == data] for data in every)
+        return [some for some in found if some]
+
 
 def told_apart(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Per run what distinguishes it besides its seed: options of groups, then keys."""
@@ -212,6 +219,14 @@ def cell(values: Iterable[float], form: str = ".3f") -> str:
         return ""
     mean, half = interval(found)
     return f"{mean:{form}}" + ("" if math.isnan(half) else f" ± {half:.3f}")
+
+
+def starred(apart: Sequence[float]) -> str:
+    """A mean difference, with a star where it is significant; one seed alone says nothing."""
+    if len(apart) < 2:
+        return ""
+    mean, half = interval(apart)
+    return cell(apart, "+.3f") + (" *" if abs(mean) > half else "")
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from spo_lightning.report import mixture, overoptimisation, paper
+from spo_lightning.report import design, mixture, overoptimisation, paper
 from spo_lightning.report.charts import unit
 from spo_lightning.report.page import Note, Section, Table
 from spo_lightning.report.reading import Run
@@ -12,11 +12,13 @@ from spo_lightning.report.settings import (
     CAPABILITY,
     LOSS,
     MEANINGS,
+    Setting,
     Sweep,
     cell,
     interval,
     kept,
     less,
+    starred,
 )
 from spo_lightning.report.sweep_charts import curves, front, heats, keys, margins, points
 
@@ -25,7 +27,7 @@ RANKING = (
     f"{LOSS} of capability (exact_match or rougeL against before training) come last. Click a "
     "heading to sort."
 )
-DIFFERENCES = "The first of the ranking minus each other, at the seeds that both have."
+DIFFERENCES = "The first of a ranking minus each other, at the seeds that both have."
 FRONT = (
     "Right is less displacement, up is better; no setting is better in both than one on the "
     "front. Point at a dot for its setting."
@@ -62,6 +64,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("Ranking", ranking(sweep), RANKING),
         Section("Differences by seed", differences(sweep), DIFFERENCES),
         Section("Methods, bare and with SPO", methods(sweep)),
+        *design.seeded(sweep.settings),
         *mixture.seeded(sweep.settings),
         Section("Over the grid", heats(sweep), "An empty field has no run."),
         Section("Quality against displacement", front(sweep), FRONT),
@@ -81,18 +84,25 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def answer(sweep: Sweep) -> list[Note]:
-    """Which setting is best, whether that is significant, and what became of the good answers."""
-    if not sweep.ranked or sweep.quality is None:
+    """Of each data which setting is best, whether that is significant, and what became of the good
+    answers."""
+    if not sweep.ranked:
         return [Note("No run has come to its numbers yet.")]
-    best, quality = sweep.ranked[0], sweep.quality
-    lines = [f"Best by {quality}: {best.name}, {shown(best.values(quality).values())}."]
+    return [Note(" ".join(said(sweep, ranked))) for ranked in sweep.rankings]
+
+
+def said(sweep: Sweep, ranked: Sequence[Setting]) -> list[str]:
+    best, quality = ranked[0], sweep.quality
+    assert quality is not None
+    where = f"{best.data}: " if len(sweep.rankings) > 1 else ""
+    lines = [f"{where}Best by {quality}: {best.name}, {shown(best.values(quality).values())}."]
     for name in CAPABILITY:
         if name != quality and name in sweep.names:
             before = shown(best.values(name, "init").values())
             lines.append(f"{name} there: {shown(best.values(name).values())}, before {before}.")
     if kept(best) is False:
         lines.append(f"No setting kept capability within {LOSS} of that before training.")
-    lines += runner_up(sweep)
+    lines += runner_up(quality, *ranked[:2])
     moved = best.mean("displacement/chosen")
     if moved is not None:
         share = best.mean("displacement/rate")
@@ -103,15 +113,13 @@ def answer(sweep: Sweep) -> list[Note]:
             f"With the best, held-out chosen answers {word} log-probability in the mean: "
             f"{change} nats{rate}."
         )
-    return [Note(" ".join(lines))]
+    return lines
 
 
-def runner_up(sweep: Sweep) -> list[str]:
+def runner_up(quality: str, best: Setting, second: Setting | None = None) -> list[str]:
     """How far the best is ahead of the next, in what ranks and in capability."""
-    quality = sweep.quality
-    if quality is None or len(sweep.ranked) < 2:
+    if second is None:
         return []
-    best, second, *_ = sweep.ranked
     lost = " (which lost capability)" if kept(second) is False else ""
     apart = verdict(less(best, second, quality))
     lines = [f"Next: {second.name}{lost}; {quality}: {apart}."]
@@ -145,7 +153,7 @@ def troubles(runs: Sequence[Run]) -> list[Note]:
     shared = [
         f"{group} {option}"
         for group, option in (known[0].choices.items() if known else ())
-        if all(run.choices.get(group) == option for run in known)
+        if all(run.choices.get(group) == option and heeds(run, group) for run in known)
     ]
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in known}))
     alike = f" All: {', '.join(shared)}." if shared else ""
@@ -153,6 +161,12 @@ def troubles(runs: Sequence[Run]) -> list[Note]:
     found = [Note(f"{len(runs)} runs: {states}.{alike}")]
     found += [Note(f"{run.name}: {run.error}", alarm=True) for run in runs if run.error]
     return found + [Note(f"{r.name}: {line}", alarm=True) for r in runs for line in r.problems]
+
+
+def heeds(run: Run, group: str) -> bool:
+    """Whether the option changes anything: a study reads few."""
+    study = run.config.get("study")
+    return not study or group in ("experiment", "problem", *study.get("reads", ()))
 
 
 def ranking(sweep: Sweep) -> list[Table]:
@@ -163,7 +177,8 @@ def ranking(sweep: Sweep) -> list[Table]:
         head += [name, "±"]
     head.append("training, seconds")
     rows = []
-    for place, setting in enumerate(sweep.ranked, 1):
+    placed = [(place, one) for some in sweep.rankings for place, one in enumerate(some, 1)]
+    for place, setting in placed:
         word = {None: "", True: "kept", False: "lost"}[kept(setting)]
         row: list[Any] = [place, setting.name, len(setting.seeds), word]
         for name in sweep.names:
@@ -177,15 +192,16 @@ def ranking(sweep: Sweep) -> list[Table]:
 
 
 def differences(sweep: Sweep) -> list[Any]:
-    rows = []
-    for other in sweep.ranked[1:]:
-        apart = [less(sweep.ranked[0], other, name) for name in sweep.names]
-        if any(len(values) > 1 for values in apart):
-            rows.append([other.name, *map(starred, apart)])
-    if not rows:
-        return []
-    table = Table("differences", [f"{sweep.ranked[0].name}, minus", *sweep.names], rows)
-    return [table, Note("* the 95% interval does not hold zero.")]
+    tables = []
+    for best, *others in sweep.rankings:
+        rows = []
+        for other in others:
+            apart = [less(best, other, name) for name in sweep.names]
+            if any(len(values) > 1 for values in apart):
+                rows.append([other.name, *map(starred, apart)])
+        key = "differences" + f" {best.data}" * bool(tables)
+        tables += [Table(key, [f"{best.name}, minus", *sweep.names], rows)] if rows else []
+    return [*tables, Note("* the 95% interval does not hold zero.")] if tables else []
 
 
 def own_loss(sweep: Sweep) -> list[Table]:
@@ -199,14 +215,6 @@ def own_loss(sweep: Sweep) -> list[Table]:
             )
             rows.append([setting.name, first, last, last - first, lowest, int(curve.idxmin())])
     return [Table("own_loss", OWN_HEAD, rows)] if rows else []
-
-
-def starred(apart: Sequence[float]) -> str:
-    """A mean difference, with a star where it is significant; one seed alone says nothing."""
-    if len(apart) < 2:
-        return ""
-    mean, half = interval(apart)
-    return cell(apart, "+.3f") + (" *" if abs(mean) > half else "")
 
 
 def methods(sweep: Sweep) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import namedtuple
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ from spo_lightning.config.build import built
 from spo_lightning.config.ranges import RANGES, holds
 from spo_lightning.config.studies import goes_on, heeds
 from spo_lightning.errors import Interrupted, UserError
+from spo_lightning.report.design import markdown, over_seeds, seeded
 from spo_lightning.report.reading import read
 from spo_lightning.report.run_page import sections
+from spo_lightning.report.settings import Setting
 from spo_lightning.train import train
 
+Run = namedtuple("Run", "path seed choices init final")  # what a setting reads of one
 METHODS = ("data", "unguided", "surrogate", "random")
 NAMES = ("hypervolume", "diversity", "spread")
 FILES = ("metrics.csv", "metrics.json", "designs.csv", "guidance.csv")
@@ -97,6 +101,26 @@ def test_what_a_run_leaves(tmp_path):
     assert {one["type"] for one in charts["fronts"].data} == {"scatter3d"}
     assert [row[0] for row in charts["methods"].rows][:2] == ["best that was known", "guided"]
     assert {"hypervolume_by_weight", "other_classifier_accuracy"} <= charts.keys()
+
+
+def test_over_seeds_guided_stands_beside_each_other_method(tmp_path):
+    """Paired by seed, and each problem by itself: volumes of two say nothing of one another."""
+    runs = []
+    for seed, (guided, data) in enumerate([(4.0, 3.0), (6.0, 4.0)]):
+        (tmp_path / str(seed)).mkdir()
+        # at 0 there is none, 10 has the largest mean
+        text = f"weight,hypervolume\n0,{data}\n10,{guided}\n20,{guided - 1}\n"
+        (tmp_path / str(seed) / "guidance.csv").write_text(text)
+        final = {"hypervolume": guided, "hypervolume/data": data}
+        runs.append(Run(tmp_path / str(seed), seed, {"problem": "zdt1"}, {}, final))
+    other = Run(tmp_path, 0, {"problem": "zdt2"}, {}, {"hypervolume": 9.0})
+    settings = [Setting({"problem": "zdt1"}, runs), Setting({"problem": "zdt2"}, [other])]
+    (row,) = over_seeds(settings)
+    assert row[:3] == ["problem=zdt1", 2, "5.000 ± 12.706"]
+    assert row[3:] == ["+1.500 ± 6.353", "", "", "", 10.0]
+    (title,) = (section.title for section in seeded(settings))
+    assert title == "Guided against the others" and seeded(settings[1:]) == []
+    assert "| problem=zdt1 | 2 | 5.000" in markdown(settings)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
