@@ -67,7 +67,7 @@ def look(cfg: DictConfig) -> Preflight:
         down = -cfg.optimizer.lr
         scores = [down * slope for slope in slopes(at.scorer, held, here, along, advance)]
     del here, along
-    alike = {"ches": ches_of(cfg, at, held)}
+    alike = ches_of(cfg, at, held)
     seconds["geometry"], began = time.monotonic() - began, time.monotonic()
     pilots = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, steps)
     found = pilots.split(solver, "pilot")
@@ -79,17 +79,23 @@ def look(cfg: DictConfig) -> Preflight:
     epoch = max(1, len(at.train) // cfg.batch_size)
     measured = found.changes["held"][:, 0].tolist()
     ahead = judgement.foreseen(found.first["held"], measured, steps, min(total, epoch))
-    changes = {"first": found.first["held"], "measured": measured}
-    told = rows(held, at.task.held_out, {"score": scores} | alike | changes)
+    numbers = {"score": scores, "ches": alike, "first": found.first["held"], "measured": measured}
+    told = rows(held, at.task.held_out, numbers)
     return Preflight(
-        judgement.advice(sides, ahead, tried, cfg.optimizer.lr, total),
-        telling(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))),
-        *(total, steps, cfg.optimizer.lr),
-        judgement.means(shape),
-        judgement.spearman(scores, changes["measured"]),
-        *(sides, ahead, tried, seconds, found.mib),
-        [{"row": pair.row + 1} | one for pair, one in zip(sample.pairs, shape)],
-        sorted(told, key=lambda row: row["score"]),
+        advice=judgement.advice(sides, ahead, tried, cfg.optimizer.lr, total),
+        run=telling(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))),
+        steps=total,
+        pilot_steps=steps,
+        lr=cfg.optimizer.lr,
+        geometry=judgement.means(shape),
+        ranking=judgement.spearman(scores, measured),
+        sides=sides,
+        foreseen=ahead,
+        weights=tried,
+        seconds=seconds,
+        mib=found.mib,
+        sample=[{"row": pair.row + 1} | one for pair, one in zip(sample.pairs, shape)],
+        pairs=sorted(told, key=lambda row: row["score"]),
     )
 
 
