@@ -192,9 +192,10 @@ class Study:
         guidance: Sequence[Mapping[str, float]],
     ) -> dict[str, Any]:
         """metrics.json."""
-        by_weight = {row["weight"]: dict(row) for row in guidance}
-        for row in by_weight.values():
-            del row["weight"]
+        by_weight = {
+            row["weight"]: {name: value for name, value in row.items() if name != "weight"}
+            for row in guidance
+        }
         others = {**found, "unguided": by_weight[BARE]}
         beside = {
             f"{name}/{method}": numbers[name]
