@@ -22,11 +22,10 @@ from spo_lightning.design.measures import measured
 from spo_lightning.design.offline import Collecting, Offline
 from spo_lightning.design.order import Order
 from spo_lightning.design.problem import Array, Problem
-from spo_lightning.records.directory import write_text
+from spo_lightning.records.disk import write_csv, write_text
 from spo_lightning.studies import denoiser
 from spo_lightning.studies.denoiser import Schedule, Timed
 from spo_lightning.studies.fitting import Book, Learning, Loss, Numbers, fit, generator, seeded
-from spo_lightning.studies.study import write_csv
 
 log = logging.getLogger(__name__)
 

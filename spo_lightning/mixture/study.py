@@ -29,10 +29,9 @@ from spo_lightning.mixture.likelihood import Flow, shares
 from spo_lightning.mixture.measures import Grid
 from spo_lightning.mixture.training import Denoiser, Learner, Method, batch_of, told
 from spo_lightning.mixture.truth import Mixture, Preference
-from spo_lightning.records.directory import write_text
+from spo_lightning.records.disk import write_csv, write_text
 from spo_lightning.studies.denoiser import Schedule as Noising
 from spo_lightning.studies.fitting import Book, Learning, Numbers, fit, generator, seeded
-from spo_lightning.studies.study import write_csv
 
 log = logging.getLogger(__name__)
 

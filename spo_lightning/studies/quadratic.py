@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from spo_lightning.errors import Diverged
-from spo_lightning.records.directory import write_text
+from spo_lightning.records.disk import write_csv, write_text
 from spo_lightning.solvers import Problem, Solver
 from spo_lightning.studies.descent import of_rows
-from spo_lightning.studies.study import write_csv
 
 SHOWN = 200  # points of a path in paths.csv
 Numbers = Sequence[float]
