@@ -56,8 +56,14 @@ def look(cfg: DictConfig) -> Preflight:
     check_sources(cfg.model)
     set_threads(cfg.hardware)
     quiet()
+    stages = Stages(lambda *_: None, Stop(), "Run the same command again.")
+    with stages.stop.listening():
+        return _looked(cfg, stages)
+
+
+def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
     loss, solver = objective(cfg)
-    at, total = prepared(cfg, loss)
+    at, total = prepared(cfg, loss, stages)
     seconds, began = dict(at.seconds), time.monotonic()
     steps = min(cfg.preflight.pilot_steps, total)
     sample, seen, held = sampled(cfg, at, steps)
@@ -99,14 +105,12 @@ def look(cfg: DictConfig) -> Preflight:
     )
 
 
-def prepared(cfg: DictConfig, loss: Any) -> tuple[Referenced, int]:
+def prepared(cfg: DictConfig, loss: Any, stages: Stages) -> tuple[Referenced, int]:
     """The run up to its reference, of the pairs that are looked at; the steps of the run."""
     asked = cfg.preflight
     held = min(asked.max_pairs, cfg.eval.max_rows or asked.max_pairs)
     drawn = max(asked.pilot_steps, math.ceil(asked.max_pairs / cfg.batch_size))
     short: Any = OmegaConf.merge(cfg, {"max_steps": drawn, "eval": {"max_rows": held}})
-    stages = Stages(lambda *_: None, Stop(), "Run the same command again.")
-    stages.stop.install()
     at = walk([DATA], Begun(short, World(place=lambda: device_of(cfg.hardware)), stages, {}))
     refuse_to_compare(cfg, at.task)
     if not at.task.compares:
