@@ -1,4 +1,5 @@
-"""What does not go with pairs of images, or with a denoiser: one line that refuses, or nothing."""
+"""What does not go with a command, with pairs of images or with a denoiser: one line that refuses,
+or nothing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,6 +48,15 @@ UNREAD = (
     *("refusals", "judge"),
 )
 OTHERS = ("plan", "preflight", "loop", "what")  # of other commands, which read texts
+# key, the values that go with a command, why no other does
+Only = Sequence[tuple[str, tuple[Any, ...], str]]
+
+
+def check_only(cfg: DictConfig, only: Only, command: str) -> None:
+    for key, values, why in only:
+        value = OmegaConf.select(cfg, key)
+        if value not in values:
+            raise UserError(f"{key}={value} does not go with {command}: {why}")
 
 
 def check_apart(cfg: DictConfig, touched: Sequence[str]) -> None:

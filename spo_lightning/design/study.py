@@ -22,11 +22,10 @@ from spo_lightning.design.measures import measured
 from spo_lightning.design.offline import Collecting, Offline
 from spo_lightning.design.order import Order
 from spo_lightning.design.problem import Array, Problem
-from spo_lightning.records.directory import write_text
+from spo_lightning.records.disk import write_csv, write_text
 from spo_lightning.studies import denoiser
 from spo_lightning.studies.denoiser import Schedule, Timed
 from spo_lightning.studies.fitting import Book, Learning, Loss, Numbers, fit, generator, seeded
-from spo_lightning.studies.study import write_csv
 
 log = logging.getLogger(__name__)
 
@@ -192,9 +191,10 @@ class Study:
         guidance: Sequence[Mapping[str, float]],
     ) -> dict[str, Any]:
         """metrics.json."""
-        by_weight = {row["weight"]: dict(row) for row in guidance}
-        for row in by_weight.values():
-            del row["weight"]
+        by_weight = {
+            row["weight"]: {name: value for name, value in row.items() if name != "weight"}
+            for row in guidance
+        }
         others = {**found, "unguided": by_weight[BARE]}
         beside = {
             f"{name}/{method}": numbers[name]

@@ -72,7 +72,7 @@ def grid(path: Path, panels: dict[str, Sequence[Image]]) -> None:
     shown = {title: [*images[:SHOWN]] for title, images in panels.items()}
     side = max(1, int(np.ceil(np.sqrt(max(map(len, shown.values()))))))
     first = next(image for images in shown.values() for image in images)
-    cell = max(CELL, first.shape[0]) if first.shape[0] < CELL else first.shape[0]
+    cell = max(CELL, first.shape[0])
     step, width = cell + GAP, side * (cell + GAP)
     page = Pictured.new("RGB", (len(shown) * (width + HEAD) - HEAD, HEAD + width), "white")
     pen = ImageDraw.Draw(page)

@@ -1,7 +1,6 @@
 """The ``model`` node of a config in, a pipeline out: built small, or any diffusers directory."""
 
 import json
-import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +19,6 @@ from spo_lightning.diffusion.pipeline import (
     Words,
 )
 from spo_lightning.errors import UserError
-
-log = logging.getLogger(__name__)
 
 DENOISERS = ("unet", "transformer")  # what a pipeline calls its own
 

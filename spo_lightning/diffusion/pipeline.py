@@ -5,7 +5,6 @@ prompt becomes what the denoiser is told (``Words``, ``Texts``, ``Classes``).
 """
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from torch.nn import functional as F
 from spo_lightning.data.pictures import Image
 from spo_lightning.errors import UserError
 
-log = logging.getLogger(__name__)
 Told = Mapping[str, Tensor]  # the denoiser's arguments besides image and time, of one prompt
 WORDS = "words.json"  # what a pipeline that was built here has beside its denoiser and scheduler
 

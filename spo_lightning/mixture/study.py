@@ -29,10 +29,9 @@ from spo_lightning.mixture.likelihood import Flow, shares
 from spo_lightning.mixture.measures import Grid
 from spo_lightning.mixture.training import Denoiser, Learner, Method, batch_of, told
 from spo_lightning.mixture.truth import Mixture, Preference
-from spo_lightning.records.directory import write_text
+from spo_lightning.records.disk import write_csv, write_text
 from spo_lightning.studies.denoiser import Schedule as Noising
 from spo_lightning.studies.fitting import Book, Learning, Numbers, fit, generator, seeded
-from spo_lightning.studies.study import write_csv
 
 log = logging.getLogger(__name__)
 
@@ -115,17 +114,20 @@ class Study:
         return dict(self.methods) if known else {**self.methods, self.asked.title: self.asked}
 
     @cached_property
+    def levels(self) -> Tensor:
+        """[P] u, the log of noise over image, at each place of the schedule."""
+        return 0.5 * ((1 - self.noise.kept) / self.noise.kept).log()
+
+    @cached_property
     def schedule(self) -> Schedule:
         """Its places, and what the net is told of each."""
         kept = self.noise.kept
-        times = told(0.5 * ((1 - kept) / kept).log(), self.flow)
         image, noise = kept.sqrt().float(), (1 - kept).sqrt().float()
-        return Schedule(image, noise, times.float(), TARGETS["epsilon"])
+        return Schedule(image, noise, told(self.levels, self.flow).float(), TARGETS["epsilon"])
 
     @cached_property
     def flow(self) -> Flow:
-        ends = 0.5 * ((1 - self.noise.kept) / self.noise.kept).log()
-        return Flow(ends[0].item(), ends[-1].item(), self.flow_steps)
+        return Flow(self.levels[0].item(), self.levels[-1].item(), self.flow_steps)
 
     def run(
         self,
@@ -247,6 +249,7 @@ class Study:
                 for title, sides in moved.items():
                     moments.append({"method": title, "step": done, **moment(sides)})
             book.went(PHASE, state, done == self.steps)
+        # of a run that goes on after its last step nothing was looked at here
         return learners, moved or looked(), moments
 
     def learners(
@@ -270,7 +273,8 @@ class Study:
         """An outer step's pairs with their draws and what the reference says at them."""
         draws = generator(self.seed, f"batch {step}")
         rows = torch.randint(len(pairs), (self.batch_size,), generator=draws)
-        named = rows * self.batch_size + torch.arange(self.batch_size)  # a row may come twice
+        # what draws are named by: a row that comes twice has others at each of its places
+        named = rows * self.batch_size + torch.arange(self.batch_size)
         spread = Draws(seeded(self.seed, "draws"), self.draws, len(self.schedule))
         batch = spread.of(batch_of(pairs[rows], named), step)
         with torch.no_grad():
@@ -297,8 +301,9 @@ class Study:
         for title, values in {"best": best, **everyone}.items():
             parts = measures.by_centre(values, points, centres)
             numbers |= {f"mode{n}/{title}": share for n, share in enumerate(parts, 1)}
-            shown = measures.whole(values).exp() @ self.preference.reward(points).double()
-            numbers[f"reward/{title}"] = shown.item()
+            reward = measures.whole(values).exp() @ self.preference.reward(points).double()
+            numbers[f"reward/{title}"] = reward.item()
+        # ``best`` is of cells; per area it is a density like the others
         area = 2 * torch.tensor(2 * self.grid.reach / self.grid.side).double().log()
         shown = {"reference": reference, "best": best - area, **logs}
         columns = {name: values.tolist() for name, values in shown.items()}

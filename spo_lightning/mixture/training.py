@@ -28,8 +28,15 @@ from spo_lightning.studies.fitting import CLIPPED
 from spo_lightning.training.microbatch import problem_of
 
 TOLD = 10.0  # the net's times run from 0 to this: its quickest wave then turns 1.6 times
-# what a loss may read that points have not, or that follows earlier batches
-LACKING = ("divergences", "sentences", "squares", "margins", "moments", "kl", "beside")
+# what a loss may ask for, and what that is: points have none, and no method keeps any
+LACKING = {
+    "divergences": "a distribution over tokens",
+    "sentences": "sentences",
+    "squares": "the probabilities of other tokens",
+    "margins": "score differences",
+    "moments": "earlier batches",
+    "kl": "how far the policy has moved on other prompts",
+}
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,17 @@ class Method:
             object.__setattr__(self, "loss", assembled(self.loss))  # pyright: ignore
         except TypeError as error:
             raise ValueError(f"loss: {error}; see conf/loss for its keys") from error
-        for name in LACKING:
+        for name, what in LACKING.items():
             if losses.asks(self.loss, name):
-                raise ValueError(f"this loss reads {name}, which points lack: take another")
+                raise ValueError(f"this loss reads {what}, which points lack: take another")
 
     @property
     def title(self) -> str:
-        """Of one that has no name in the yaml."""
-        name = getattr(self.loss, "func", self.loss).__name__
+        """Of one that has no name in the yaml: its loss, without what stands around it."""
+        loss: Any = self.loss
+        while len(inside := getattr(loss, "keywords", {}).get("losses", ())) == 1:
+            (loss,) = inside
+        name = getattr(loss, "func", loss).__name__
         return name if self.solver == NoLower() else f"{name}, {type(self.solver).__name__}"
 
     def equals(self, other: "Method") -> bool:

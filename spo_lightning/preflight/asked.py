@@ -3,22 +3,22 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from spo_lightning.config.apart import Only, check_only
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import without_secrets
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# what a loss's yaml says -> why its pairs have no gradient of their own
-APART = {
+# a fact that a loss's yaml tells -> why its pairs have no gradient of their own
+LOSSES = {
     "unpaired": "its rows have one answer, and a pair's geometry is that of two",
     "whole_batch": "it judges all pairs of a step together",
     "rewards": "a reward model has no likelihood to lose",
     "template": "a ranker answers with a letter and has no likelihood to lose",
 }
 
-# key, the values that go with a preflight, why no other does
-APART_FROM_IT = [
+ONLY: Only = [
     ("data.stream", (None, False), "the preflight draws from all pairs: leave it out"),
     ("study", (None,), "an experiment without a model has nothing to look at: leave it out"),
     ("ckpt_path", (None,), "the preflight starts where the run begins: leave it out"),
@@ -36,14 +36,10 @@ def telling(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse(cfg: "DictConfig") -> None:
     """Before anything is read."""
-    from omegaconf import OmegaConf
-
-    for key, why in APART.items():
+    for key, why in LOSSES.items():
         if cfg.loss.get(key):
             raise UserError(f"loss: {why}, so there is no preflight: train it")
-    for key, value, why in APART_FROM_IT:
-        if OmegaConf.select(cfg, key) not in value:
-            raise UserError(f"{key}={OmegaConf.select(cfg, key)}: {why}")
+    check_only(cfg, ONLY, "a preflight")
     if cfg.max_steps == 0:
         raise UserError("max_steps=0: nothing would be trained, so nothing can be foreseen")
     if cfg.max_steps * cfg.batch_size == 1:

@@ -56,8 +56,14 @@ def look(cfg: DictConfig) -> Preflight:
     check_sources(cfg.model)
     set_threads(cfg.hardware)
     quiet()
+    stages = Stages(lambda *_: None, Stop(), "Run the same command again.")
+    with stages.stop.listening():
+        return _looked(cfg, stages)
+
+
+def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
     loss, solver = objective(cfg)
-    at, total = prepared(cfg, loss)
+    at, total = prepared(cfg, loss, stages)
     seconds, began = dict(at.seconds), time.monotonic()
     steps = min(cfg.preflight.pilot_steps, total)
     sample, seen, held = sampled(cfg, at, steps)
@@ -67,7 +73,7 @@ def look(cfg: DictConfig) -> Preflight:
         down = -cfg.optimizer.lr
         scores = [down * slope for slope in slopes(at.scorer, held, here, along, advance)]
     del here, along
-    alike = {"ches": ches_of(cfg, at, held)}
+    alike = ches_of(cfg, at, held)
     seconds["geometry"], began = time.monotonic() - began, time.monotonic()
     pilots = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, steps)
     found = pilots.split(solver, "pilot")
@@ -79,28 +85,32 @@ def look(cfg: DictConfig) -> Preflight:
     epoch = max(1, len(at.train) // cfg.batch_size)
     measured = found.changes["held"][:, 0].tolist()
     ahead = judgement.foreseen(found.first["held"], measured, steps, min(total, epoch))
-    changes = {"first": found.first["held"], "measured": measured}
-    told = rows(held, at.task.held_out, {"score": scores} | alike | changes)
+    numbers = {"score": scores, "ches": alike, "first": found.first["held"], "measured": measured}
+    told = rows(held, at.task.held_out, numbers)
     return Preflight(
-        judgement.advice(sides, ahead, tried, cfg.optimizer.lr, total),
-        telling(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))),
-        *(total, steps, cfg.optimizer.lr),
-        judgement.means(shape),
-        judgement.spearman(scores, changes["measured"]),
-        *(sides, ahead, tried, seconds, found.mib),
-        [{"row": pair.row + 1} | one for pair, one in zip(sample.pairs, shape)],
-        sorted(told, key=lambda row: row["score"]),
+        advice=judgement.advice(sides, ahead, tried, cfg.optimizer.lr, total),
+        run=telling(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))),
+        steps=total,
+        pilot_steps=steps,
+        lr=cfg.optimizer.lr,
+        geometry=judgement.means(shape),
+        ranking=judgement.spearman(scores, measured),
+        sides=sides,
+        foreseen=ahead,
+        weights=tried,
+        seconds=seconds,
+        mib=found.mib,
+        sample=[{"row": pair.row + 1} | one for pair, one in zip(sample.pairs, shape)],
+        pairs=sorted(told, key=lambda row: row["score"]),
     )
 
 
-def prepared(cfg: DictConfig, loss: Any) -> tuple[Referenced, int]:
+def prepared(cfg: DictConfig, loss: Any, stages: Stages) -> tuple[Referenced, int]:
     """The run up to its reference, of the pairs that are looked at; the steps of the run."""
     asked = cfg.preflight
     held = min(asked.max_pairs, cfg.eval.max_rows or asked.max_pairs)
     drawn = max(asked.pilot_steps, math.ceil(asked.max_pairs / cfg.batch_size))
     short: Any = OmegaConf.merge(cfg, {"max_steps": drawn, "eval": {"max_rows": held}})
-    stages = Stages(lambda *_: None, Stop(), "Run the same command again.")
-    stages.stop.install()
     at = walk([DATA], Begun(short, World(place=lambda: device_of(cfg.hardware)), stages, {}))
     refuse_to_compare(cfg, at.task)
     if not at.task.compares:

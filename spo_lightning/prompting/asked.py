@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from spo_lightning.config.apart import Only, check_only
 from spo_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# key, the values that go with a search, why no other does
-APART = [
+ONLY: Only = [
     ("data.stream", (None, False), "a search asks single prompts: leave it out"),
     ("data.system", (None,), "start is the system prompt: leave it out"),
     ("data.chat", (None, False), "system_turn says how a prompt is asked: leave it out"),
@@ -24,9 +24,7 @@ def refuse(cfg: "DictConfig") -> None:
     """Before anything is read."""
     from omegaconf import OmegaConf
 
-    for key, values, why in APART:
-        if OmegaConf.select(cfg, key) not in values:
-            raise UserError(f"{key}={OmegaConf.select(cfg, key)} does not go with a search: {why}")
+    check_only(cfg, ONLY, "a search")
     for key, names in NAMES.items():
         for name in (name for name in names if f"{{{name}}}" not in cfg[key]):
             raise UserError(f"{key} has no {{{name}}}: it must hold each of {names}")

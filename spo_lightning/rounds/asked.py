@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+from spo_lightning.config.apart import Only, check_only
 from spo_lightning.config.knobs import Given
 from spo_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# key, the values that go with a loop, why no other does
-APART = [
+ONLY: Only = [
     ("data.stream", (None, False), "a round asks all prompts: leave it out"),
     ("data.pairs", (None,), "a loop makes its pairs: leave it out"),
     ("study", (None,), "an experiment without a model has no answers: leave it out"),
@@ -24,11 +24,7 @@ APART = [
 
 def refuse(cfg: "DictConfig", line: Given) -> None:
     """Before anything is read."""
-    from omegaconf import OmegaConf
-
-    for key, values, why in APART:
-        if OmegaConf.select(cfg, key) not in values:
-            raise UserError(f"{key}={OmegaConf.select(cfg, key)} does not go with a loop: {why}")
+    check_only(cfg, ONLY, "a loop")
     if cfg.max_steps == 0:
         raise UserError("max_steps=0: no round would train anything")
     if cfg.model.lora.rank and not cfg.model.lora.merge:

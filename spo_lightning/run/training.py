@@ -56,7 +56,7 @@ def after_data(job: Job) -> list[Stage]:
     look, again = "forwards and answers", "measures again"
     return [
         *BEFORE_TRAINING,
-        Stage("held-out: init", partial(init, job), "forwards and answers", "measures again"),
+        Stage("held-out: init", partial(init, job), look, again),
         Stage("training", partial(training, job), "max_steps", "from its last checkpoint"),
         Stage("held-out: final", final, look, again),
         Stage("save", partial(save, job), "a model's write", "writes again"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spo_lightning import losses
 from spo_lightning.models.scorer import PairLogps
-from spo_lightning.solvers import Problem, Slope, Solver, Terms
+from spo_lightning.solvers import Problem, Slope, Solver, Tensors, Terms
 from spo_lightning.studies.policies import LogLinear
 
 
@@ -44,19 +44,15 @@ def pairs(logps: Tensor) -> PairLogps:
     return PairLogps(logps[:, :2].flatten(), token // 2, token % 2 == 1, len(logps))
 
 
-def problem(
-    loss: losses.Loss, logps: Callable[[Tensor], Tensor], theta: Tensor, reference: PairLogps
+def of_rows(
+    levels: Callable[[Tensor], tuple[Tensor, Tensor]], theta: Tensor, value: Tensor, size: Tensor
 ) -> Problem:
-    """F and G of N starts at once. ``logps``: theta [N, D] to [N, K].
+    """The problem of theta -> F and G, [N] each.
 
-    No start sees another: a row is an outer step of its own, so its averages are its values.
+    No row sees another: each is an outer step of its own, so its averages are its values.
     """
 
-    def both(at: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        policy = pairs(logps(at[0]))
-        return losses.evaluate(loss, policy, reference, None), -policy.mean_chosen
-
-    def gradient(closure: Callable[[Problem], Terms], at: tuple[Tensor, ...]) -> Slope:
+    def gradient(closure: Callable[[Problem], Terms], at: Tensors) -> Slope:
         leaf = at[0].detach().requires_grad_()
         terms = closure(replace(whole, theta=(leaf,)))
         summed = torch.stack([term.sum() for term in terms.minimise]).sum()
@@ -64,15 +60,27 @@ def problem(
 
     whole = Problem(
         theta=(theta,),
-        upper=lambda at: both(at)[0],
-        lower=lambda at: both(at)[1],
-        both=both,
-        value=-reference.mean_chosen,
-        size=reference.chosen_length,
+        upper=lambda at: levels(at[0])[0],
+        lower=lambda at: levels(at[0])[1],
+        both=lambda at: levels(at[0]),
+        value=value,
+        size=size,
         gradient=gradient,
         twice=gradient,
     )
     return whole
+
+
+def problem(
+    loss: losses.Loss, logps: Callable[[Tensor], Tensor], theta: Tensor, reference: PairLogps
+) -> Problem:
+    """F and G of N starts at once. ``logps``: theta [N, D] to [N, K]."""
+
+    def levels(at: Tensor) -> tuple[Tensor, Tensor]:
+        policy = pairs(logps(at))
+        return losses.evaluate(loss, policy, reference, None), -policy.mean_chosen
+
+    return of_rows(levels, theta, -reference.mean_chosen, reference.chosen_length)
 
 
 def descend(policy: LogLinear, method: Method, steps: int) -> Iterator[Move]:

@@ -6,7 +6,7 @@ solution of the constrained problem lies. ``numbers.json``: where each path ende
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from spo_lightning.errors import Diverged
-from spo_lightning.records.directory import write_text
-from spo_lightning.solvers import Problem, Slope, Solver, Terms
-from spo_lightning.studies.study import write_csv
+from spo_lightning.records.disk import write_csv, write_text
+from spo_lightning.solvers import Problem, Solver
+from spo_lightning.studies.descent import of_rows
 
 SHOWN = 200  # points of a path in paths.csv
 Numbers = Sequence[float]
@@ -77,28 +77,10 @@ class Study:
 
     def problem(self, theta: Tensor) -> Problem:
         """One row of F and of G; V is 0, the least G can be."""
-
-        def both(at: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-            return self.upper(at[0])[None], self.lower(at[0])[None]
-
-        def gradient(closure: Callable[[Problem], Terms], at: tuple[Tensor, ...]) -> Slope:
-            leaf = at[0].detach().requires_grad_()
-            terms = closure(replace(whole, theta=(leaf,)))
-            summed = torch.stack([term.sum() for term in terms.minimise]).sum()
-            means = {name: value.mean() for name, value in terms.watch.items()}
-            return Slope(torch.autograd.grad(summed, (leaf,)), means)
-
-        whole = Problem(
-            theta=(theta,),
-            upper=lambda at: both(at)[0],
-            lower=lambda at: both(at)[1],
-            both=both,
-            value=torch.zeros(1, dtype=torch.float64),
-            size=torch.ones(1, dtype=torch.float64),
-            gradient=gradient,
-            twice=gradient,
+        none, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        return of_rows(
+            lambda at: (self.upper(at)[None], self.lower(at)[None]), theta, value=none, size=one
         )
-        return whole
 
     def walked(self, path: Path2d, advance: Callable[[], Any]) -> Tensor:
         """[steps + 1, 2] theta from the start to the end."""

@@ -7,8 +7,6 @@ where y_w is rarest and of the third where it is likeliest.
 ``condition.csv``: the first step where similarity varies. ``numbers.json``: what all come to.
 """
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spo_lightning.errors import Diverged
-from spo_lightning.records.directory import write_text
+from spo_lightning.records.disk import write_csv, write_text
 from spo_lightning.studies import theory
 from spo_lightning.studies.descent import Method, apart, descend
 from spo_lightning.studies.policies import LogLinear, Make, draw
@@ -208,11 +206,3 @@ def judged(rows: Rows) -> dict[str, float]:
     alike = [one == other for one, other in zip(holds, fell)]
     shares = {"holds": holds, "fell": fell, "alike": alike}
     return {name: sum(told) / len(rows) for name, told in shares.items()}
-
-
-def write_csv(path: Path, rows: Rows) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_text(path, text.getvalue())

@@ -34,7 +34,7 @@ def largest(
     whole: int,
 ) -> int:
     """The most that fit in every process; between one row and the process's whole share."""
-    device, weights = module.device, {}
+    device, peaks = module.device, {}
     gc.collect()
     before, here = memory.in_use(device), 1
     if device.type != "cuda" and world.size > 1:
@@ -43,24 +43,24 @@ def largest(
     room = TAKEN * free - _to_come(module)
 
     def weigh(tokens: int) -> float:
-        weights[tokens] = _weight(module, trial(tokens), before)
-        return weights[tokens]
+        peaks[tokens] = _peak(module, trial(tokens), before)
+        return peaks[tokens]
 
     found = most(weigh, least, whole, room)
     agreed = min(world.gather(found))
     log.info(
         "data.tokens_per_batch=auto: %d tokens a forward, %s: %d trials, %.0f of %.0f MiB free",
         *(agreed, "all of an outer step" if agreed >= whole else "the most that fit"),
-        *(len(weights), weights[found] / MIB, free / MIB),
+        *(len(peaks), peaks[found] / MIB, free / MIB),
     )
     return agreed
 
 
 def most(weigh: Callable[[int], float], least: int, whole: int, room: float) -> int:
-    """The most tokens, up to ``whole``, whose weight the room holds; ``least`` where none do.
+    """The most tokens, up to ``whole``, that the room holds; ``least`` where none do.
 
     Every trial is as far ahead as those before it let hope, at most twice, so that none takes more
-    than there is. ``weigh``: bytes, infinite where they were not to be had.
+    than there is. ``weigh``: tokens to bytes, infinite where they were not to be had.
     """
     good, ceiling, known = least, whole, {least: weigh(least)}
     while known[least] <= room and good < whole:
@@ -69,22 +69,22 @@ def most(weigh: Callable[[int], float], least: int, whole: int, room: float) -> 
             break
         known[more] = weigh(more)
         good = more if known[more] <= room else good
-        failed = [tokens for tokens, weight in known.items() if weight > room]
+        failed = [tokens for tokens, taken in known.items() if taken > room]
         ceiling = (good + min(failed)) // 2 if failed else whole
     return good
 
 
 def _hoped(known: dict[int, float], room: float) -> float:
-    """Tokens that would fill the room, on the line through the last two weights, or through one
+    """Tokens that would fill the room, on the line through the last two trials, or through one
     and nothing."""
-    finite = sorted((tokens, weight) for tokens, weight in known.items() if weight < math.inf)
+    finite = sorted((tokens, taken) for tokens, taken in known.items() if taken < math.inf)
     (less, light), (more, heavy) = [(0, 0.0), (0, 0.0), *finite][-2:]
     if heavy <= light:
         return math.inf
     return more + (room - heavy) * (more - less) / (heavy - light)
 
 
-def _weight(module: Preference, batch: Microbatches, before: int) -> float:
+def _peak(module: Preference, batch: Microbatches, before: int) -> float:
     """Bytes at the peak of an outer step's passes over these, above ``before``."""
     device, lost = module.device, False
     gpus = [device] if device.type == "cuda" else []

@@ -349,6 +349,11 @@ def exempt(path, name):
     return weight or path.parent.name == "experiment" or name in ("config", "model_type")
 
 
+def test_a_mixture_can_have_every_loss():
+    parts = config("loss=mixture").loss.parts
+    assert sorted({*parts, "mixture", "spo"}) == options("loss")  # spo is dpo and its solver
+
+
 @pytest.mark.parametrize(
     "word", ["checkpoint.monitor=null", "clip_norm=null", "eval.max_rows=null"]
 )

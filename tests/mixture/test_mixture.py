@@ -192,7 +192,7 @@ def test_a_step_descends_the_loss_by_finite_differences(shipped, start):
 
 @pytest.mark.parametrize("solver", ["none", "penalty", "unrolled", "implicit", "alternating"])
 def test_every_solver_moves_it(solver):
-    made = study(*TINY, "loss=ipo", f"solver={solver}")
+    made = study(*TINY, "loss=ipo", "loss/divergence=js", f"solver={solver}")
     assert [*made.trained][:-1] == [*METHODS]
     net = Denoiser(made.denoiser.net(2, 2, 0), made.flow).eval().requires_grad_(False)
     surrogate = {"scale": 12.0, "weights": made.schedule.image}
@@ -206,6 +206,9 @@ def test_every_solver_moves_it(solver):
 def test_what_loss_says_is_one_more_method_if_it_is_none_of_them():
     assert [*study().trained] == [*METHODS]
     assert [*study("loss=ipo").trained] == [*METHODS, "ipo"]
+    assert [*study("loss=ipo", "loss/divergence=js").trained] == [*METHODS, "ipo"]
+    parts = ("loss.parts.dpo.weight=1", "loss.parts.sft.weight=0.1")
+    assert [*study("loss=mixture", *parts).trained] == [*METHODS, "mixture"]
     assert [*study("loss=spo").trained] == [*METHODS]
     assert [*study("loss=hinge", "solver=penalty").trained] == [*METHODS, "hinge, Penalty"]
 
@@ -316,7 +319,8 @@ def test_what_the_mixture_heeds():
         (["study.preference.heights=[1,2]"], "3 centres and 2 heights"),
         (["study.grid.side=1"], "study.grid.side=1"),
         (["study.lr=0"], "study.lr must be above 0, not 0"),
-        (["loss=tdpo1"], "this loss reads divergences, which points lack: take another"),
+        (["loss=tdpo1"], "this loss reads a distribution over tokens, which points lack: take"),
+        (["loss=dpo", "loss.wpo=true"], "this loss reads the probabilities of other tokens"),
     ],
 )
 def test_a_mixture_that_cannot_be_meant_is_refused(words, said):

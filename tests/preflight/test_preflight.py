@@ -15,6 +15,7 @@ from spo_lightning.preflight import judgement
 from spo_lightning.preflight.geometry import geometry, slopes, sums
 from spo_lightning.preflight.look import prepared, sampled
 from spo_lightning.preflight.pilot import Pilots
+from spo_lightning.records.progress import silent
 from spo_lightning.run import job as run_job
 from spo_lightning.training.microbatch import trainable
 
@@ -109,7 +110,7 @@ def test_equal_values_share_a_rank():
 def test_a_pilot_leaves_the_policy_bit_for_bit_and_repeats(name, cache):
     cfg = composed(cache, f"loss={name}")
     loss, solver = run_job.objective(cfg)
-    at, total = prepared(cfg, loss)
+    at, total = prepared(cfg, loss, silent())
     before = {n: p.detach().clone() for n, p in at.scorer.named_parameters()}
     _, seen, held = sampled(cfg, at, 2)
     pilots = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, 2)
@@ -124,7 +125,7 @@ def test_a_pilot_leaves_the_policy_bit_for_bit_and_repeats(name, cache):
 def test_a_short_step_is_first_order(cache):
     cfg = composed(cache, "loss=dpo", "model.dtype=float64", "optimizer.lr=1e-6")
     loss, solver = run_job.objective(cfg)
-    at, total = prepared(cfg, loss)
+    at, total = prepared(cfg, loss, silent())
     _, seen, held = sampled(cfg, at, 2)
     found = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, 2).split(solver, "pilot")
     for side in ("seen", "held"):
