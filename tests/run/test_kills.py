@@ -6,29 +6,30 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import command, end, start
+from conftest import Fork, forked
 from test_processes import TWO as WHOLE
-from test_processes import numbers, others_of, rows, training
+from test_processes import numbers, others_of, rows
 from test_spread_runs import EVEN, assert_near
 from test_spread_runs import TWO as PARTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 ONE = ("hardware=cpu", "hardware.threads=1")
-STEPS, CHANCE = 40, 26
+STEPS, CHANCE = 30, 26
 LINE = (*EVEN, "solver=penalty", "solver/value=inner", f"max_steps={STEPS}")
-LINE = (*LINE, "checkpoint.every_n_steps=1", "eval.every_n_steps=5")
+LINE = (*LINE, "checkpoint.every_n_steps=1", "eval.every_n_steps=10", "sft.max_steps=3")
 
 
 class Moment(NamedTuple):
     """A process is killed so many seconds, at most, after this is true of the run's directory."""
 
     name: str
-    come: Callable[[Path], bool]
+    come: Callable[[Path, float], bool]  # told when the process began, too
     seconds: float = 0.0
 
 
@@ -37,8 +38,12 @@ def steps(directory: Path) -> int:
     return max(0, path.read_text().count("\n") - 1) if path.exists() else 0
 
 
-def in_stage(*names: str) -> Callable[[Path], bool]:
-    def come(directory: Path) -> bool:
+def at_step(step: int) -> Moment:
+    return Moment(f"training, {step}", lambda directory, _: steps(directory) >= step, 0.1)
+
+
+def in_stage(*names: str) -> Callable[[Path, float], bool]:
+    def come(directory: Path, _: float) -> bool:
         path = directory / "status.json"
         if not path.exists():
             return False
@@ -48,38 +53,54 @@ def in_stage(*names: str) -> Callable[[Path], bool]:
     return come
 
 
-def writes(directory: Path) -> bool:
-    """In the middle of a checkpoint's writing."""
-    return (directory / "checkpoints/last.ckpt.tmp").exists()
+def writes(directory: Path, began: float) -> bool:
+    """In the middle of a checkpoint's writing, and not of one that was killed before."""
+    with suppress(FileNotFoundError):
+        return (directory / "checkpoints/last.ckpt.tmp").stat().st_mtime > began
+    return False
+
+
+def after_training(directory: Path, _: float) -> bool:
+    """Of a run that has taken its last step and not saved."""
+    if steps(directory) < STEPS:
+        return False
+    return json.loads((directory / "status.json").read_text())["stage"] != "training"
+
+
+def saves(directory: Path, _: float) -> bool:
+    return (directory / "model").exists()
 
 
 def moments(chance: random.Random) -> list[Moment]:
     """Ten, of which what must come before the last step does."""
-    start = Moment("start", lambda directory: True, 8.0)
-    before = [start, Moment("reference", in_stage("reference", "held-out: init"), 0.2)]
+    before = [
+        Moment("start", lambda *_: True, 8.0),
+        Moment("reference", in_stage("reference", "held-out: init"), 0.2),
+    ]
     before += [Moment("writing", writes, 0.01)] * 3
-    for step in sorted(chance.sample(range(2, STEPS - 10), 3)):
-        at = Moment(f"training, {step}", lambda it, step=step: steps(it) >= step, 0.1)
-        before.append(at)
+    before += [at_step(step) for step in chance.sample(range(2, STEPS - 10), 3)]
     chance.shuffle(before)
-    after = ("held-out: final", "save")
-    return [*before, *(Moment(name, in_stage(name)) for name in after)]
+    return [*before, Moment("held-out", after_training, 0.1), Moment("saving", saves)]
 
 
-def killed(place: Path, words: tuple, moment: Moment, chance: random.Random) -> float:
+def killed(
+    place: Path, words: tuple, moment: Moment, chance: random.Random, alone: bool = False
+) -> float:
     """Goes on, loses a process at that moment and ends: how long after it, in seconds."""
     directory = place / "run"
-    process = start(place, *words, "hydra.run.dir=run")
-    until = time.monotonic() + 600
-    while not (others := others_of(process.pid)) or not moment.come(directory):
-        assert process.poll() is None and time.monotonic() < until, end(process, 1)
+    run = Fork.begin(place, *words, "hydra.run.dir=run")
+    pid, others, begun = run.process.pid, [], time.time()
+    assert pid is not None
+    while not alone and not (others := others_of(pid)):
+        time.sleep(0.01)
+    while not moment.come(directory, begun):
+        assert run.process.is_alive(), run.end(1)
         time.sleep(0.001)
     time.sleep(chance.uniform(0, moment.seconds))
-    (other,), began = others, time.monotonic()
-    first = chance.random() < 0.5
-    os.kill(process.pid if first else other, signal.SIGKILL)
-    done = end(process, 300)
-    while Path(f"/proc/{other}").exists():
+    first, began = alone or chance.random() < 0.5, time.monotonic()
+    os.kill(pid if first else others[0], signal.SIGKILL)
+    done = run.end(300)
+    while any(Path(f"/proc/{other}").exists() for other in others):
         time.sleep(0.05)
     took = time.monotonic() - began
     stage = "start"
@@ -104,9 +125,9 @@ def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(tmp_path, hardwa
     for moment in moments(chance):
         begun = (tmp_path / "run/config.yaml").exists()
         took.append(killed(tmp_path, again if begun else words, moment, chance))
-    done = command(tmp_path, *again, "hydra.run.dir=run", timeout=600)
+    done = forked(tmp_path, *again, "hydra.run.dir=run", timeout=600)
     assert (done.code, done.err) == (0, ""), done.err
-    done = command(tmp_path, *words, "hydra.run.dir=undisturbed", timeout=600)
+    done = forked(tmp_path, *words, "hydra.run.dir=undisturbed", timeout=600)
     assert (done.code, done.err) == (0, ""), done.err
     mine, theirs = tmp_path / "run", tmp_path / "undisturbed"
     assert_near(mine, theirs, 0)
@@ -121,13 +142,12 @@ def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(tmp_path, hardwa
 
 @pytest.mark.parametrize("first, then", [(PARTS, ONE), (ONE, PARTS)], ids=["2 to 1", "1 to 2"])
 def test_a_killed_run_goes_on_with_other_processes(tmp_path, first, then):
-    process = start(tmp_path, *LINE, *first, "hydra.run.dir=run")
-    training(tmp_path / "run", process, random.Random(CHANCE).randrange(3, 20))
-    process.send_signal(signal.SIGKILL)
-    end(process, 60)
-    done = command(tmp_path, *then, "ckpt_path=last", "hydra.run.dir=run", timeout=600)
+    chance = random.Random(CHANCE)
+    moment = at_step(chance.randrange(3, 20))
+    killed(tmp_path, (*LINE, *first), moment, chance, alone=first == ONE)
+    done = forked(tmp_path, *then, "ckpt_path=last", "hydra.run.dir=run", timeout=600)
     assert done.code == 0, done.err
-    done = command(tmp_path, *LINE, *ONE, "hydra.run.dir=undisturbed", timeout=600)
+    done = forked(tmp_path, *LINE, *ONE, "hydra.run.dir=undisturbed", timeout=600)
     assert done.code == 0, done.err
     assert_near(tmp_path / "run", tmp_path / "undisturbed", 1e-6)
     assert len(rows(tmp_path / "run")) == STEPS
