@@ -143,17 +143,19 @@ def free_port() -> str:
 
 def each_peak(title: str, at: Path) -> list[float]:
     """The same of every process of a run that shares its model."""
-    context, ports = multiprocessing.get_context("fork"), [free_port() for _ in range(2)]
+    context, ports = multiprocessing.get_context("spawn"), [free_port() for _ in range(2)]
     with ProcessPoolExecutor(RANKS, mp_context=context) as processes:
         asked = [processes.submit(_of_rank, rank, ports, title, at) for rank in range(RANKS)]
         return [it.result() for it in asked]
 
 
 def _of_rank(rank: int, ports: list[str], title: str, at: Path) -> float:
-    """A model of nothing before, in the same processes, loads what several need."""
+    """A model of nothing before, in the same processes, loads the code."""
     from spo_lightning.bench import measuring
     from spo_lightning.run.processes import follow
 
+    warnings.simplefilter("ignore")
+    ctypes.CDLL(None).mallopt(measuring.M_MMAP_THRESHOLD, measuring.SMALL)
     place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
     place |= {"WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ.update({name: str(value) for name, value in place.items()})

@@ -1,4 +1,4 @@
-"""What each of several processes holds of a model that is spread, at every stage of its life."""
+"""What each of several processes holds at most of a model that is spread, at every stage."""
 
 import contextlib
 import ctypes
@@ -29,53 +29,66 @@ SHAPES = {
 WEIGHT = 4  # bytes
 
 
-def peak(work):
-    """What the work gives, and how many bytes it held at most above what was held before."""
-    gc.collect()
-    assert measuring.forget_peak()
-    before = measuring.highest_resident()
-    found = work()
-    return found, measuring.highest_resident() - before
+class Held:
+    """Bytes of this process at most, above what it holds when this is made."""
+
+    def __init__(self):
+        gc.collect()
+        assert measuring.forget_peak()
+        self.before = measuring.highest_resident()
+
+    def of(self, work):
+        """What the work gives, and the most that is held while it goes on."""
+        gc.collect()
+        assert measuring.forget_peak()
+        found = work()
+        return found, measuring.highest_resident() - self.before
 
 
-def looked_at(made, scorer, batch):
-    """Bytes at most, above what was there: the first forwards, a forward and its backward."""
+def begun(where, world, unread):
+    made = opened(where, unread=unread, dtype="float32")
+
+    def decide(it):
+        return Scorer(it.lm, True, reading=Reading("model"))
+
+    return Sharding(True, 1, False)(made, decide, world, trains=True, unpaired=False)
+
+
+def looked_at(held, made, scorer):
+    """The first forwards; a forward and its backward."""
+    batch = collate(random_pairs(2), 0)
 
     def look():
         scorer.reads_as(lambda: scorer_of(made, 40, share=True, logits=2**20))
 
-    _, looked = peak(look)
-    loss, forward = peak(lambda: scorer(batch).logps.sum())
-    _, backward = peak(loss.backward)
+    _, looked = held.of(look)
+    loss, forward = held.of(lambda: scorer(batch).logps.sum())
+    _, backward = held.of(loss.backward)
     return {"look": looked, "forward": forward, "backward": backward}
 
 
-def lived(where, world, to, unread=True):
-    """A model begins in parts, is looked at, takes a step, and is saved: what it holds at most of
-    each, above what the process held before all."""
-    batch = collate(random_pairs(2), 0)
+def alone(where):
+    """The same of a process that has all weights, above those."""
+    made = opened(where, unread=False, dtype="float32")
+    for p in made.lm.parameters():
+        p.data = p.data.clone()  # pages of a file come and go
+    return looked_at(Held(), made, Scorer(made.lm, True, reading=Reading("model")))
 
-    def begin():
-        made = opened(where, unread=unread, dtype="float32")
 
-        def decide(it):
-            return Scorer(it.lm, True, reading=Reading("model"))
-
-        return Sharding(True, 1, False)(made, decide, world, trains=True, unpaired=False)
-
-    (made, scorer), started = peak(begin)
+def lived(where, world, to):
+    """A model begins in parts, is looked at, takes a step and is saved."""
+    held = Held()
+    (made, scorer), started = held.of(lambda: begun(where, world, True))
     theta = list(scorer.spread.values())
     share = sum(p.to_local().numel() for p in theta) * WEIGHT
-    walked = looked_at(made, scorer, batch)
+    found = {"share": share, "start": started, **looked_at(held, made, scorer)}
     optimizer = torch.optim.AdamW(theta, lr=0.0)  # what is saved is what was read
-    _, moved = peak(optimizer.step)
+    _, found["optimizer"] = held.of(optimizer.step)
     tree = {"weights": dict(scorer.spread), "optimizer": optimizer.state_dict()}
-    _, kept = peak(lambda: parts.write(tree, to.with_suffix(".ckpt"), first=world.first))
-    _, saving = peak(lambda: made.save(to, merge=False, card="", world=world))
-    # with gradients, and with two moments
-    held = {name: share + bytes_ for name, bytes_ in walked.items()}
-    held |= {"share": share, "start": started, "optimizer": 2 * share + moved}
-    return held | {"checkpoint": 4 * share + kept, "saving": 4 * share + saving}
+    file = to.with_suffix(".ckpt")
+    _, found["checkpoint"] = held.of(lambda: parts.write(tree, file, first=world.first))
+    _, found["saving"] = held.of(lambda: made.save(to, merge=False, card="", world=world))
+    return found
 
 
 def process(rank, size, port, places, told):
@@ -89,11 +102,8 @@ def process(rank, size, port, places, told):
         world = World(rank, size, lambda: torch.device("cpu"), group)
         tiny, large = places
         lived(tiny, world, told / "nothing")  # loads the code
-        found = {"unread": lived(large, world, told / "saved")}
-        found["whole"] = lived(large, world, told / "again", unread=False)
-        made = opened(large, unread=False, dtype="float32")
-        scorer = Scorer(made.lm, True, reading=Reading("model"))
-        found["alone"] = looked_at(made, scorer, collate(random_pairs(2), 0))
+        found = {"parts": lived(large, world, told / "saved"), "alone": alone(large)}
+        found["whole"] = {"start": Held().of(lambda: begun(large, world, False))[1]}
         every = world.gather(found)
     if rank == 0:
         torch.save(every, told / "told.pt")
@@ -118,19 +128,17 @@ def test_no_process_holds_more_than_its_share_and_two_blocks(tmp_path, size, sha
     print(f"\n{size} processes of {shape}: {total / 2**20:.1f}, a block {block / 2**20:.1f}")
     for found in torch.load(tmp_path / "told.pt"):
         print({way: {k: round(v / 2**20, 1) for k, v in it.items()} for way, it in found.items()})
-        mine, whole, alone = found["unread"], found["whole"], found["alone"]
+        mine, beside = found["parts"], found["alone"]
         share, two = mine["share"], 2 * block
         assert total / size <= share < total / size + block
-        assert mine["start"] <= share + two < total
-        # what a process holds beside weights, when it is alone, is no matter of weights
-        assert mine["look"] <= share + two + ends + alone["look"]
-        assert mine["forward"] <= share + two + ends + alone["forward"]
-        # gradients: of a block and of the ends whole, before each has its share of their sum
-        beside = max(0, alone["forward"], alone["backward"] - total)
-        assert mine["backward"] <= 2 * share + two + 2 * ends + beside
-        for stage in ("optimizer", "checkpoint", "saving"):
+        assert mine["start"] <= share + two < total < found["whole"]["start"]
+        # two blocks, the ends, and activations, of which one process has as many
+        for stage in ("look", "forward"):
+            assert mine[stage] <= share + two + ends + beside[stage], stage
+        # gradients too: a share of all, and those of the ends until backward is over
+        assert mine["backward"] <= 2 * share + two + 2 * ends + beside["forward"]
+        for stage in ("optimizer", "checkpoint", "saving"):  # and two moments
             assert mine[stage] <= 4 * share + two, stage
-        assert whole["start"] > total  # this measures what it is to measure
     for name in ("model.safetensors", "config.json"):
         kept = [(place / name).read_bytes() for place in (tmp_path / "saved", places[1])]
         assert kept[0] == kept[1]
