@@ -53,7 +53,8 @@ class Sum(InPlace):
 
 def talk_in_place(module: FSDPModule) -> None:
     """From now on, this one's own parameters; and none is gathered ahead in backward."""
-    module.set_custom_all_gather(Gather())
-    module.set_custom_reduce_scatter(Sum())
+    gather, total = Gather(), Sum()
+    module.set_custom_all_gather(gather)  # type: ignore[arg-type]
+    module.set_custom_reduce_scatter(total)  # type: ignore[arg-type]
     module.set_force_sum_reduction_for_comms(True)  # gloo's reduce has no mean
     module.set_modules_to_backward_prefetch([module])  # itself: none, where [] is the one below
