@@ -8,7 +8,9 @@ import ctypes
 import gc
 import json
 import multiprocessing
+import os
 import random
+import socket
 import sys
 import tempfile
 import warnings
@@ -45,6 +47,12 @@ CASES = {
     "adapters, bf16-mixed": ("60M", 8, (*LORA, "hardware.precision=bf16-mixed")),
     "adapters on nf4": ("60M", 8, (*LORA, "model.quantize=nf4")),
 }
+# the same of processes that share a model, and of one process with as many pairs at once
+RANKS, EACH = 4, 4
+SPREAD = ("hardware=fsdp", "hardware.accelerator=cpu", f"hardware.devices={RANKS}")
+SPREAD = (*SPREAD, f"batch_size={RANKS * EACH}", "eval.batch_size=4")
+CASES |= {f"one process of {size}": (size, EACH, ()) for size in SIZES}
+CASES |= {f"{RANKS} processes of {size}": (size, EACH, SPREAD) for size in SIZES}
 
 
 def words_of(title: str, at: Path) -> list[str]:
@@ -127,12 +135,53 @@ def forked(title: str, at: Path) -> float:
         return process.submit(peak, title, at).result()
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def each_peak(title: str, at: Path) -> list[float]:
+    """The same of every process of a run that shares its model."""
+    context, ports = multiprocessing.get_context("spawn"), [free_port() for _ in range(2)]
+    with ProcessPoolExecutor(RANKS, mp_context=context) as processes:
+        asked = [processes.submit(_of_rank, rank, ports, title, at) for rank in range(RANKS)]
+        return [it.result() for it in asked]
+
+
+def _of_rank(rank: int, ports: list[str], title: str, at: Path) -> float:
+    """A model of nothing before, in the same processes, loads the code."""
+    from spo_lightning.bench import measuring
+    from spo_lightning.run.processes import follow
+
+    warnings.simplefilter("ignore")
+    ctypes.CDLL(None).mallopt(measuring.M_MMAP_THRESHOLD, measuring.SMALL)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    place |= {"WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    held, words, size = 0.0, words_of(title, at), CASES[title][0]
+    for model, port in zip(("nothing", size), ports, strict=True):
+        os.environ["MASTER_PORT"] = port
+        gc.collect()
+        assert measuring.forget_peak()
+        held = measuring.highest_resident()
+        if rank:
+            assert follow() == 0
+        else:
+            trained([word.replace(f"{at}/{size}", f"{at}/{model}") for word in words])
+    return (measuring.highest_resident() - held) / MIB
+
+
 def predicted(title: str, at: Path):
     from spo_lightning.plan.sums import planned, run_of
 
     words = words_of(title, at)
     lengths = (f"plan.prompt={PROMPT}", f"plan.completion={COMPLETION}", "plan.pairs=16")
     return planned(run_of(composed("plan", [*words, *lengths])))
+
+
+def measured(title: str, at: Path) -> list[float]:
+    return each_peak(title, at) if SPREAD[0] in words_of(title, at) else [forked(title, at)]
 
 
 def main() -> None:
@@ -144,9 +193,10 @@ def main() -> None:
             written(at, size)
         begin(at)
         for title in chosen:
-            plan, found = predicted(title, at), forked(title, at)
-            said, size = plan.peak / MIB, CASES[title][0]
-            row = (title, size, f"{said:.0f}", f"{found:.0f}", f"{said / found:.2f}", plan.fullest)
+            plan, found = predicted(title, at), measured(title, at)
+            said, size, most = plan.peak / MIB, CASES[title][0], max(found)
+            told = ", ".join(f"{it:.0f}" for it in found)
+            row = (title, size, f"{said:.0f}", told, f"{said / most:.2f}", plan.fullest)
             print("| " + " | ".join(row) + " |", flush=True)
             print({k: round(v / MIB) for k, v in plan.device.items()}, flush=True)
 

@@ -57,6 +57,8 @@ class Sharding:
             register_fsdp_forward_method,
         )
 
+        from spo_lightning.models.in_place import talk_in_place
+
         _refuse(policy, trains)
         if self.offload and world.device.type == "cpu":
             raise UserError("hardware.sharding.offload has no effect on a CPU: leave it out")
@@ -70,7 +72,9 @@ class Sharding:
         for module in (*layers_of(policy.lm), scorer):
             if policy.unread is not None:
                 policy.unread.fill(module, world.device)
-            fully_shard(module, **how)
+            sharded: Any = fully_shard(module, **how)
+            if world.device.type == "cpu":
+                talk_in_place(sharded)
         for name in READS:
             register_fsdp_forward_method(scorer, name)
         policy = replace(policy, spread=spread, unread=None)

@@ -146,10 +146,7 @@ def _weights(run: Run) -> float:
         return size.bytes
     if not OmegaConf.select(run.cfg, "hardware.sharding.reshard_after_forward", default=True):
         return size.bytes + size.bytes / run.shards
-    # and their gradients, before each device has its share of their sum
-    gathered = block.bytes + block.trained * run.shape.each
-    gathered += run.ends * (run.shape.ends * run.shape.itemsize + run.end)
-    return size.bytes / run.shards + gathered
+    return size.bytes / run.shards + block.bytes + run.ends * run.shape.ends * run.shape.itemsize
 
 
 def _reference(run: Run) -> float:
@@ -171,12 +168,17 @@ def _active(run: Run) -> float:
     logits = _logits(run, run.rows(run.micro).scored, learns=True)
     before = again * run.ends * run.end  # gradients of an earlier microbatch
     waits = run.shape.tied or not again  # the head's, for the embedding's; or as the only one
-    shared = run.trained * (1 - 1 / run.shards)
+    # a device has its share of the gradients of all blocks but the one that is computed, and of
+    # what an earlier microbatch has left; those of the ends it has whole until the end
+    whole = run.ends * run.end
+    shared = (run.trained - whole) * (1 - 1 / run.shards)
+    block = run.shape.block.trained * run.shape.each * (run.shards > 1)
+    earlier = again * (shared + whole * (1 - 1 / run.shards))
     peak = max(
-        peaks.forward + before - again * shared,
-        peaks.left + before + run.end + logits - again * shared,
-        peaks.top + before + waits * run.end - again * shared,
-        peaks.bottom + (2 + again) * run.end - shared,
+        peaks.forward + before - earlier,
+        peaks.left + before + run.end + logits - earlier,
+        peaks.top + before + waits * run.end - earlier,
+        peaks.bottom + (2 + again / run.shards) * run.end - shared + block,
     )
     return peak - run.trained / run.shards + _beside(run)
 

@@ -17,6 +17,8 @@ from spo_lightning.records.disk import force
 
 REST = "rest.pt"
 PART = "spread tensor"  # the key of what stands in REST for one
+FILES = 32  # of a process, at most: what stands in one is copied while it is written
+LEAST = 2**20  # bytes of such a file, unless there is no more
 Tree = Any  # of dicts, lists and tuples
 
 
@@ -44,7 +46,7 @@ def write(tree: Tree, folder: Path, *, first: bool) -> None:
     rest = _walked(tree, put)
     if first:  # the others' parts wait for its plan
         shutil.rmtree(folder, ignore_errors=True)
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), _files(spread), save_distributed=True)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     try:
         save(spread, storage_writer=writer)
@@ -56,6 +58,18 @@ def write(tree: Tree, folder: Path, *, first: bool) -> None:
             torch.save(rest, file)
         force(folder / REST)
         force(folder)
+
+
+def _files(spread: dict[str, Any]) -> dict[str, int]:
+    """The number, from 1, of the file in which a process writes its part of each."""
+    sizes = {key: bytes_of(tensor) for key, tensor in spread.items()}
+    most, number, held = max(LEAST, sum(sizes.values()) // FILES), 1, 0
+    found = {}
+    for key, size in sizes.items():
+        if held and held + size > most:
+            number, held = number + 1, 0
+        found[key], held = number, held + size
+    return found
 
 
 def read(folder: Path) -> Tree:

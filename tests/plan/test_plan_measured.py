@@ -4,7 +4,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from peaks import CASES, MIB, SIZES, begin, forked, predicted, texts, written
+from peaks import CASES, MIB, SIZES, begin, measured, predicted, texts, written
 
 # what a process holds hangs on its allocator and on its neighbours too: not for every change
 pytestmark = [pytest.mark.page, pytest.mark.timeout(3600)]
@@ -25,7 +25,7 @@ def begun(tmp_path_factory):
 @pytest.mark.parametrize("title", [*CASES])
 def test_a_run_holds_what_was_planned(title, begun, capsys):
     at, process = begun
-    plan, found = predicted(title, at), process.submit(forked, title, at).result()
+    plan, found = predicted(title, at), max(process.submit(measured, title, at).result())
     with capsys.disabled():
         print(f"\n{title}: planned {plan.peak / MIB:.0f} MiB, measured {found:.0f}")
     assert plan.peak / MIB == pytest.approx(found, rel=0.15)
