@@ -146,7 +146,7 @@ READ_ALWAYS = (
 # what stands here goes to a constructor, which knows its own keys
 OPEN = (
     *("model.config.", "optimizer.", "solver.", "solvers.", "data.", "logger."),
-    *("judge.", "engine.", "strategy.", "loss.parts.", "roles.", "retrieval."),
+    *("judge.", "engine.", "strategy.", "loss.parts.", "roles.", "retrieval.", "knobs."),
 )
 
 
