@@ -97,11 +97,10 @@ def flops(race: Race, pairs: Sequence[Pair]) -> float:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(race.cfg.model.pretrained)
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(race.cfg.model.pretrained)
-        )
-    config, head = lm.config, lm.get_output_embeddings().weight.numel()
+        lm = AutoModelForCausalLM.from_config(config)
+    head = lm.get_output_embeddings().weight.numel()
     embedding = lm.get_input_embeddings().weight
     tied = lm.get_output_embeddings().weight is embedding
     body = sum(p.numel() for p in lm.parameters()) - embedding.numel() - (0 if tied else head)

@@ -141,8 +141,8 @@ def table(numbers: Mapping[str, Any], rows: int) -> str:
         f"{at['device']}, {at['threads']} threads, {at['precision']}, {at['parameters']:,} "
         f"parameters, {at['batch_size']} pairs per step; {at['steps']} steps after "
         f"{at['warmup']} of {CONTESTANTS[at['contestant']].title}",
-        f"a step: {1000 * seconds:.1f} ms with the profiler's own share, {numbers['launched']:.0f} "
-        f"calls of {what}, {numbers['waits']:.1f} {waits}",
+        f"a step: {1000 * seconds:.1f} ms with the profiler's own share, "
+        f"{numbers['launched']:.0f} calls of {what}, {numbers['waits']:.1f} {waits}",
         f"time of {what}: their own, without what they call",
     ]
     return (
