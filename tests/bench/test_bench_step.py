@@ -14,6 +14,7 @@ from spo_lightning.bench import asked, output, step
 from spo_lightning.bench.cell import Cell, as_text, drawn, save_model, word_tokenizer
 from spo_lightning.bench.contestants import CONTESTANTS, dense, flops, race_of
 from spo_lightning.bench.ours import Ours, Watch
+from spo_lightning.config import knobs as checks
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import encode_pairs
 from spo_lightning.errors import Diverged
@@ -104,6 +105,11 @@ def test_adapters_on_few_bits_one_contestant_at_a_time(tmp_path, bits):
 )
 def test_refused(tmp_path, word, says):
     refused(tmp_path / "run", says, *STEP, word)
+
+
+def test_few_bits_are_of_the_model_that_the_bench_builds():
+    line = checks.Given(["model.lora.rank", "model.quantize"], {"what": "step"}, bench_config())
+    checks.check(bench_config(*LORA, "model.quantize=nf4"), line)
 
 
 def test_one_line_of_the_command(tmp_path):
