@@ -150,7 +150,7 @@ cells = [HEAD, *([row.get(key, "") for key in HEAD] for row in rows)]
 widths = [max(map(len, column)) for column in zip(*cells)]
 cells.insert(1, ["-" * width for width in widths])
 table = "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells)
-targets = "wanted on a GPU: TRL / ours from 2.0, TRL + Liger / ours from 1.6, utilisation from .45, ours / floor to 1.05"
+targets = "wanted on a GPU: TRL / ours from 2.0, TRL + Liger / ours from 1.6, utilisation .45, ours / floor to 1.05"
 text = f"{device}\n\n{table}\n\n{targets}\n"
 (out / "table.md").write_text(text)
 print(text, end="")
