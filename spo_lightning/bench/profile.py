@@ -88,7 +88,6 @@ def told(watch: Profiled, steps: int) -> dict[str, Any]:
     in which any runs, and how often it waits (on a CPU: reads a number back)."""
     gpu = watch.device.type == "cuda"
     found = watch.profiler.key_averages()
-    where = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
     kernels = [
         {
             "name": event.key,
@@ -97,7 +96,7 @@ def told(watch: Profiled, steps: int) -> dict[str, Any]:
             "calls": event.count / steps,
         }
         for event in found
-        if event.device_type == where and not event.is_user_annotation
+        if (event.device_type.name == "CUDA") == gpu and not event.is_user_annotation
     ]
     kernels.sort(key=lambda kernel: -kernel["seconds"])
     waits = sum(event.count for event in found if event.key in WAITS[watch.device.type])
