@@ -29,17 +29,24 @@ from spo_lightning.records.progress import Stages, Stop
 log = logging.getLogger(__name__)
 
 BUILT = ("pretrained", "reference", "revision", "trust_remote_code", "lora")  # of the model
+ADAPTERS = "lora"
 OPEN = ("optimizer.fused", "optimizer.foreach")  # how the same steps are computed
 FIXED = ("data=pairs", "model=pretrained", "loss=dpo", "solver=none", "optimizer=adamw")
 
 
 def refuse(
-    cfg: DictConfig, line: knobs.Given, least: Mapping[str, float], positive: Sequence[str] = ()
+    cfg: DictConfig,
+    line: knobs.Given,
+    least: Mapping[str, float],
+    positive: Sequence[str] = (),
+    *,
+    adapters: bool = False,
 ) -> None:
     """Another model than one built here; a number, or one of a list, below its ``least``, or not
-    above 0."""
+    above 0. ``adapters``: whether these may be put on it."""
+    built = [part for part in BUILT if part != ADAPTERS or not adapters]
     for key in line.touched:
-        if key.startswith(tuple(f"model.{part}" for part in BUILT)):
+        if key.startswith(tuple(f"model.{part}" for part in built)):
             raise UserError(f"{key} has no effect: the bench builds its model from model.config")
     bounds = [(key, number, "at least") for key, number in least.items()]
     for key, bound, words in bounds + [(key, 0, "above") for key in positive]:

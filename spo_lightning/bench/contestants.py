@@ -22,8 +22,10 @@ from spo_lightning.bench import peer
 from spo_lightning.bench.cell import Cell, as_text, drawn
 from spo_lightning.bench.ours import Ours, Watch, device_of, unmoved
 from spo_lightning.data.batch import Pair
+from spo_lightning.models import adapters
 from spo_lightning.models.device import precision_of
 from spo_lightning.models.policy import DTYPES
+from spo_lightning.models.quantized import Bits
 from spo_lightning.records.progress import quiet
 from spo_lightning.training.fit import optimizer_of
 
@@ -53,14 +55,23 @@ class Race:
         return [self.pairs[place] for place in self.order]
 
     def opened(self) -> Any:
-        """The model as transformers opens it."""
+        """The model as transformers opens it, with peft's adapters where such train."""
         from transformers import AutoModelForCausalLM
 
-        model = self.cfg.model
-        lm: Any = AutoModelForCausalLM.from_pretrained(
-            model.pretrained, dtype=DTYPES[model.dtype], attn_implementation="sdpa"
-        )
-        return lm.to(self.device).train()
+        model, dtype = self.cfg.model, DTYPES[self.cfg.model.dtype]
+        place = self.device.index or 0 if self.device.type == "cuda" else self.device.type
+        how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+        bits = Bits.of(model)
+        if bits is not None:
+            settings = bits.settings()
+            settings.bnb_4bit_compute_dtype = dtype  # float32 by default, and slow on a GPU
+            how |= {"quantization_config": settings, "device_map": {"": place}}
+        lm: Any = AutoModelForCausalLM.from_pretrained(model.pretrained, **how)
+        lm = lm if bits is not None else lm.to(self.device)
+        if model.lora.rank:
+            keys = ("rank", "alpha", "targets", "dora", "rslora")
+            lm = adapters.fresh(lm, **{key: model.lora[key] for key in keys}, seed=self.cfg.seed)
+        return lm.train()
 
 
 def race_of(cfg: DictConfig, mine: DictConfig, cell: Cell, room: Path) -> Race:
@@ -82,9 +93,14 @@ def flops(race: Race, pairs: Sequence[Pair]) -> float:
 
     Two per weight of the body and token, two per weight of the head and scored token, and four
     per layer, width and attended position; nothing for recomputation, padding or masked ones.
+    Frozen weights have no gradient of their own: two forwards, and nothing for adapters.
     """
-    lm = race.opened()
-    config, head = lm.config, lm.get_output_embeddings().weight.numel()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(race.cfg.model.pretrained)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    head = lm.get_output_embeddings().weight.numel()
     embedding = lm.get_input_embeddings().weight
     tied = lm.get_output_embeddings().weight is embedding
     body = sum(p.numel() for p in lm.parameters()) - embedding.numel() - (0 if tied else head)
@@ -94,7 +110,7 @@ def flops(race: Race, pairs: Sequence[Pair]) -> float:
         attended = p * (p + 1) / 2 + sum(r * p + r * (r + 1) / 2 for r in sides)
         total += 2 * body * len(pair) + 2 * head * sum(sides)
         total += 4 * config.num_hidden_layers * config.hidden_size * attended
-    return 3 * total
+    return (2 if race.cfg.model.lora.rank else 3) * total
 
 
 class Floor:
@@ -110,13 +126,14 @@ class Floor:
 
     def run(self, steps: int, watch: Watch) -> list[float]:
         with unmoved(self.lm):
-            optimizer = self.optimizer(list(self.lm.parameters()))
+            optimizer = self.optimizer([p for p in self.lm.parameters() if p.requires_grad])
+            bare = getattr(self.lm, "get_base_model", lambda: self.lm)()  # of peft's wrapper
             watch.begin()
             for ids, rows, columns, targets in self.batches[:steps]:
                 watch.start()
                 with self.precision():
-                    hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                    logits = self.lm.get_output_embeddings()(hidden[rows, columns])
+                    hidden = bare.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                    logits = bare.get_output_embeddings()(hidden[rows, columns])
                     loss = F.cross_entropy(logits.float(), targets)
                 loss.backward()
                 del hidden, logits, loss

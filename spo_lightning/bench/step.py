@@ -15,12 +15,13 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any, NamedTuple
 
+import torch
 from omegaconf import DictConfig
 
 from spo_lightning import __version__
 from spo_lightning.bench import asked, output
 from spo_lightning.bench.cell import Cell, save_model
-from spo_lightning.bench.contestants import CONTESTANTS, flops, race_of, twice
+from spo_lightning.bench.contestants import CONTESTANTS, Contestant, flops, race_of, twice
 from spo_lightning.bench.measuring import above, peaks, rounds
 from spo_lightning.bench.ours import Ours, Watch
 from spo_lightning.config import knobs
@@ -78,7 +79,7 @@ def measure(cfg: DictConfig, run_dir: Path, line: knobs.Given) -> dict[str, Any]
         raise UserError("contestants: ours must be among them, as it draws the pairs")
     given = () if cfg.peak_flops is None else ("peak_flops",)
     positive = ("tolerance", "lr", "beta", "clip_norm", *given)
-    asked.refuse(cfg, line, {"vocabularies": 8, "trajectory": 1}, positive)
+    asked.refuse(cfg, line, {"vocabularies": 8, "trajectory": 1}, positive, adapters=True)
     cells, mine = cells_of(cfg), asked.trained(cfg)
     absent = [name for name in names if not CONTESTANTS[name].installed]
     names = [name for name in names if name not in absent]
@@ -144,20 +145,28 @@ def measured(
     losses = watched.run(max(cfg.trajectory, cfg.warmup + cfg.steps), Watch())[: cfg.trajectory]
     # what our run has drawn, the others are given in the same order
     race = replace(race, order=tuple(watched.rows))
-    made = {n: ours if n == "ours" else CONTESTANTS[n].make(race) for n in names}
-    differences = [
-        agree(cell, losses, made[name].run(cfg.trajectory, Watch()), cfg.tolerance)
-        for name in PEERS
-        if name in made
-    ]
-    seconds = rounds(cfg, made, stages, title=f"time ({cell.name})")
+    made: dict[str, Contestant] = {"ours": ours}
+    del ours, watched
+    apart = [["ours"], *([name] for name in names if name != "ours")]
+    seconds: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
-    if cfg.memory and race.device.type == "cuda":  # which counts its memory by the byte
-        memory = {name: above(one, cfg.warmup + cfg.steps) for name, one in made.items()}
-    elif cfg.memory:
+    differences = []
+    for group in apart if cfg.apart else [names]:
+        made |= {name: CONTESTANTS[name].make(race) for name in group if name not in made}
+        differences += [
+            agree(cell, losses, made[name].run(cfg.trajectory, Watch()), cfg.tolerance)
+            for name in PEERS
+            if name in group
+        ]
+        ready = {name: made[name] for name in group}
+        seconds |= rounds(cfg, ready, stages, title=f"time ({cell.name})")
+        if cfg.memory and race.device.type == "cuda":  # which counts its memory by the byte
+            memory |= {name: above(one, cfg.warmup + cfg.steps) for name, one in ready.items()}
         made.clear()
-        del ours, watched
+        ready.clear()
         gc.collect()
+        torch.cuda.empty_cache()
+    if cfg.memory and race.device.type != "cuda":
         calls = {name: (race.cfg.hardware, partial(twice, race, name)) for name in names}
         memory = peaks(calls, cfg.warmup + cfg.steps, stages)
     timed = race.drawn[cfg.warmup * cfg.batch_size : (cfg.warmup + cfg.steps) * cfg.batch_size]

@@ -83,7 +83,8 @@ def in_bits(lm: Any, bits: Bits, settings: Mapping[str, Any]) -> Any:
 
 
 def prepared(lm: Any, name: str) -> Any:
-    """The model, each of whose quantised layers computes in one way; refused where few are."""
+    """The model, each of whose quantised layers computes in one way, without its file; refused
+    where few are."""
     from transformers.pytorch_utils import Conv1D
 
     layers = [layer for _, layer in _layers(lm)]
@@ -103,6 +104,10 @@ def prepared(lm: Any, name: str) -> Any:
         )
     for layer in layers:
         layer.forward = partial(_eight if hasattr(layer, "state") else _four, layer)
+    # on a CPU what stayed full is a view of its file, and would keep mapped what was quantised
+    for tensor in (*lm.parameters(), *lm.buffers()):
+        if type(tensor) in PLAIN:
+            tensor.data = tensor.data.clone()
     return lm
 
 

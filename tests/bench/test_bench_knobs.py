@@ -1,6 +1,7 @@
 """what=knobs: tiny steps end to end, what it compares, what it refuses. Never how long it took."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from benches import SHORT, TINY, bench_config, measured, refused
@@ -8,6 +9,8 @@ from hydra import initialize_config_dir
 from pairs import CONF
 
 from spo_lightning.bench import knobs
+from spo_lightning.config import knobs as checks
+from spo_lightning.errors import UserError
 
 KNOBS = ("what=knobs", *TINY, *SHORT, "steps=2", "warmup=1", "repetitions=2", "lr=0.01")
 
@@ -62,6 +65,14 @@ def test_words_win_over_what_stands_on_the_command_line():
     assert (base.clip_norm, mine.clip_norm) == (1.0, 0.5)
     assert (base.optimizer.lr, mine.optimizer.lr) == (1e-4, 0.3)
     assert mine.loss._target_.endswith("ipo") and mine.loss.beta == base.loss.beta
+
+
+def test_the_command_takes_one_more_entry():
+    known = bench_config("what=knobs")
+    line = checks.Given(["what", "knobs.mine"], {"what": "knobs"}, known)
+    checks.check(bench_config("what=knobs", '+knobs.mine=["clip_norm=null"]'), line)
+    with pytest.raises(UserError, match="mine is no setting of this command"):
+        checks.check(known, replace(line, touched=["mine"]))
 
 
 def test_what_is_not_installed_is_left_out(monkeypatch, caplog):

@@ -14,11 +14,13 @@ from spo_lightning.bench import asked, output, step
 from spo_lightning.bench.cell import Cell, as_text, drawn, save_model, word_tokenizer
 from spo_lightning.bench.contestants import CONTESTANTS, dense, flops, race_of
 from spo_lightning.bench.ours import Ours, Watch
+from spo_lightning.config import knobs as checks
 from spo_lightning.data.batch import Pair
 from spo_lightning.data.encode import encode_pairs
 from spo_lightning.errors import Diverged
 
 CELL = Cell("chat", 512, (4, 9), (3, 6))
+LORA = ("model.lora.rank=4",)
 needs_trl = pytest.mark.skipif(not CONTESTANTS["trl"].installed, reason="needs TRL")
 
 
@@ -69,6 +71,22 @@ def test_all_three_from_the_command(tmp_path):
     assert done.err.count("\n") == 1
 
 
+@needs_trl
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_adapters_on_few_bits_one_contestant_at_a_time(tmp_path, bits):
+    """TRL's adapters are in bfloat16 there, and the two losses as near as that."""
+    pytest.importorskip("bitsandbytes")
+    wide = ("model.config.hidden_size=64", "model.config.intermediate_size=96")
+    words = (*wide, *LORA, f"model.quantize={bits}", "apart=true", "peak_flops=1e9")
+    numbers = measured(tmp_path / "run", *STEP, *words, "tolerance=0.03")
+    (cell,) = numbers["cells"]
+    assert {name: len(taken) for name, taken in cell["seconds"].items()} == {
+        "ours": 2, "floor": 2, "trl": 2
+    }  # fmt: skip
+    assert cell["utilisation"]["ours"] > 0 and cell["losses"][-1] != cell["losses"][0]
+
+
 @pytest.mark.parametrize(
     "word, says",
     [
@@ -87,6 +105,11 @@ def test_all_three_from_the_command(tmp_path):
 )
 def test_refused(tmp_path, word, says):
     refused(tmp_path / "run", says, *STEP, word)
+
+
+def test_few_bits_are_of_the_model_that_the_bench_builds():
+    line = checks.Given(["model.lora.rank", "model.quantize"], {"what": "step"}, bench_config())
+    checks.check(bench_config(*LORA, "model.quantize=nf4"), line)
 
 
 def test_one_line_of_the_command(tmp_path):
@@ -141,13 +164,13 @@ def test_text_and_tokens_say_the_same():
     assert {len(pair.prompt) for pair in pairs} == {4, 5, 6, 7, 8, 9}
 
 
-def race(directory):
+def race(directory, *words):
     """The pairs of ``CELL`` in their own order."""
     from hydra import compose, initialize_config_dir
     from pairs import CONF
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("bench", [*STEP])
+        cfg = compose("bench", [*STEP, *words])
         mine = asked.trained(cfg)
     save_model(directory / "model", cfg.model, 512, seed=0)
     return replace(race_of(cfg, mine, CELL, directory), order=tuple(range(8)))
@@ -186,8 +209,9 @@ def test_a_contestant_runs_again_as_before(tmp_path, name):
 
 
 @needs_trl
-def test_ours_and_trls_losses_agree(tmp_path):
-    stored = race(tmp_path)
+@pytest.mark.parametrize("words", [(), LORA], ids=" ".join)
+def test_ours_and_trls_losses_agree(tmp_path, words):
+    stored = race(tmp_path, *words)
     ours = Ours.on(stored.cfg, stored.pairs).logging()
     mine = ours.run(4, Counted())
     given = replace(stored, order=tuple(ours.rows))
@@ -247,6 +271,9 @@ def test_flops_equal_torchs_count(tmp_path):
     square = 4 * 2 * 16 * (12 * 12 - 12 * 13 / 2)
     norms = 2 * 12 * 5 * 16  # weights that multiply no matrix: 2 per layer and the last
     assert mine + square - norms == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    # frozen weights have no gradient
+    adapted = replace(given, cfg=race(tmp_path, *LORA).cfg)
+    assert flops(adapted, given.pairs) == pytest.approx(2 / 3 * flops(given, given.pairs))
 
 
 def test_the_picture_has_a_panel_per_shape(found, tmp_path):
@@ -260,5 +287,5 @@ def test_the_picture_has_a_panel_per_shape(found, tmp_path):
 
 
 def test_every_question_composes():
-    for what in ("step", "solvers", "growth", "jobs", "start"):
+    for what in ("step", "profile", "solvers", "growth", "jobs", "start"):
         assert bench_config(f"what={what}").what._target_ == f"spo_lightning.bench.{what}.measure"

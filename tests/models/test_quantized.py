@@ -22,6 +22,7 @@ from spo_lightning.models.scorer import Scorer
 pytest.importorskip("bitsandbytes")
 
 MODEL = Path(__file__).resolve().parents[3] / "shared/models/stories260k"
+MAPS = Path("/proc/self/maps")
 KINDS = {
     "nf4": Bits("nf4", False),
     "double": Bits("nf4", True),
@@ -105,6 +106,16 @@ def test_merged_they_are_a_plain_checkpoint_of_the_same_numbers(base, tmp_path, 
     rounded = logps(load(tmp_path / "whole").lm) - logps(load(tmp_path / "adapters").lm)
     full = logps(AutoModelForCausalLM.from_pretrained(base))
     assert rounded.abs().max() < 1e-2 * (full - begun).abs().max()
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs Linux's list of what is mapped")
+def test_the_file_that_was_quantised_is_let_go(tmp_path):
+    for kind, bits in {**KINDS, "full": None}.items():
+        where = tmp_path / kind
+        policy("llama-grouped", dtype="float32", **SIZE).save(where, merge=False, card="")
+        made = load(where, bits=bits)
+        assert (str(where) in MAPS.read_text()) == (bits is None)
+        assert logps(made.lm).isfinite().all()
 
 
 def test_caches_keep_them_apart(base):

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import whole
 from conftest import forked
+from safetensors.torch import load_file
 from test_round_trip import ALONE, TRAIN, agree, losses, measured, ran, trained
 
 pytest.importorskip("bitsandbytes")
 MODEL = Path(__file__).resolve().parents[3] / "shared/models/stories260k"
 NF4 = ("model.quantize=nf4", "model.lora.rank=4")
+TWO = ("hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2")
 
 
 def test_all_weights_do_not_train_in_four_bits(tmp_path):
@@ -51,3 +54,23 @@ def test_round_trip_in_four_bits(tmp_path):
 
     again = trained(tmp_path, "again", "model.pretrained=first/model", "max_steps=1")
     agree(again["init"], first["final"], ALONE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not MODEL.exists(), reason="needs ../shared, which is absent")
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_two_processes_equal_one(tmp_path, bits):
+    words = (f"model.pretrained={MODEL}", f"model.quantize={bits}", "model.lora.rank=4")
+    words = (*words, "batch_size=7", "eval.batch_size=3", "max_steps=10")
+    one = trained(tmp_path, "one", *words)
+    two = trained(tmp_path, "two", *words, *TWO)
+    for when in ("init", "final"):
+        agree(two[when], one[when], one[when])
+    assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=1e-5)
+    assert one["final"]["nll/chosen"] < one["init"]["nll/chosen"] - 0.1
+    paths = [tmp_path / run / "model/adapter_model.safetensors" for run in ("one", "two")]
+    mine, theirs = map(load_file, paths)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-5)
