@@ -122,7 +122,8 @@ def test_no_process_holds_more_than_its_share_and_two_blocks(tmp_path, size, sha
         assert mine["look"] <= share + two + ends + block / 2
         for stage in ("optimizer", "checkpoint", "saving"):  # gradients and moments are there
             assert mine[stage] <= 4 * share + two, stage
-        assert whole["start"] > total  # this measures what it is to measure
+        # a file that is mapped whole costs the pages of a process's part once more: this is seen
+        assert whole["start"] > mine["start"] + share - block
     for name in ("model.safetensors", "config.json"):
         kept = [(place / name).read_bytes() for place in (tmp_path / "saved", places[1])]
         assert kept[0] == kept[1]
