@@ -20,7 +20,7 @@ from spo_lightning.report.style import FELL, GREW, INK, OTHER, STYLE, saved
 INIT, CHOSEN, SFT_SET, SPO = "init", "SFT on chosen", "SFT on the SFT set", " + SPO"
 BASES = {
     **{"dpo": "DPO", "cpo": "CPO", "dpop": "DPOP", "rdpo": "R-DPO", "simpo": "SimPO"},
-    "alpha_dpo": "AlphaDPO",
+    **{"alpha_dpo": "AlphaDPO", "rpo": "RPO", "ipo": "IPO"},
 }
 PANELS = 3  # in a row of the picture
 DASHES = ("-", "--", ":", "-.")  # of the lines of a front
@@ -273,19 +273,20 @@ def drawn(main: Sequence[Part], front: Sequence[Part], path: Path) -> list[Path]
 
 
 def methods(part: Part, axis: Any) -> None:
-    """The controls in grey; every objective from its bare form to the one with SPO."""
+    """The controls in grey; every objective, and from its bare form an arrow to that with SPO."""
     for method, marker in ((INIT, "D"), (CHOSEN, "s"), (SFT_SET, "^")):
         if (method == INIT or method in part.methods) and part.both(method):
             axis.plot(*part.point(method), marker, color=OTHER, label=method)
-    for number, base in enumerate(part.bases):
-        bare, held = part.point(base), part.point(base + SPO)
-        axis.annotate("", held, bare, arrowprops={"arrowstyle": "->", "color": "#999999"})
-        axis.plot(*bare, "o", color=FELL, mfc="white", label="bare")
-        axis.plot(*held, "o", color=GREW, label="+ SPO")
+    bare = [m for m in part.methods if m not in (CHOSEN, SFT_SET) and not m.endswith(SPO)]
+    for number, base in enumerate(method for method in bare if part.both(method)):
+        at = part.point(base)
+        axis.plot(*at, "o", color=FELL, mfc="white", label="bare")
+        if base in part.bases and part.both(base + SPO):
+            held = part.point(base + SPO)
+            axis.annotate("", held, at, arrowprops={"arrowstyle": "->", "color": "#999999"})
+            axis.plot(*held, "o", color=GREW, label="+ SPO")
         x, side = (5, "left") if number % 2 else (-5, "right")  # neighbours' names apart
-        axis.annotate(
-            base, bare, (x, 3), textcoords="offset points", ha=side, fontsize=7, color=INK
-        )
+        axis.annotate(base, at, (x, 3), textcoords="offset points", ha=side, fontsize=7, color=INK)
     named = dict(zip(*reversed(axis.get_legend_handles_labels())))
     axis.legend(named.values(), named.keys(), fontsize=7)
 

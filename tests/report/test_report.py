@@ -138,10 +138,10 @@ def test_a_front_along_one_word_and_a_rate_that_is_a_method_s_own(tmp_path):
     rates = [f"loss=simpo solver=none optimizer.lr=1e-4 seed={seed}" for seed in (0, 1)]
     rows = [{"words": words} for words in (*weights, *betas, *rates)]
     (main,), (front,) = parts(jobs(rows))
-    assert list(main.methods) == ["SimPO", "rpo"] and main.methods["SimPO"].seeds == {0, 1}
+    assert list(main.methods) == ["SimPO", "RPO"] and main.methods["SimPO"].seeds == {0, 1}
     assert list(front.methods) == [
         *("DPO + SPO, weight 0.03", "DPO + SPO, weight 0.1", "DPO + SPO, weight 3"),
-        *("rpo, default", "rpo, eta 0.1"),
+        *("RPO, default", "RPO, eta 0.1"),
     ]
 
 
