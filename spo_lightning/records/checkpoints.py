@@ -71,6 +71,8 @@ def _ours(beside: Path) -> tuple[Path, str]:
 def write_parts(tree: dict[str, Any], beside: Path, *, first: bool) -> None:
     """What a checkpoint of spread parameters holds, to the directory that ``put`` names."""
     path, safe = _ours(beside)
+    if first:  # the others' parts wait for its plan
+        remove(beside)
     with writing(path, parts.bytes_of(tree), safe):
         parts.write(tree, beside, first=first)
 
@@ -80,6 +82,7 @@ def write(tree: dict[str, Any], beside: Path) -> None:
     import torch
 
     path, safe = _ours(beside)
+    remove(beside)  # half of one, of either form, where a write was killed
     with writing(path, _size(tree), safe):  # what is free is asked when the half is gone
         try:
             with beside.open("wb") as file:

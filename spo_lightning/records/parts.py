@@ -5,7 +5,6 @@ more file of torch's. Nothing in it is unpickled beyond what ``weights_only`` al
 """
 
 import logging
-import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -30,7 +29,7 @@ def bytes_of(tree: Tree) -> int:
 
 
 def write(tree: Tree, folder: Path, *, first: bool) -> None:
-    """Every process calls it. A folder that is there is written anew."""
+    """Every process calls it, on a folder that is not there."""
     import torch
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -44,8 +43,6 @@ def write(tree: Tree, folder: Path, *, first: bool) -> None:
         return {PART: key, "shape": [*tensor.shape]}
 
     rest = _walked(tree, put)
-    if first:  # the others' parts wait for its plan
-        shutil.rmtree(folder, ignore_errors=True)
     writer = HuggingFaceStorageWriter(str(folder), _files(spread), save_distributed=True)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     try:

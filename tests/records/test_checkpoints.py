@@ -84,6 +84,15 @@ def test_the_one_before_a_broken_one_takes_its_place(tmp_path, harm, caplog):
     assert names(tmp_path) == ["last.ckpt"]
 
 
+def test_the_half_of_a_killed_write_is_in_nobodys_way(tmp_path):
+    """Of a run whose processes each wrote their parts, which goes on in one."""
+    half = tmp_path / "last.ckpt.tmp"
+    half.mkdir()
+    (half / "part").write_text("half")
+    saved(tmp_path / "last.ckpt", 5)
+    assert names(tmp_path) == ["last.ckpt"] and newest(tmp_path)[1]["spo_lightning"]
+
+
 def test_a_kill_between_the_two_names(tmp_path):
     saved(tmp_path / "last.ckpt", 5)
     (tmp_path / "last.ckpt").rename(tmp_path / "previous.ckpt")

@@ -63,6 +63,7 @@ def test_directories_take_one_anothers_place_as_files_do(trained, tmp_path):
     _, _, tree = trained
     last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
     last.write_text("a file, of a run in one process")
+    (tmp_path / "last.ckpt.tmp").write_text("and the half of the next, where it was killed")
     for step in (1, 2, 3):
         kept({**tree, "spo_lightning": {"outer_step": step}}, last)
     path, found = checkpoints.newest(last, best)
