@@ -116,7 +116,7 @@ def test_no_process_holds_more_than_its_share_and_two_blocks(tmp_path, size, sha
         print({way: {k: round(v / 2**20, 1) for k, v in it.items()} for way, it in found.items()})
         mine, whole = found["unread"], found["whole"]
         share, two = mine["share"], 2 * block
-        assert total / size <= share < total / size + block
+        assert abs(share - total / size) < block  # the last may have less of what does not divide
         assert mine["start"] <= share + two < total
         # a block as it is received and as it is read, the ends, activations of a few tokens
         assert mine["look"] <= share + two + ends + block / 2
