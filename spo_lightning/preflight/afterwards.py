@@ -109,6 +109,8 @@ def places(directories: Sequence[Path], name: str) -> list[Path]:
 
 
 def foretold(directory: Path) -> Ahead:
+    from spo_lightning.preflight.asked import telling
+
     path = directory / "preflight.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -116,7 +118,7 @@ def foretold(directory: Path) -> Ahead:
             {int(pair["row"]): float(pair[name]) for pair in found["pairs"]}
             for name in ("score", "first", "measured")
         )
-        return Ahead(found["run"], int(found["pilot_steps"]), *numbers)
+        return Ahead(telling(found["run"]), int(found["pilot_steps"]), *numbers)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not as a preflight writes it ({error}): look again") from error
 

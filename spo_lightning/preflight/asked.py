@@ -31,7 +31,10 @@ TELLING = ("data", "loss", "solver", "optimizer", "seed", "batch_size", "max_len
 
 def telling(config: Mapping[str, Any]) -> dict[str, Any]:
     """What tells whether a run is the one that was looked ahead at, without secrets."""
-    return without_secrets({key: config.get(key) for key in TELLING})
+    told = {key: config.get(key) for key in TELLING}
+    data = dict(told["data"] or {})
+    data.pop("layout", None)  # a run writes down the one that it found
+    return without_secrets({**told, "data": data})
 
 
 def refuse(cfg: "DictConfig") -> None:

@@ -82,7 +82,7 @@ def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
     alone = [{"weight": 0.0} | judgement.told(found, "held")] if type(solver) is NoLower else []
     tried = alone + weights(pilots)
     seconds |= {"weights": time.monotonic() - began, "run": found.seconds * total}
-    epoch = max(1, len(at.train) // cfg.batch_size)
+    epoch = math.ceil(len(at.train) / cfg.batch_size)
     measured = found.changes["held"][:, 0].tolist()
     ahead = judgement.foreseen(found.first["held"], measured, steps, min(total, epoch))
     numbers = {"score": scores, "ches": alike, "first": found.first["held"], "measured": measured}

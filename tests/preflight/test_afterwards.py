@@ -8,6 +8,7 @@ from conftest import SMALL, forked
 from spo_lightning.errors import UserError
 from spo_lightning.preflight import afterwards
 from spo_lightning.preflight.afterwards import Ahead, Came, report, row
+from spo_lightning.preflight.asked import telling
 
 RUN = {
     "loss": {"_target_": "spo_lightning.losses.dpo"},
@@ -33,6 +34,14 @@ def test_a_row_by_hand():
     assert far["inside"] == far["foreseen"] == "" and far["score ranks"] == pytest.approx(0.5)
     wrong = row(one, Came(RUN, 2, {1: 8.0, 2: 5.0, 3: 1.0}))
     assert dict(zip(afterwards.HEAD, wrong))["inside"] == "no"
+
+
+def test_the_layout_that_a_run_found_is_no_other_data():
+    """A preflight keeps the words, a run what it read them as."""
+    asked = {"data": {"path": "a.jsonl", "layout": None}, "seed": 1}
+    assert telling(asked) == telling({**asked, "data": {"path": "a.jsonl", "layout": "hh"}})
+    assert telling(asked) != telling({**asked, "data": {"path": "b.jsonl", "layout": None}})
+    assert telling(telling(asked)) == telling(asked)
 
 
 @pytest.mark.slow
