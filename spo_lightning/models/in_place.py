@@ -32,7 +32,7 @@ class Gather(InPlace):
         parts = enumerate(output_tensor.chunk(group.size()))
         works = [dist.broadcast(p, group=group, group_src=r, async_op=True) for r, p in parts]
         for work in works[:-1]:
-            work.wait()  # type: ignore[union-attr]
+            work.wait()  # type: ignore[union-attr]  # None is for processes outside the group
         return works[-1]  # what is waited for is let go of, once it has been copied
 
 
@@ -54,6 +54,7 @@ class Sum(InPlace):
 def talk_in_place(module: FSDPModule) -> None:
     """From now on, this one's own parameters; and none is gathered ahead in backward."""
     gather, total = Gather(), Sum()
+    # by their shape alone: the classes that torch's types ask for are private to it
     module.set_custom_all_gather(gather)  # type: ignore[arg-type]
     module.set_custom_reduce_scatter(total)  # type: ignore[arg-type]
     module.set_force_sum_reduction_for_comms(True)  # gloo's reduce has no mean

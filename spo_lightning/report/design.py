@@ -124,6 +124,8 @@ def by_weight(run: Run, guidance: Any) -> list[Chart]:
 
 def over_seeds(settings: Sequence[Setting]) -> list[list[Any]]:
     """A row of a setting that proposes designs."""
+    import pandas as pd
+
     rows = []
     for setting in settings:
         guided = setting.values("hypervolume")
@@ -135,7 +137,8 @@ def over_seeds(settings: Sequence[Setting]) -> list[list[Any]]:
         )
         paths = [run.path / "guidance.csv" for run in setting.runs]
         at = [rows_of(path).set_index("weight")["hypervolume"] for path in paths if path.is_file()]
-        best = float(sum(at).idxmax()) if at else None  # type: ignore[union-attr]
+        means = pd.concat(at, axis=1).mean(axis=1) if at else None
+        best = None if means is None else means.index[means.argmax()]
         rows.append(
             [setting.name, len(setting.seeds), cell(guided.values()), *map(starred, apart), best]
         )
