@@ -18,11 +18,12 @@ from spo_lightning.errors import UserError
 
 HEAD = (
     *("run", "seed", "pilot", "step", "pairs", "score ranks", "pilot ranks"),
-    *("foreseen", "measured", "inside", "displaced, foreseen", "displaced"),
+    *("foreseen", "likely", "measured", "inside", "displaced, foreseen", "displaced"),
 )
 ABOUT = (
     "Ranks: Spearman's correlation, over held-out pairs, with the change of log pi(y_w) at the "
-    "step. Foreseen: the interval of the mean, nats, where the pilot holds that far."
+    "step. Foreseen: the interval of the mean, nats, where the pilot holds that far; and what is "
+    "likely within it."
 )
 
 
@@ -159,14 +160,15 @@ def row(one: Ahead, then: Came) -> list[Any]:
     ranks = (judgement.spearman(numbers, changes) for numbers in (score, pilot))
     came = judgement.moved(changes)
     ahead = judgement.foreseen(first, pilot, one.steps, then.step)
-    interval = inside = share = ""
+    interval = inside = share = likely = ""
     if ahead["step"] == then.step:
+        likely = ahead["mean"]
         interval = f"{ahead['low']:+.2f} to {ahead['high']:+.2f}"
         inside = "yes" if ahead["low"] <= came["mean"] <= ahead["high"] else "no"
         low, high = ahead["displaced"]
         share = f"{low:.0%} to {high:.0%}"
     place = [method(one.run), one.run["seed"], one.steps, then.step, len(rows), *ranks]
-    return [*place, interval, came["mean"], inside, share, f"{came['displaced']:.0%}"]
+    return [*place, interval, likely, came["mean"], inside, share, f"{came['displaced']:.0%}"]
 
 
 def method(run: Mapping[str, Any]) -> str:

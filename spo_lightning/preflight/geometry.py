@@ -1,7 +1,7 @@
 """A sample of pairs in, how their gradients lie out, and the step that their mean would take.
 
-One forward and three backwards per pair; beside the gradients of one pair only the mean and the
-spread of the preference gradient are kept.
+One forward and two backwards per pair, a third where a loss weighs the tokens of an answer apart;
+beside the gradients of one pair only the mean and the spread of the preference gradient are kept.
 """
 
 from collections.abc import Callable
@@ -40,8 +40,10 @@ def geometry(
     scorer.squares = losses.asks(loss, "squares")
     named = trainable(scorer)
     theta: Tensors = tuple(named.values())
-    mean = [torch.zeros_like(p) for p in theta]
-    squares = [torch.zeros_like(p) for p in theta]  # of the distances from the mean, summed
+    # in bfloat16 a mean of a hundred would no longer hear of the next one
+    wide = [torch.promote_types(p.dtype, torch.float32) for p in theta]
+    mean = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(theta, wide)]
+    squares = [torch.zeros_like(m) for m in mean]  # of the distances from the mean, summed
     found = []
     for number in range(len(sample)):
         batch = sample.batch([number]).to(scorer.model.device)
@@ -58,18 +60,36 @@ def geometry(
                 "overlap": inner.item() / max(own.item(), 1e-30),
             }
         )
-        del chosen, rejected
-        for m, s, g in zip(mean, squares, _gradient(upper.sum(), theta)):
+        weighed = _sides(upper, policy)
+        whole = () if weighed else _gradient(upper.sum(), theta)
+        for place, (m, s) in enumerate(zip(mean, squares)):
+            if weighed is None:
+                g = whole[place]
+            else:
+                own, other = (side[place].to(m.dtype) for side in (chosen, rejected))
+                g = weighed[0] * own + weighed[1] * other
             apart = g - m
             m += apart / (number + 1)
             s += apart * (g - m)
+        del chosen, rejected, whole
         advance(1)
     count = max(1, len(sample) - 1)
     along = {}
-    for name, m, s in zip(named, mean, squares):
+    for (name, p), m, s in zip(named.items(), mean, squares):
         spread = (s / (count * batch_size) + m.square()).sqrt()
-        along[name] = torch.where(spread > 0, m / spread, 0.0)
+        along[name] = torch.where(spread > 0, m / spread, 0.0).to(p.dtype)
     return Geometry(found, along)
+
+
+def _sides(upper: Tensor, policy: PairLogps) -> tuple[float, float] | None:
+    """d F / d log pi(y_w) and d F / d log pi(y_l) of one pair; None where there is more to F."""
+    if policy.divergences is not None:
+        return None
+    (slope,) = _gradient(upper.sum(), (policy.logps,))
+    chosen, rejected = slope[~policy.side], slope[policy.side]
+    if any(len(some) and bool((some != some[0]).any()) for some in (chosen, rejected)):
+        return None
+    return tuple(some[0].item() if len(some) else 0.0 for some in (chosen, rejected))
 
 
 def _gradient(value: Tensor, theta: Tensors) -> Tensors:

@@ -85,6 +85,11 @@ def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
     epoch = math.ceil(len(at.train) / cfg.batch_size)
     measured = found.changes["held"][:, 0].tolist()
     ahead = judgement.foreseen(found.first["held"], measured, steps, min(total, epoch))
+    rest = sides["held"]["rest"]  # as long a step bends alike, whatever the weight
+    tried = [
+        one | {"foreseen": judgement.grown(one["mean"] - rest, rest, ahead["pilots"])}
+        for one in tried
+    ]
     numbers = {"score": scores, "ches": alike, "first": found.first["held"], "measured": measured}
     told = rows(held, at.task.held_out, numbers)
     return Preflight(

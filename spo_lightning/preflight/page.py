@@ -12,7 +12,10 @@ SPLIT = (
     "log pi(y_w) at the start times the step taken; the rest is what no gradient sees. Random: a "
     "step as long in every tensor, the price of moving at all. Margin: log pi(y_w) - log pi(y_l)."
 )
-WEIGHTS = "A pilot each: what it does to held-out pairs, nats. Weight 0 is the run without."
+WEIGHTS = (
+    "A pilot each: what it does to held-out pairs, nats. Weight 0 is the run without. Foreseen: "
+    "the likely mean as far as the pilot holds, with the rest of the run's own pilot."
+)
 GEOMETRY = (
     "Gradients of log pi(y_w) and log pi(y_l) of training pairs. Overlap is their product over "
     "the square of the first: above 1 a pair's own step lowers its chosen answer (own condition)."
@@ -40,7 +43,7 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
         f"({ahead['low']:+.3g} to {ahead['high']:+.3g}), {low:.0%} to {high:.0%} of held-out "
         "pairs displaced. Beyond that step the pilot says nothing."
     )
-    alarm = found["sides"]["held"]["mean"] < 0
+    alarm = min(found["sides"]["held"]["mean"], ahead["mean"]) < 0
     head = (*PILOT, "first", "rest", "random")
     sides = [{"pairs": name} | one for name, one in found["sides"].items()]
     changes = [pair["measured"] for pair in found["pairs"]]
@@ -79,7 +82,7 @@ def weights(tried: Sequence[Mapping[str, Any]]) -> list[Block]:
     ]
     title = "Mean change of held-out pairs after the pilot"
     return [
-        columns("weights", ("weight", *PILOT), tried),
+        columns("weights", ("weight", *PILOT, "foreseen"), tried),
         lines("weight", title, "solver.weight", "nats", drawn),
     ]
 

@@ -180,7 +180,8 @@ def parts(jobs: Sequence[Job], more: Sequence[str] = ()) -> tuple[list[Part], ..
                     name_here = ", ".join([method, *(named or ["default"])])
                     along[name_here] = Setting(told, points[values])
         main += [Part(name, alone, more)] if alone else []
-        fronts += [Part(name, along, more)] if along else []
+        beside = {m: alone[m] for m in (CHOSEN, SFT_SET) if m in alone and m not in along}
+        fronts += [Part(name, beside | along, more)] if along else []
     return main, fronts
 
 
@@ -274,9 +275,7 @@ def drawn(main: Sequence[Part], front: Sequence[Part], path: Path) -> list[Path]
 
 def methods(part: Part, axis: Any) -> None:
     """The controls in grey; every objective, and from its bare form an arrow to that with SPO."""
-    for method, marker in ((INIT, "D"), (CHOSEN, "s"), (SFT_SET, "^")):
-        if (method == INIT or method in part.methods) and part.both(method):
-            axis.plot(*part.point(method), marker, color=OTHER, label=method)
+    controls(part, axis)
     bare = [m for m in part.methods if m not in (CHOSEN, SFT_SET) and not m.endswith(SPO)]
     for number, base in enumerate(method for method in bare if part.both(method)):
         at = part.point(base)
@@ -291,13 +290,20 @@ def methods(part: Part, axis: Any) -> None:
     axis.legend(named.values(), named.keys(), fontsize=7)
 
 
+def controls(part: Part, axis: Any) -> None:
+    for method, marker in ((INIT, "D"), (CHOSEN, "s"), (SFT_SET, "^")):
+        if (method == INIT or method in part.methods) and part.both(method):
+            axis.plot(*part.point(method), marker, color=OTHER, label=method)
+
+
 def points(part: Part, axis: Any) -> None:
     """A front: of every method a line through the values of the first word that varies, marked by
     value, and one for each value of the others; rings where a job names none."""
-    if part.both(INIT):
-        axis.plot(*part.point(INIT), "D", color=OTHER, label=INIT)
+    controls(part, axis)
     lines: dict[str, list[tuple[str, tuple[float, float]]]] = {}
     for method, setting in part.methods.items():
+        if not setting.told:  # a control
+            continue
         (first, value), *others = [(k.split(".")[1], v) for k, v in setting.told.items()]
         name, at = method.split(", ")[0], part.point(method)
         if not any(v for _, v in others) and not value:

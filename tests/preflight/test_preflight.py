@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from pairs import CONF
 from tiny import in_float64, policy, random_pairs
 
-from spo_lightning.models.scorer import Scorer
+from spo_lightning import losses
+from spo_lightning.models.scorer import Scorer, reference_logps
 from spo_lightning.preflight import judgement
 from spo_lightning.preflight.geometry import geometry, slopes, sums
 from spo_lightning.preflight.look import prepared, sampled
@@ -46,6 +47,26 @@ def test_the_score_is_what_a_tiny_step_does(name, monkeypatch):
     assert moved == pytest.approx([-length * slope for slope in foreseen], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["dpo", "simpo", "kto_pair", "dpo loss.ld_alpha=0.5"])
+def test_the_step_is_that_of_the_mean_gradient(name, monkeypatch):
+    in_float64(monkeypatch)
+    made, pairs = policy(), random_pairs(5)
+    loss, _, _ = objective(*f"loss={name}".split())
+    pairs, scorer = scored(made.lm, pairs), Scorer(made.lm, True)
+    theta = trainable(scorer)
+    along = geometry(scorer, pairs, loss, 4).along
+    every = []
+    for place in range(5):
+        batch = pairs.batch([place])
+        upper = losses.evaluate(loss, scorer(batch), reference_logps(batch), losses.moments_of({}))
+        every.append(torch.autograd.grad(upper.sum(), tuple(theta.values())))
+    for name, seen in zip(theta, zip(*every)):
+        each = torch.stack(seen)
+        mean = each.mean(0)
+        wanted = mean / (each.var(0) / 4 + mean.square()).sqrt()
+        torch.testing.assert_close(along[name], wanted.nan_to_num(), rtol=1e-7, atol=1e-9)
+
+
 def test_norms_and_cosines_are_those_of_the_gradients():
     made = policy()
     loss, _, _ = objective("loss=dpo")
@@ -74,18 +95,23 @@ def test_what_is_foreseen_ends_where_it_holds():
     half = 1.96 * 128**0.5 / 2**0.5, 1.96 * 2048**0.5 / 2**0.5
     assert ahead["low"] == pytest.approx(min(-4 - half[0], -40 - half[1]))
     assert ahead["displaced"] == [0.5, 1.0]
+    assert ahead["mean"] == pytest.approx(8 - 3 * 4 ** (4 / 3))
     assert judgement.foreseen(first, changes, 5, 5)["displaced"] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
     "held, seen, tried, told",
     [
-        ((0.5, 0.2, 0.3), 1.0, [], "no solver weight is needed until step 20 of 100"),
-        # first order .2, the rest -.8: they are equal at a quarter of the lr
-        ((-0.6, 0.2, -0.8), -1.0, [], "optimizer.lr=2.5e-06 or a warm-up"),
+        ((0.5, 0.2, 0.3), 1.0, [], "no further solver weight is needed until step 20 of 100"),
+        # first order .2, the rest -1: equal at a fifth of the lr after one pilot, at a tenth after
+        # eight, when the rest has grown by 16
+        ((-0.8, 0.2, -1.0), -1.0, [], "optimizer.lr=1.0e-06 or a warm-up"),
+        # it holds in the pilot, and 1.0 * 8 - .7 * 16 is below 0
+        ((0.3, 1.0, -0.7), 1.0, [], "They may fall: "),
+        ((0.3, 1.0, -0.7), 1.0, [(0.1, 0.3), (1.0, 0.8)], "weight=1 holds"),
         ((-0.6, -0.2, -0.4), 1.0, [], "it is overfitting"),
         ((-0.6, -0.2, -0.4), -1.0, [], "the loss itself points down"),
-        ((-0.6, -0.2, -0.4), -1.0, [(0.1, -0.1), (0.3, 0.0), (1.0, 2.0)], "weight=0.3 holds"),
+        ((-0.6, -0.2, -0.4), -1.0, [(0.1, -0.1), (0.2, 0.0), (0.3, 1.0)], "weight=0.3 holds"),
         ((-0.6, -0.2, -0.4), -1.0, [(0.1, -0.1)], "no weight up to 0.1"),
     ],
 )
@@ -95,8 +121,12 @@ def test_the_advice_follows_from_the_numbers(held, seen, tried, told):
         "held": dict(mean=mean, half=0.1, displaced=0.6, first=first, rest=rest, margin=1.0),
         "seen": {"mean": seen},
     }
-    weights = [{"weight": weight, "mean": at, "margin": 0.5} for weight, at in tried]
-    said = judgement.advice(sides, {"step": 20, "low": -1.0, "high": 0.0}, weights, 1e-5, 100)
+    ahead = {"step": 20, "low": -1.0, "high": 0.0, "mean": judgement.grown(first, rest, 8)}
+    weights = [
+        {"weight": w, "mean": at, "margin": 0.5, "foreseen": judgement.grown(at - rest, rest, 8)}
+        for w, at in tried
+    ]
+    said = judgement.advice(sides, ahead | {"pilots": 8}, weights, 1e-5, 100)
     assert told in said and "\n" not in said
 
 

@@ -8,7 +8,7 @@ from tiny import in_float64, policy
 
 from spo_lightning.errors import Diverged
 from spo_lightning.models import scorer as models
-from spo_lightning.solvers import dot, lower_terms, moved
+from spo_lightning.solvers import BLOCK, dot, lower_terms, moved
 from spo_lightning.solvers import linear as L
 from spo_lightning.solvers.implicit import Implicit
 from spo_lightning.solvers.products import Exact, FiniteDifference
@@ -184,3 +184,13 @@ def test_a_broken_precondition_is_caught():
         return unrolled_point(solver, problem, theta, tuple(p / 2 for p in scale))
 
     assert worst(solver, point, directions=3) > 1e-4
+
+
+def test_an_inner_product_in_blocks_is_that_of_the_whole():
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(3, BLOCK + 1), (7,), ()]
+    one, two = (
+        tuple(torch.randn(shape, generator=draw).bfloat16() for shape in shapes) for _ in range(2)
+    )
+    whole = sum((x.double() * y.double()).sum() for x, y in zip(one, two))
+    torch.testing.assert_close(dot(one, two), whole, rtol=1e-12, atol=0)
