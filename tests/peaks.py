@@ -119,9 +119,13 @@ def trained(words: list[str]) -> None:
 
 
 def peak(title: str, at: Path) -> float:
-    """MiB of one run, above what the process holds before it."""
+    """MiB of one run, above what the process holds before it: a fork's pages of the libraries are
+    its own once it has touched them, and the same run of nothing does."""
     from spo_lightning.bench import measuring
 
+    trained(
+        [word.replace(f"{at}/{CASES[title][0]}", f"{at}/nothing") for word in words_of(title, at)]
+    )
     gc.collect()
     assert measuring.forget_peak()
     before = measuring.highest_resident()

@@ -71,7 +71,7 @@ def report(directories: Sequence[Path], output: Path) -> str:
     from spo_lightning.report.settings import table
 
     ahead = [foretold(path) for path in places(directories, "preflight.json")]
-    came = [ended(path) for path in places(directories, "metrics.json")]
+    came = [then for path in places(directories, "metrics.json") if (then := ended(path))]
     came += [Came(one.run, one.steps, one.measured) for one in ahead]
     both = [
         (one, then)
@@ -124,7 +124,8 @@ def foretold(directory: Path) -> Ahead:
         raise UserError(f"{path}: not as a preflight writes it ({error}): look again") from error
 
 
-def ended(directory: Path) -> Came:
+def ended(directory: Path) -> Came | None:
+    """None of a run that has not come to its end."""
     import yaml
 
     from spo_lightning.preflight.asked import telling
@@ -132,7 +133,10 @@ def ended(directory: Path) -> Came:
 
     try:
         config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-        steps = int(json.loads((directory / "metrics.json").read_text(encoding="utf-8"))["steps"])
+        numbers = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+        if not numbers.get("final"):
+            return None
+        steps = int(numbers["steps"])
         lines = (directory / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
         changes = {
             int(row["row"]): row["logps/chosen"] - row["reference/chosen"]

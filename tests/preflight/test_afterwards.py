@@ -36,6 +36,15 @@ def test_a_row_by_hand():
     assert dict(zip(afterwards.HEAD, wrong))["inside"] == "no"
 
 
+def test_a_run_on_its_way_has_not_come_to_anything(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 2\n")
+    (tmp_path / "metrics.json").write_text('{"init": {"logps/chosen": -3.0}, "final": null}')
+    assert afterwards.ended(tmp_path) is None
+    (tmp_path / "metrics.json").write_text('{"init": {}, "final": {"logps/chosen": -3.0}}')
+    with pytest.raises(UserError, match="no config.yaml, metrics.json and pairs.jsonl of a run"):
+        afterwards.ended(tmp_path)
+
+
 def test_the_layout_that_a_run_found_is_no_other_data():
     """A preflight keeps the words, a run what it read them as."""
     asked = {"data": {"path": "a.jsonl", "layout": None}, "seed": 1}
