@@ -50,9 +50,11 @@ CASES = {
 # the same of processes that share a model, and of one process with as many pairs at once
 RANKS, EACH = 4, 4
 SPREAD = ("hardware=fsdp", "hardware.accelerator=cpu", f"hardware.devices={RANKS}")
-SPREAD = (*SPREAD, f"batch_size={RANKS * EACH}", "eval.batch_size=4")
+SPREAD = (*SPREAD, f"batch_size={RANKS * EACH}", "eval.batch_size=4", "eval.max_new_tokens=2")
+PARTS = "hardware.sharding.gather_for_answers=false"
 CASES |= {f"one process of {size}": (size, EACH, ()) for size in SIZES}
-CASES |= {f"{RANKS} processes of {size}": (size, EACH, SPREAD) for size in SIZES}
+CASES |= {f"{RANKS} processes of {size}": (size, EACH, (*SPREAD, PARTS)) for size in SIZES}
+CASES |= {f"{RANKS} processes of 60M, answers by a copy": ("60M", EACH, SPREAD)}
 
 
 def words_of(title: str, at: Path) -> list[str]:

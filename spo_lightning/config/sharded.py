@@ -52,6 +52,12 @@ def check_sharded(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if refused(value):
             raise UserError(f"{key}={value} does not go with hardware=fsdp: {why}")
+    apart = OmegaConf.select(cfg, "hardware.sharding.gather_for_answers") is False
+    if apart and cfg.eval.get("tasks"):
+        raise UserError(
+            "hardware.sharding.gather_for_answers=false does not go with eval.tasks: the harness "
+            "asks one process that has all weights: leave either out"
+        )
     if spread and "samples" in cfg:
         raise UserError(
             "hardware=fsdp: every process answers with all weights, so none would be spread: take "

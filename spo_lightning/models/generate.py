@@ -1,6 +1,7 @@
 """Prompts in, answers out: batched greedy or sampled generation."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -92,23 +93,27 @@ def answered(
     """One answer per row's prompt, in the rows' order. The same seed gives the same answers.
 
     Greedy ones are dealt over processes. Sampled ones come from one stream of random numbers that
-    goes on from batch to batch: every process draws them all, and the first one's are taken.
+    goes on from batch to batch: every process draws them all, and the first one's are taken. So it
+    is where processes have parts of the weights and gather them for every token.
     """
     if how.engine is not None:
         return how.engine(rows, how, stages, title)
-    policy = policy.gathered(policy.device) or policy
+    parts = policy.spread if policy.spread and policy.spread.root else None
+    if parts is None:
+        policy = policy.gathered(policy.device) or policy
     prompts = [prompt_ids(row, policy.tokenizer) for row in rows]
     stops, rooms = Stops.of(policy, how.stop), rooms_of(policy, prompts, how)
     chunks = batches([*map(len, prompts)], rooms, how.batch_size)
     world = stages.world
     turns = world.deal(chunks)
-    if how.temperature > 0:
+    if how.temperature > 0 or parts is not None:
         turns = (Turn(chunk, world.first, [chunk]) for chunk in chunks)
     mine: dict[int, Answer] = {}
     torch.manual_seed(how.seed)
     was_training = policy.lm.training
     policy.lm.eval()
-    with stages.stage(title, len(rows)) as advance:
+    whole_ends = nullcontext() if parts is None else parts.whole_ends()
+    with stages.stage(title, len(rows)) as advance, whole_ends:
         for chunk, counts, together in turns:
             asked, room = [prompts[i] for i in chunk], rooms[chunk[0]]
             found = _generate(policy, asked, room, stops, how)
@@ -150,9 +155,9 @@ def _generate(
     if not room:
         return [Answer("", 0, cut=True)] * len(prompts)
     width, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=policy.lm.device)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=policy.device)
     mask = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.lm.device
+        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device
     )
     drawn: dict[str, Any] = {"do_sample": False}
     if how.temperature > 0:
@@ -165,7 +170,9 @@ def _generate(
         use_cache=True,
         **drawn,
     )
-    reads = {"stopping_criteria": _written(policy.tokenizer, stops.texts, width)}
+    reads: dict[str, Any] = {"stopping_criteria": _written(policy.tokenizer, stops.texts, width)}
+    # processes that gather for each other's tokens stop together
+    reads["synced_gpus"] = policy.spread is not None
     out = policy.lm.generate(ids, attention_mask=mask, generation_config=config, **reads)
     return [_answer(policy, row[width:].tolist(), room, stops) for row in out]
 

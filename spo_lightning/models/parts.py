@@ -1,7 +1,7 @@
 """Safetensors files in, weights out, and back again: one at a time, so none holds a whole model.
 
 A model begins with its parameters on the meta device. ``sharded.py`` fills block after block and
-deals each over the processes, and what they have is gathered again tensor by tensor into files.
+deals each over the processes, and what they have goes into files part by part.
 """
 
 import json
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from spo_lightning.models.sources import WEIGHTS
-from spo_lightning.world import whole
 
 log = logging.getLogger(__name__)
 
@@ -194,8 +193,25 @@ def _write(path: Path, values: Mapping[str, Tensor], first: bool) -> None:
     with path.open("wb") if first else nullcontext() as file:
         if file is not None:
             file.write(len(told).to_bytes(8, "little") + told)
-        for name in order:
-            value = whole(values[name].detach())
+        for part in (part for name in order for part in _in_order(values[name].detach())):
             if file is not None:
-                flat: Any = value.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                flat: Any = part.cpu().contiguous().view(-1).view(torch.uint8).numpy()
                 file.write(flat)
+
+
+def _in_order(value: Tensor) -> Iterator[Tensor]:
+    """A tensor's rows; of one that is spread over processes the part of each, told to all."""
+    spread: Any = value
+    if not hasattr(spread, "full_tensor"):
+        yield value
+        return
+    mesh, own = spread.device_mesh, spread.to_local()
+    size = mesh.size(mesh.ndim - 1)  # all parts stand again in every copy of a mesh of two
+    each = -(-len(value) // size)
+    for rank in range(size):
+        rows = max(0, min(each, len(value) - rank * each))
+        mine = rank == mesh.get_local_rank(mesh.ndim - 1)
+        part = own.contiguous() if mine else own.new_empty(rows, *value.shape[1:])
+        if rows:
+            torch.distributed.broadcast(part, group=mesh.get_group(mesh.ndim - 1), group_src=rank)
+        yield part

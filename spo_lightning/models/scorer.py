@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -180,7 +180,8 @@ class Scorer(nn.Module):
         if by.reward:
             return by.read(self.model, hidden)[:, 0]
         if attention.fused() and is_plain(head):
-            return fused_logps(head, hidden, targets, by.cap, self.logits, by.scale)
+            read = getattr(head, "logps", None) or partial(fused_logps, head)  # spread: its own
+            return read(hidden, targets, by.cap, self.logits, by.scale)
 
         def score(hidden: Tensor, targets: Tensor) -> Tensor:
             return plain_logps(self._logits(hidden), targets)

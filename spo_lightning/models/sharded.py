@@ -1,21 +1,23 @@
 """A policy in, the same with a part of every parameter in each process and its scorer out.
 
-torch's FSDP2 gathers a layer's parameters for as long as it computes. The scorer is the root, so
-that its forward has the embedding and the head whole: the head's matrix is read block by block,
-outside of any forward of its own (``head.py``). Parameters that are still in their files are read
+torch's FSDP2 gathers a layer's parameters for as long as it computes, and so the embedding's and
+the head's where they are two; one matrix for both is whole in the scorer's forward, which is the
+root. Parameters that are still in their files are read
 block by block, so that a process never has more of them than its parts and one block. What needs
-every weight at once (answers) is given a copy that has them (``spread.py``).
+every weight at once (answers, if asked so) is given a copy that has them (``spread.py``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spo_lightning.errors import UserError
+from spo_lightning.models.head import fused_logps, is_plain
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.quantized import bits_of
 from spo_lightning.models.reading import Reading
@@ -29,11 +31,13 @@ READS = ("top", "greedy", "hidden_sums", "reads_as")  # of a scorer, beside its 
 @dataclass(frozen=True)
 class Sharding:
     """How parameters are spread: whether layers keep them from forward to backward, over how many
-    groups of processes all parts stand again, and whether parts stay in the host's memory."""
+    groups of processes all parts stand again, whether parts stay in the host's memory, and whether
+    answers come from a copy of all (older runs have no key for that)."""
 
     reshard_after_forward: bool
     copies: int
     offload: bool
+    gather_for_answers: bool = True
 
     def __call__(
         self,
@@ -69,7 +73,8 @@ class Sharding:
             "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
         }
         scorer = Scorer(policy.lm, shared=False, reading=Reading(""))  # until it is decided
-        for module in (*layers_of(policy.lm), scorer):
+        ends = ends_of(policy.lm)
+        for module in (*layers_of(policy.lm), *ends, scorer):
             if policy.unread is not None:
                 policy.unread.fill(module, world.device)
             sharded: Any = fully_shard(module, **how)
@@ -77,6 +82,10 @@ class Sharding:
                 talk_in_place(sharded)
         for name in READS:
             register_fsdp_forward_method(scorer, name)
+        for head in ends[1:]:  # read block by block, beside its own forward
+            head.logps = MethodType(fused_logps, head)
+            register_fsdp_forward_method(head, "logps")
+        spread = replace(spread, root=None if self.gather_for_answers else scorer)
         policy = replace(policy, spread=spread, unread=None)
         scorer.place = world.device
         scorer.reads_as(lambda: decide(policy))
@@ -112,6 +121,15 @@ def layers_of(lm: Any) -> list[nn.Module]:
             "gathered by itself: take hardware=ddp"
         )
     return [*lists[sizes.index(max(sizes))]]
+
+
+def ends_of(lm: Any) -> list[Any]:
+    """Its embedding and its head; none where they have a matrix in common, or where it has no such
+    head."""
+    ends = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if None in ends or ends[0].weight is ends[1].weight or not is_plain(ends[1]):
+        return []
+    return [*ends]
 
 
 def _refuse(policy: Policy, trains: bool) -> None:

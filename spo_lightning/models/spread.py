@@ -1,6 +1,8 @@
 """A module whose parameters are spread over processes in, a copy of it with all of them out."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ class Spread:
 
     empty: nn.Module
     device: Any  # where it computes, wherever its parts are
+    root: Any = None  # what gathers all that is in no layer, where answers come from parts
 
     @classmethod
     def of(cls, module: nn.Module, device: Any) -> "Spread":
@@ -25,6 +28,15 @@ class Spread:
             for p in module.parameters()
         }
         return cls(copy.deepcopy(module, hollow), device)
+
+    @contextmanager
+    def whole_ends(self) -> Iterator[None]:
+        """Inside, the module itself can be run, in every process at once."""
+        self.root.unshard()
+        try:
+            yield
+        finally:
+            self.root.reshard()
 
     @torch.no_grad()
     def filled(self, module: nn.Module, device: Any, trained: bool) -> nn.Module | None:

@@ -63,7 +63,7 @@ def _with(run: Run, words: Mapping[str, Any]) -> Run:
     for key, value in words.items():
         if key == "optimizer":
             value = OmegaConf.load(Path(CONF, key, f"{value}.yaml"))
-        OmegaConf.update(other, key, value, merge=False)
+        OmegaConf.update(other, key, value, merge=False, force_add=True)
     return replace(run, cfg=other) if {*words} <= {*BESIDE} else run_of(other)
 
 
@@ -72,5 +72,7 @@ def _more_devices(run: Run) -> Iterator[tuple[str, float]]:
     devices = max(2, 2 * run.cfg.hardware.devices)
     while devices <= run.cfg.batch_size and not run.cfg.model.get("quantize"):
         words: dict[str, Any] = {"hardware.strategy": "fsdp", "hardware.devices": devices}
-        yield f"hardware=fsdp hardware.devices={devices}", planned(_with(run, words)).peak
+        for more in ({}, {"hardware.sharding.gather_for_answers": False}):
+            told = f"hardware=fsdp hardware.devices={devices} {said(more)}".rstrip()
+            yield told, planned(_with(run, words | more)).peak
         devices *= 2

@@ -113,6 +113,11 @@ class Run:
         """How many of them there are."""
         return 1 if self.shape.tied else 2
 
+    @property
+    def apart(self) -> bool:
+        """Whether devices that share weights gather embedding and head each by itself."""
+        return self.shards > 1 and not self.shape.tied
+
 
 def run_of(cfg: DictConfig) -> Run:
     shape = shape_of(cfg)
@@ -127,12 +132,16 @@ def planned(run: Run) -> Planned:
     looks = min(cfg.eval.batch_size, cfg.eval.max_rows or cfg.plan.pairs)
     stays: Bytes = {"weights": _weights(run), "reference": _reference(run)}
     moments = {"optimizer": shape.size.trained * run.kept / run.shards}
-    held = stays | moments | {"gradients": part}
+    held = stays | moments | {"gradients": part, "copy for answers": 0.0}
     stages = {
         "training": held | {"solver": copies.during * part, "activations": _active(run)},
         "optimizer": held | {"solver": copies.outside * part, "activations": _widened(run)},
         "held-out": held | {"solver": copies.kept * part, "activations": _look(run, looks)},
     }
+    key = "hardware.sharding.gather_for_answers"
+    if run.shards > 1 and OmegaConf.select(cfg, key, default=True):
+        copy = {"copy for answers": shape.size.bytes, "activations": 0.0}
+        stages["answers"] = held | {"solver": copies.kept * part} | copy
     return Planned(stages, _disk(run), *_work(run))
 
 
@@ -141,12 +150,12 @@ def planned(run: Run) -> Planned:
 
 def _weights(run: Run) -> float:
     """Of a device; a block's and the ends whole while they compute, where the rest is shared."""
-    size, block = run.shape.size, run.shape.block
+    size, block, end = run.shape.size, run.shape.block.bytes, run.shape.ends * run.shape.itemsize
     if run.shards == 1:
         return size.bytes
     if not OmegaConf.select(run.cfg, "hardware.sharding.reshard_after_forward", default=True):
         return size.bytes + size.bytes / run.shards
-    return size.bytes / run.shards + block.bytes + run.ends * run.shape.ends * run.shape.itemsize
+    return size.bytes / run.shards + (max(block, end) if run.apart else block + end)
 
 
 def _reference(run: Run) -> float:
@@ -167,18 +176,20 @@ def _active(run: Run) -> float:
     peaks = _peaks(run, run.micro, again)
     logits = _logits(run, run.rows(run.micro).scored, learns=True)
     before = again * run.ends * run.end  # gradients of an earlier microbatch
-    waits = run.shape.tied or not again  # the head's, for the embedding's; or as the only one
+    # the head's, for the embedding's; or as the only one
+    waits = run.shape.tied or not (again or run.apart)
     # a device has its share of the gradients of all blocks but the one that is computed, and of
-    # what an earlier microbatch has left; those of the ends it has whole until the end
+    # what an earlier microbatch has left; those of the ends it has whole until the end, or as they
+    # are computed and as they are summed
     whole = run.ends * run.end
     shared = (run.trained - whole) * (1 - 1 / run.shards)
     block = run.shape.block.trained * run.shape.each * (run.shards > 1)
     earlier = again * (shared + whole * (1 - 1 / run.shards))
     peak = max(
         peaks.forward + before - earlier,
-        peaks.left + before + run.end + logits - earlier,
+        peaks.left + before + run.end + max(logits, run.apart * run.end) - earlier,  # or summed
         peaks.top + before + waits * run.end - earlier,
-        peaks.bottom + (2 + again / run.shards) * run.end - shared + block,
+        peaks.bottom + (2 + (again or run.apart) / run.shards) * run.end - shared + block,
     )
     return peak - run.trained / run.shards + _beside(run)
 

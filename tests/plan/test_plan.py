@@ -35,7 +35,7 @@ def config(*words, **more):
     with initialize_config_dir(CONF, version_base="1.3"):
         found = compose("plan", list(words))
     for key, value in more.items():
-        OmegaConf.update(found, key, value)
+        OmegaConf.update(found, key, value, force_add=True)
     return found
 
 
@@ -181,24 +181,26 @@ def test_an_optimizer_is_measured():
 
 
 def test_devices_that_share_weights():
-    """By hand: an eighth of all, and a block and the ends whole."""
+    """By hand: an eighth of all, and a block, or the larger embedding or head, whole."""
     words = ("model=llama3-8b", *BIG, "batch_size=64", "micro_batch_size=8", "eval.batch_size=8")
     alone, shared = plan(*words), plan(*words, **FSDP)
     shape = shape_of(config(*words))
     assert shared.stages["training"]["optimizer"] == alone.stages["training"]["optimizer"] / 8
     assert shared.stages["training"]["gradients"] == alone.stages["training"]["gradients"] / 8
-    block = 2 * shape.block.weights + 2 * 2 * shape.ends
-    assert shared.stages["training"]["weights"] == 2 * shape.size.weights / 8 + block
-    assert shared.peak < alone.peak / 2
+    assert shared.stages["training"]["weights"] == 2 * shape.size.weights / 8 + 2 * shape.ends
+    assert shape.ends > shape.block.weights
+    assert shared.stages["answers"]["copy for answers"] == alone.stages["training"]["weights"]
+    parts = plan(*words, **FSDP | {"hardware.sharding": {"gather_for_answers": False}})
+    assert "answers" not in parts.stages and parts.peak < alone.peak / 2
 
 
 def test_gradients_of_devices_that_share_weights():
-    """By hand, where tokens are few: a block's whole, and those of the ends, but for the eighth
-    of them that stands with the others."""
+    """By hand, where tokens are few: a block's whole, and the embedding's as it is computed and as
+    it is summed, but for the eighth of it that stands with the others."""
     few = ("batch_size=8", "micro_batch_size=1", "plan.prompt=8", "plan.completion=2")
     words = ("model=llama3-8b", "hardware.precision=bf16-true", *few)
     shape = shape_of(config(*words))
-    whole = 2 * (shape.block.weights + 2 * shape.ends * (1 - 1 / 8))
+    whole = 2 * (shape.block.weights + shape.ends * (2 - 1 / 8))
     held = plan(*words, **FSDP).stages["training"]["activations"]
     assert held == pytest.approx(whole, rel=0.05)
 

@@ -45,6 +45,17 @@ def test_two_parts_equal_one_run(tmp_path, words):
     assert_one_run(tmp_path / "two", tmp_path / "one")
 
 
+def test_answers_from_parts_are_those_of_all_weights(tmp_path):
+    """Greedy and drawn ones, of a model whose embedding and head are two."""
+    words = ("solver=none", "model.config.tie_word_embeddings=false")
+    run(tmp_path, *words, "hydra.run.dir=one")
+    parts = "hardware.sharding.gather_for_answers=false"
+    run(tmp_path, *words, *TWO, parts, "hydra.run.dir=two")
+    assert_one_run(tmp_path / "two", tmp_path / "one")
+    done = command(tmp_path, *OPENED, *TWO, parts, "eval.tasks=[ifeval]")
+    assert done.code == 2 and "gather_for_answers=false does not go with eval.tasks" in done.err
+
+
 @pytest.mark.parametrize(
     "words",
     [
