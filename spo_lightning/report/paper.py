@@ -180,7 +180,12 @@ def parts(jobs: Sequence[Job], more: Sequence[str] = ()) -> tuple[list[Part], ..
                     name_here = ", ".join([method, *(named or ["default"])])
                     along[name_here] = Setting(told, points[values])
         main += [Part(name, alone, more)] if alone else []
-        beside = {m: alone[m] for m in (CHOSEN, SFT_SET) if m in alone and m not in along}
+        # the controls, and what SPO is held against
+        bare = {name.split(", ")[0].removesuffix(SPO) for name in along if SPO in name}
+        held = (m for m in (CHOSEN, SFT_SET, *sorted(bare)) if m in alone)
+        beside = {
+            m: alone[m] for m in held if not any(name.startswith(f"{m}, ") for name in along)
+        }
         fronts += [Part(name, beside | along, more)] if along else []
     return main, fronts
 
@@ -302,14 +307,15 @@ def points(part: Part, axis: Any) -> None:
     controls(part, axis)
     lines: dict[str, list[tuple[str, tuple[float, float]]]] = {}
     for method, setting in part.methods.items():
-        if not setting.told:  # a control
+        if method in (CHOSEN, SFT_SET):
             continue
-        (first, value), *others = [(k.split(".")[1], v) for k, v in setting.told.items()]
+        told = [(k.split(".")[1], v) for k, v in setting.told.items()]
         name, at = method.split(", ")[0], part.point(method)
-        if not any(v for _, v in others) and not value:
+        if not any(v for _, v in told):
             axis.plot(*at, "o", color=GREW if SPO in name else FELL, mfc="white", ms=7)
             axis.annotate(name, at, (5, 3), textcoords="offset points", fontsize=7, color=INK)
             continue
+        (first, value), *others = told
         name = ", ".join([name, *(f"{k} {v}" for k, v in others)])
         lines.setdefault(name, []).append((f"{first} {value}", at))
     every = dict.fromkeys(value for line in lines.values() for value, _ in line)

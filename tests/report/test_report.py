@@ -136,13 +136,13 @@ def test_a_front_along_one_word_and_a_rate_that_is_a_method_s_own(tmp_path):
     weights = [f"loss=dpo solver=penalty solver.weight={w} seed=0" for w in ("0.1", "0.03", "3")]
     betas = ["loss=rpo solver=none loss.eta=0.1 seed=0", "loss=rpo solver=none seed=0"]
     rates = [f"loss=simpo solver=none optimizer.lr=1e-4 seed={seed}" for seed in (0, 1)]
-    control = "loss=sft solver=none seed=0"
-    rows = [{"words": words} for words in (*weights, *betas, *rates, control)]
+    held = ("loss=sft solver=none seed=0", "loss=dpo solver=none seed=0")
+    rows = [{"words": words} for words in (*weights, *betas, *rates, *held)]
     (main,), (front,) = parts(jobs(rows))
-    assert list(main.methods) == ["SFT on chosen", "SimPO", "RPO"]
+    assert list(main.methods) == ["SFT on chosen", "DPO", "SimPO", "RPO"]
     assert main.methods["SimPO"].seeds == {0, 1}
     assert list(front.methods) == [
-        "SFT on chosen",
+        *("SFT on chosen", "DPO"),
         *("DPO + SPO, weight 0.03", "DPO + SPO, weight 0.1", "DPO + SPO, weight 3"),
         *("RPO, default", "RPO, eta 0.1"),
     ]
