@@ -180,12 +180,11 @@ def parts(jobs: Sequence[Job], more: Sequence[str] = ()) -> tuple[list[Part], ..
                     name_here = ", ".join([method, *(named or ["default"])])
                     along[name_here] = Setting(told, points[values])
         main += [Part(name, alone, more)] if alone else []
-        # the controls, and what SPO is held against
-        bare = {name.split(", ")[0].removesuffix(SPO) for name in along if SPO in name}
-        held = (m for m in (CHOSEN, SFT_SET, *sorted(bare)) if m in alone)
-        beside = {
-            m: alone[m] for m in held if not any(name.startswith(f"{m}, ") for name in along)
-        }
+        # in its picture the controls too, and what SPO is held against
+        moved = [name.split(", ")[0] for name in along]
+        bare = sorted({name.removesuffix(SPO) for name in moved if name.endswith(SPO)})
+        held = (name for name in (CHOSEN, SFT_SET, *bare) if name not in moved)
+        beside = {name: alone[name] for name in held if name in alone}
         fronts += [Part(name, beside | along, more)] if along else []
     return main, fronts
 
@@ -243,6 +242,7 @@ def along(part: Part) -> tuple[list[str], list[list[Any]]]:
     rows = [
         [method, len(setting.seeds), *(cell(setting.values(name).values()) for name in columns)]
         for method, setting in part.methods.items()
+        if setting.told  # the others stand in the table above
     ]
     return ["method", "seeds", *map(heading, columns)], rows
 
