@@ -126,6 +126,12 @@ def fused_logps(
     return HeadLogps.apply(hidden, weight, targets, cap, most, keep)
 
 
+def read_logps(head: Any, *how: Any) -> Tensor:
+    """The same; of a head that is spread by its own method, in which it is whole."""
+    own = getattr(head, "logps", None)
+    return fused_logps(head, *how) if own is None else own(*how)
+
+
 def plain_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """[S] log-probability of each target, differentiable any number of times."""
     return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)

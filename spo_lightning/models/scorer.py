@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from spo_lightning.data.batch import CHOSEN, PAD, REJECTED, Pair, PairBatch, collate
 from spo_lightning.data.sets import Pairs
 from spo_lightning.models import attention
-from spo_lightning.models.head import fused_logps, is_plain, plain_logps
+from spo_lightning.models.head import is_plain, plain_logps, read_logps
 from spo_lightning.models.logps import PairLogps
 from spo_lightning.models.reading import Reading, reading_of, text_config, vocabulary_of
 from spo_lightning.records.progress import Stages
@@ -180,8 +180,7 @@ class Scorer(nn.Module):
         if by.reward:
             return by.read(self.model, hidden)[:, 0]
         if attention.fused() and is_plain(head):
-            read = getattr(head, "logps", None) or partial(fused_logps, head)  # spread: its own
-            return read(hidden, targets, by.cap, self.logits, by.scale)
+            return read_logps(head, hidden, targets, by.cap, self.logits, by.scale)
 
         def score(hidden: Tensor, targets: Tensor) -> Tensor:
             return plain_logps(self._logits(hidden), targets)
