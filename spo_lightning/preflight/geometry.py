@@ -89,7 +89,8 @@ def _sides(upper: Tensor, policy: PairLogps) -> tuple[float, float] | None:
     chosen, rejected = slope[~policy.side], slope[policy.side]
     if any(len(some) and bool((some != some[0]).any()) for some in (chosen, rejected)):
         return None
-    return tuple(some[0].item() if len(some) else 0.0 for some in (chosen, rejected))
+    one, two = (float(some[0]) if len(some) else 0.0 for some in (chosen, rejected))
+    return one, two
 
 
 def _gradient(value: Tensor, theta: Tensors) -> Tensors:
