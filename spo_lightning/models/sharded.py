@@ -2,9 +2,9 @@
 
 torch's FSDP2 gathers a layer's parameters for as long as it computes, and so the embedding's and
 the head's where they are two; one matrix for both is whole in the scorer's forward, which is the
-root. Parameters that are still in their files are read
-block by block, so that a process never has more of them than its parts and one block. What needs
-every weight at once (answers, if asked so) is given a copy that has them (``spread.py``).
+root. Parameters that are still in their files are read block by block, so that a process never has
+more of them than its parts and one block. What needs every weight at once (answers, if asked so)
+is given a copy that has them (``spread.py``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
