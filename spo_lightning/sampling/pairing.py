@@ -16,6 +16,7 @@ from spo_lightning.cache.shards import cache_of
 from spo_lightning.data.chat import as_asked
 from spo_lightning.data.labels import apart
 from spo_lightning.data.rows import Task
+from spo_lightning.errors import UserError
 from spo_lightning.models.generate import Decoding, answers
 from spo_lightning.models.policy import Policy
 from spo_lightning.records.directory import write_text
@@ -41,6 +42,11 @@ def with_pairs(cfg: DictConfig, task: Task, policy: Policy, stages: Stages) -> t
     train, counts = task.train, task.counts
     if not task.given:
         train, _, ties = sampled(cfg, task, train, policy, stages)
+        if not train and cfg.max_steps:
+            raise UserError(
+                f"the judge likes all samples of every one of {ties} prompts alike: raise "
+                "data.samples or data.prompts, or pretrain longer (sft.max_steps)"
+            )
         counts = {**counts, "prompts whose samples the judge ties": ties}
     pairs, of, _ = sampled(cfg, task, held, policy, stages)
     if cfg.data.get("unpaired"):

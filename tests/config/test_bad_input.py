@@ -304,6 +304,14 @@ KNOBS = [
 WHOLE = ("loss=aot", "data=slips")
 KNOBS += [
     Case(
+        "one answer to every prompt",
+        (
+            *("hardware=cpu", "max_steps=1", "eval.max_new_tokens=4", "sft.max_steps=0"),
+            *("data.temperature=1e-3", "data.prompts=9", "data.eval_prompts=2"),
+        ),
+        "the judge likes all samples of every one of 9 prompts alike",
+    ),
+    Case(
         "a whole batch in parts",
         (*WHOLE, "micro_batch_size=8"),
         "needs all pairs of an outer step at once, and micro_batch_size=8 is less than "
