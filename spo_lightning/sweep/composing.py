@@ -4,6 +4,7 @@ One takes an eighth of a second, and Hydra composes all to look at them and agai
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -26,6 +27,7 @@ class Checking:
     def __init__(self, loader: Any):
         self.loader = loader
         self.seen: set[tuple[Any, str]] = set()
+        self.is_group = cache(lambda key: bool(loader.get_group_options(key)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -39,7 +41,7 @@ class Checking:
 
     def options(self, words: Sequence[str]) -> tuple[str, ...]:
         """Those that choose an option of a group."""
-        return tuple(word for word in words if self.loader.get_group_options(key_of(word)))
+        return tuple(word for word in words if self.is_group(key_of(word)))
 
 
 def yamls_before_schemas() -> None:

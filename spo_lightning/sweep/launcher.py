@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -137,6 +138,11 @@ class Processes:
             self.composed[number] = self._composed(number, words)
         return self.composed[number]
 
+    def _compose_ahead(self, job: Job, given: dict[int, list[str]]) -> None:
+        """While others run, so that the next job need not begin with it."""
+        with suppress(Exception):  # it comes again in the job, whose it is
+            self._kept(job.number, given[job.number])
+
     def _composed(self, number: int, words: list[str]) -> Any:
         """A job's configuration, as Hydra's own launchers make it."""
         config = self.checking.loader.load_sweep_config(self.config, words)
@@ -192,6 +198,8 @@ class Processes:
                     job = left.popleft()
                     work = self._work(job, given[job.number])
                     running.append(process.begun(job, self.parallel, work))
+                if left and len(running) == self.parallel:
+                    self._compose_ahead(left[0], given)
                 told = told or process.told(stop.signal, running)
                 process.hear(running)
                 for one in [one for one in running if one.process.exitcode is not None]:
@@ -266,6 +274,9 @@ def _import_libraries() -> None:
     import transformers  # noqa: F401
 
     from spo_lightning.cache import reference  # noqa: F401
-    from spo_lightning.run import stages  # noqa: F401
+    from spo_lightning.data import load  # noqa: F401
+    from spo_lightning.evaluation import text_metrics  # noqa: F401
+    from spo_lightning.report import build  # noqa: F401
+    from spo_lightning.run import stages, training  # noqa: F401
     from spo_lightning.sampling import pairing  # noqa: F401
     from spo_lightning.training import fit  # noqa: F401
