@@ -117,7 +117,7 @@ def _remedies(
         price = f"at a margin of {enough['margin']:+.3g} where the run has {held['margin']:+.3g}"
         found.append(f"solver=penalty solver.weight={enough['weight']:g} holds them, {price}")
     elif tried:
-        found.append(f"no weight up to {tried[-1]['weight']:g} holds them")
+        found.append(f"no weight up to {tried[-1]['weight']:g} is likely to hold them")
     if held["first"] > 0:  # then the rest is below 0
         # a step of k times the length has k times the first order, and k^2 of the rest
         smaller = lr * held["first"] / -held["rest"] * ahead["pilots"] ** (1 - LIKELY)
