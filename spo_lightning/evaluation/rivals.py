@@ -1,6 +1,7 @@
 """``eval.rival`` in, the answers that the policy's own are compared with out: one per prompt."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from spo_lightning.data.reading import read
 from spo_lightning.data.rows import prompt_key
 from spo_lightning.errors import UserError
 from spo_lightning.evaluation.held_out import RIVALS, said, samples
-from spo_lightning.models.generate import Decoding
+from spo_lightning.models.generate import Decoding, Engine
 from spo_lightning.models.policy import Policy
 from spo_lightning.models.sources import check
 from spo_lightning.records.progress import Stages
@@ -25,13 +26,15 @@ def rivals_of(
     task: Any,
     rows: Sequence[dict],
     stages: Stages,
+    engine: Engine | None = None,
 ) -> list[str] | None:
-    """None where the start is asked for and there is none."""
+    """None where the start is asked for and there is none. ``engine``: who answers for it."""
     told, named = given(cfg, rows), cfg.eval.get("rival", START)
     if told is not None:
         return told
     answering = start if named == START else opened(named)
-    how = Decoding.of(cfg, seed=cfg.seed)
+    engine = engine if named == START else None
+    how = replace(Decoding.of(cfg, seed=cfg.seed), engine=engine)
     return answering and samples(answering, rows, task, how, RIVALS, stages)
 
 

@@ -155,8 +155,15 @@ def judge_of(at: Opened, settings: Any, processes: int = 1, **more: Any) -> "Jud
     return chosen(cfg)(replace(asked, **more))
 
 
-def against(at: Opened, settings: Any, start: "Policy | None", rows: Any) -> "Against | None":
-    """What held-out answers to ``rows`` are compared with; None where nothing is judged."""
+def against(
+    at: Opened,
+    settings: Any,
+    start: "Policy | None",
+    rows: Any,
+    engine: "Engine | None" = None,
+) -> "Against | None":
+    """What held-out answers to ``rows`` are compared with; None where nothing is judged.
+    ``engine``: who answers in the start's place."""
     from spo_lightning.evaluation.rivals import rivals_of
     from spo_lightning.evaluation.wins import Against
     from spo_lightning.models.policy import opened
@@ -165,5 +172,5 @@ def against(at: Opened, settings: Any, start: "Policy | None", rows: Any) -> "Ag
     if judge is None:
         return None
     another = partial(opened, settings=settings, device=at.world.device)
-    texts = rivals_of(at.cfg, start, another, at.task, rows, at.stages)
+    texts = rivals_of(at.cfg, start, another, at.task, rows, at.stages, engine)
     return None if texts is None else Against(texts, judge)

@@ -7,6 +7,7 @@ imports from once it begins, so that bad rows end a run before anything heavy is
 import logging
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from spo_lightning.config.build import built
 from spo_lightning.config.knobs import warm_start_steps
@@ -15,6 +16,9 @@ from spo_lightning.run import record as known
 from spo_lightning.run.job import Job, loss_of
 from spo_lightning.run.judging import against
 from spo_lightning.run.record import grown
+
+if TYPE_CHECKING:
+    from spo_lightning.models.generate import Engine
 
 log = logging.getLogger(__name__)
 
@@ -155,15 +159,20 @@ def reference(at: known.Tokenised) -> known.Referenced:
 
 def init(job: Job, at: known.Referenced) -> known.Measured:
     """Held-out numbers before training, and the answers that later ones are held against."""
+    from spo_lightning.cache.answers import StartAnswers
+    from spo_lightning.cache.shards import cache_of
     from spo_lightning.capability.look import beyond, look
 
     if job.goes_on is not None:
         job.goes_on.refuse_another(at.scorer)
+    home, engine = cache_of(at.cfg), None
+    if home is not None and at.policy.spread is None:  # parts of weights have no name here
+        engine = StartAnswers(at.policy, home)
     rivals = None
     if at.places.rows:
-        rivals = against(at, at.cfg.model, at.policy, at.places.rows)
-    found = _held_out(at, rivals)
-    before = beyond(found, look(at.cfg, at.policy, at.stages, start=True), at.cfg)
+        rivals = against(at, at.cfg.model, at.policy, at.places.rows, engine)
+    found = _held_out(at, rivals, engine)
+    before = beyond(found, look(at.cfg, at.policy, at.stages, engine, start=True), at.cfg)
     job.begin(before, at.seconds)
     return grown(known.Measured, at, before=before, against=rivals)
 
@@ -243,12 +252,15 @@ def report(job: Job, at: known.Ended) -> known.Ended:
     return at
 
 
-def _held_out(at: known.Referenced, rivals: "known.Against | None") -> "known.HeldOut":
+def _held_out(
+    at: known.Referenced, rivals: "known.Against | None", engine: "Engine | None" = None
+) -> "known.HeldOut":
     from spo_lightning.capability.look import refusals_of
     from spo_lightning.evaluation.held_out import held_out
     from spo_lightning.models.generate import Decoding
 
-    how = {"how": Decoding.of(at.cfg, seed=at.cfg.seed), "beta": at.cfg.loss.beta}
+    drawn = replace(Decoding.of(at.cfg, seed=at.cfg.seed), engine=engine)
+    how = {"how": drawn, "beta": at.cfg.loss.beta}
     how |= {"against": rivals, "precision": at.precision, "stages": at.stages}
     how |= {"by": at.cfg.eval.get("by"), "refusals": refusals_of(at.cfg)}
     return held_out(at.policy, at.scorer, at.task, at.places.rows, at.held, **how)
