@@ -276,7 +276,6 @@ def _import_libraries() -> None:
     from spo_lightning.cache import reference  # noqa: F401
     from spo_lightning.data import load  # noqa: F401
     from spo_lightning.evaluation import text_metrics  # noqa: F401
-    from spo_lightning.report import build  # noqa: F401
     from spo_lightning.run import stages, training  # noqa: F401
     from spo_lightning.sampling import pairing  # noqa: F401
     from spo_lightning.training import fit  # noqa: F401
