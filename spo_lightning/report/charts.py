@@ -16,6 +16,8 @@ from spo_lightning.report.style import COLOURS, STYLE, saved
 GREY = "#808080"  # what is compared with; readable on white and on black
 DASHES = ("solid", "dash", "dot", "dashdot")  # tell more lines apart than there are colours
 MOST_LABELS = 24  # in a legend; page.js has the same number
+# letters of a name in a still's legend that leave room for another beside it, and that it has
+BESIDE, ALONE = 42, 85
 LABEL, LETTERS = 14, 40  # of a name at the end of a line: px high, letters at most
 WRAPPED = 60  # letters of a text beside a point
 # matplotlib's words for plotly's
@@ -240,7 +242,10 @@ def still(chart: Chart, folder: Path) -> list[Path]:
             axis.text(word["x"], 1, word["text"], transform=at, va="top", fontsize=7)
         handles, labels = axis.get_legend_handles_labels()
         if 1 < len(labels) <= MOST_LABELS:
-            figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
+            columns = 2 if max(map(len, labels)) <= BESIDE else 1
+            figure.set_figheight(figure.get_figheight() + 0.15 * max(0, len(labels) / columns - 4))
+            how = {"loc": "outside lower center", "ncols": columns, "fontsize": 7}
+            figure.legend(handles, labels, **how)
         return saved(figure, folder / chart.key, dpi=130)
 
 
@@ -249,12 +254,12 @@ def _still_series(axis: Any, one: Mapping[str, Any]) -> None:
     drawn = STILL_DASHES[one["line"]["dash"]] if "lines" in one["mode"] else ""
     drawn += STILL_MARKS[mark] if "markers" in one["mode"] else ""
     ring = {"mfc": "none", "markersize": 8} if "open" in mark else {"markersize": 5}
-    label = html.unescape(one["name"])[:WRAPPED]
+    label = html.unescape(one["name"])[:ALONE]
     axis.plot(one["x"], one["y"], drawn, color=one["marker"]["color"], label=label, **ring)
 
 
 def _still_space(axis: Any, one: Mapping[str, Any]) -> None:
-    label = html.unescape(one["name"])[:WRAPPED]
+    label = html.unescape(one["name"])[:ALONE]
     axis.scatter(one["x"], one["y"], one["z"], s=6, color=one["marker"]["color"], label=label)
 
 
