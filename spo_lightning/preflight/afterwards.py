@@ -129,6 +129,7 @@ def ended(directory: Path) -> Came | None:
     import yaml
 
     from spo_lightning.preflight.asked import telling
+    from spo_lightning.records.disk import json_rows
     from spo_lightning.report.page import numbered
 
     try:
@@ -137,10 +138,9 @@ def ended(directory: Path) -> Came | None:
         if not numbers.get("final"):
             return None
         steps = int(numbers["steps"])
-        lines = (directory / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
         changes = {
             int(row["row"]): row["logps/chosen"] - row["reference/chosen"]
-            for row in map(json.loads, lines)
+            for row in json_rows(directory / "pairs.jsonl")
         }
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         told = f"{directory}: no config.yaml, metrics.json and pairs.jsonl of a run ({error})"

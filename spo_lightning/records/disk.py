@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,13 @@ def write_text(path: Path, text: str) -> None:
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
+
+
+def json_rows(path: Path) -> list[Any]:
+    """Of a file with one in every line. (``str.splitlines`` would also break a text within a row,
+    at marks as U+2028 that JSON leaves as they are.)"""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

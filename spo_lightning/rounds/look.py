@@ -1,6 +1,5 @@
 """A round's files in, its numbers out: what the loop's page shows of it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from spo_lightning.evaluation.held_out import compared
 from spo_lightning.evaluation.wins import Against
 from spo_lightning.judges.local import Judge
 from spo_lightning.models.policy import Policy
+from spo_lightning.records.disk import json_rows
 from spo_lightning.records.progress import Stages
 from spo_lightning.run import stages as shared
 from spo_lightning.run.judging import judge_of
@@ -30,8 +30,7 @@ def look(
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return json_rows(path) if path.exists() else []
 
 
 def _drawn(pairs: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from spo_lightning.data.load import load
 from spo_lightning.data.rows import Row
 from spo_lightning.errors import UserError
-from spo_lightning.records.directory import write_text
+from spo_lightning.records.disk import json_rows, write_text
 
 
 def lower_texts(cfg: Any, place: Path, pairs: Sequence[Path]) -> str | None:
@@ -30,8 +30,7 @@ def lower_texts(cfg: Any, place: Path, pairs: Sequence[Path]) -> str | None:
 
 def _of_rounds(pairs: Sequence[Path]) -> Iterator[Row]:
     for path in pairs:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in json_rows(path):
             yield {"prompt": row["prompt"], "completion": row["chosen"]}
 
 

@@ -45,6 +45,19 @@ def test_a_run_on_its_way_has_not_come_to_anything(tmp_path):
         afterwards.ended(tmp_path)
 
 
+def test_a_text_with_a_separator_of_lines_is_read(tmp_path):
+    for name, content in (
+        ("config.yaml", "seed: 0\n"),
+        ("metrics.json", '{"final": {"nll/chosen": 1.0}, "steps": 2}'),
+        (
+            "pairs.jsonl",
+            '{"row": 3, "logps/chosen": -2.0, "reference/chosen": -3.0, "answer": "a\u2028b\x85c"}\n',
+        ),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert afterwards.ended(tmp_path).changes == {3: 1.0}
+
+
 def test_the_layout_that_a_run_found_is_no_other_data():
     """A preflight keeps the words, a run what it read them as."""
     asked = {"data": {"path": "a.jsonl", "layout": None}, "seed": 1}
