@@ -169,11 +169,9 @@ def _column(where: str, rest: str, content: bytes) -> dict[str, Any]:
 
 
 def _of_folder(path: Path) -> Iterator[Found]:
-    with (path / FOLDER).open(
-        encoding="utf-8"
-    ) as lines:  # str.splitlines would break a prompt too
-        found = [*lines]
-    for number, line in enumerate(found, 1):
+    with (path / FOLDER).open(encoding="utf-8") as file:
+        lines = [*file]  # str.splitlines would break prompts too
+    for number, line in enumerate(lines, 1):
         where = f"{path / FOLDER}, row {number}"
         try:
             row = dict(json.loads(line))

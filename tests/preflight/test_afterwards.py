@@ -46,16 +46,12 @@ def test_a_run_on_its_way_has_not_come_to_anything(tmp_path):
 
 
 def test_a_text_with_a_separator_of_lines_is_read(tmp_path):
-    for name, content in (
-        ("config.yaml", "seed: 0\n"),
-        ("metrics.json", '{"final": {"nll/chosen": 1.0}, "steps": 2}'),
-        (
-            "pairs.jsonl",
-            '{"row": 3, "logps/chosen": -2.0, "reference/chosen": -3.0, "answer": "a\u2028b\x85c"}\n',
-        ),
-    ):
-        (tmp_path / name).write_text(content, encoding="utf-8")
-    assert afterwards.ended(tmp_path).changes == {3: 1.0}
+    told = '{"row": 3, "logps/chosen": -2.0, "reference/chosen": -3.0, "text": "a\u2028b\x85c"}\n'
+    (tmp_path / "config.yaml").write_text("seed: 2\n")
+    (tmp_path / "metrics.json").write_text('{"final": {"nll/chosen": 1.0}, "steps": 2}')
+    (tmp_path / "pairs.jsonl").write_text(told, encoding="utf-8")
+    found = afterwards.ended(tmp_path)
+    assert found is not None and found.changes == {3: 1.0}
 
 
 def test_the_layout_that_a_run_found_is_no_other_data():
