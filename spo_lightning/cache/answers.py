@@ -8,11 +8,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from spo_lightning.cache.reference import weights_name
 from spo_lightning.data.encode import prompt_ids
@@ -41,13 +40,16 @@ class StartAnswers:
         own = replace(how, engine=None)
         place = stages.world.once(lambda: self._place(rows, own))
 
-        def known() -> Any:
-            return json.loads(place.read_text("utf-8")) if place.exists() else None
+        def known() -> list[Answer] | None:
+            with suppress(OSError, ValueError, TypeError):  # none, or damaged: drawn anew
+                found = [Answer(*one) for one in json.loads(place.read_text("utf-8"))]
+                return found if len(found) == len(rows) else None
+            return None
 
         kept = stages.world.once(known)
         if kept is not None:
             log.info("%s: the start's, from %s", title, place)
-            return [Answer(*one) for one in kept]
+            return kept
         drawn = answered(self.policy, rows, own, stages, title)
         if stages.world.first:
             place.parent.mkdir(parents=True, exist_ok=True)

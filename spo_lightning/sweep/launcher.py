@@ -268,6 +268,7 @@ def _refuse_another(job: Job, old: Job) -> None:
 
 
 def _import_libraries() -> None:
+    """What every job would import by itself, before the fork that hands it on."""
     import datasets  # noqa: F401
     import lightning  # noqa: F401
     import torch  # noqa: F401

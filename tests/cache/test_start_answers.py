@@ -48,6 +48,10 @@ def test_the_next_run_draws_none_and_equals_the_first(tmp_path, drawn):
     end = ["held-out answers", "held-out samples"]
     assert drawn[1][-5:] == ["held-out samples", *end, *end]
     assert drawn[2] == end
+    for path in (tmp_path / "cache" / "start_answers").iterdir():
+        path.write_text(path.read_text()[:-3])
+    assert ran(tmp_path, drawn, "damaged") == off
+    assert drawn[3] == ["held-out samples", *end, *end]
 
 
 def test_others_are_drawn_anew(tmp_path, drawn):
