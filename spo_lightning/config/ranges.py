@@ -98,6 +98,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.drop_high_ches": (lambda v: v is None or 0 <= v < 1, "at least 0 and below 1, or null"),
     "cache.max_gb": (lambda v: v > 0, "above 0"),
     "preflight.pilot_steps": (lambda v: v >= 2, "at least 2"),
+    "preflight.pilots": (lambda v: v >= 1, "at least 1"),
     "preflight.max_pairs": (lambda v: v >= 2, "at least 2"),
     "plan.prompt": (lambda v: v >= 1, "at least 1"),
     "plan.completion": (lambda v: v >= 2, "at least 2"),

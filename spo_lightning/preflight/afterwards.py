@@ -1,9 +1,9 @@
 """``python -m spo_lightning.preflight.afterwards DIR...``: did it come as it was foreseen?
 
 The directories hold preflights, and runs that they looked ahead at. Every preflight is laid beside
-the end of its run, and beside pilots of the same run that took more steps: how well its score and
-its pilot rank the held-out pairs by what then became of log pi(y_w), and whether the mean fell
-where it was foreseen. Written into --output: afterwards.html, table.md and figures/.
+the end of its run, and beside single pilots of the same run that took more steps: how well its
+score and its pilots rank the held-out pairs by what then became of log pi(y_w), and whether the
+mean fell where it was foreseen. Written into --output: afterwards.html, table.md and figures/.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 from spo_lightning.errors import UserError
 
 HEAD = (
-    *("run", "seed", "pilot", "step", "pairs", "score ranks", "pilot ranks"),
+    *("run", "seed", "pilots", "of steps", "step", "pairs", "score ranks", "pilot ranks"),
     *("foreseen", "likely", "measured", "inside", "displaced, foreseen", "displaced"),
 )
 ABOUT = (
@@ -32,7 +32,8 @@ class Ahead:
     """A preflight."""
 
     run: Mapping[str, Any]
-    steps: int  # of its pilot
+    steps: int  # of a pilot
+    pilots: int
     score: Mapping[int, float]  # by row
     first: Mapping[int, float]
     measured: Mapping[int, float]
@@ -72,7 +73,8 @@ def report(directories: Sequence[Path], output: Path) -> str:
 
     ahead = [foretold(path) for path in places(directories, "preflight.json")]
     came = [then for path in places(directories, "metrics.json") if (then := ended(path))]
-    came += [Came(one.run, one.steps, one.measured) for one in ahead]
+    alone = (one for one in ahead if one.pilots == 1)  # the beginning of the run itself
+    came += [Came(one.run, one.steps, one.measured) for one in alone]
     both = [
         (one, then)
         for one in ahead
@@ -84,7 +86,7 @@ def report(directories: Sequence[Path], output: Path) -> str:
             f"{', '.join(map(str, directories))}: no preflight stands beside a run of the same "
             "data, loss, solver, optimizer, seed and batch_size, nor beside a longer pilot of it"
         )
-    rows = sorted((row(*pair) for pair in both), key=lambda cells: cells[:4])
+    rows = sorted((row(*pair) for pair in both), key=lambda cells: cells[:5])
     output.mkdir(parents=True, exist_ok=True)
     drawn = charts(both)
     sections = [
@@ -119,7 +121,9 @@ def foretold(directory: Path) -> Ahead:
             {int(pair["row"]): float(pair[name]) for pair in found["pairs"]}
             for name in ("score", "first", "measured")
         )
-        return Ahead(telling(found["run"]), int(found["pilot_steps"]), *numbers)
+        return Ahead(
+            telling(found["run"]), int(found["pilot_steps"]), len(found["pilots"]), *numbers
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not as a preflight writes it ({error}): look again") from error
 
@@ -171,7 +175,8 @@ def row(one: Ahead, then: Came) -> list[Any]:
         inside = "yes" if ahead["low"] <= came["mean"] <= ahead["high"] else "no"
         low, high = ahead["displaced"]
         share = f"{low:.0%} to {high:.0%}"
-    place = [method(one.run), one.run["seed"], one.steps, then.step, len(rows), *ranks]
+    pilots = [one.pilots, one.steps]
+    place = [method(one.run), one.run["seed"], *pilots, then.step, len(rows), *ranks]
     return [*place, interval, likely, came["mean"], inside, share, f"{came['displaced']:.0%}"]
 
 
@@ -195,8 +200,8 @@ def charts(both: Sequence[tuple[Ahead, Came]]) -> list[Any]:
         last = max(then.step for _, then in pairs)
         for what in ("score", "measured"):
             data = []
-            seeds = {}  # of several pilots of a seed the longest
-            for one, then in sorted(pairs, key=lambda pair: pair[0].steps):
+            seeds = {}  # of several preflights of a seed that of the most steps
+            for one, then in sorted(pairs, key=lambda it: it[0].pilots * it[0].steps):
                 if then.step == last:
                     seeds[one.run["seed"]] = (one, then)
             for n, (seed, (one, then)) in enumerate(sorted(seeds.items())):
@@ -204,8 +209,8 @@ def charts(both: Sequence[tuple[Ahead, Came]]) -> list[Any]:
                 x, y = ([part[at] for at in rows] for part in (getattr(one, what), then.changes))
                 colour = nth(n)["colour"]
                 data.append(series(f"seed {seed}", x, y, "markers", colour))
-            across = "score, nats a step" if what == "score" else "change in the pilot, nats"
-            title = f"{name}: {'score' if what == 'score' else 'pilot'} and step {last}"
+            across = "score, nats a step" if what == "score" else "change in the pilots, nats"
+            title = f"{name}: {'score' if what == 'score' else 'pilots'} and step {last}"
             found.append(lines(f"{what}_{number}", title, across, "change then, nats", data))
     return found
 

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from statistics import StatisticsError, correlation, fmean, stdev
 from typing import Any
 
-from spo_lightning.preflight.pilot import Pilot, Split
+from torch import Tensor
+
+from spo_lightning.preflight.pilot import Split
 
 HOLDS = 4  # pilots
 LIKELY = 4 / 3  # power of the steps with which the rest grows; measured: docs/evidence.md
@@ -23,15 +25,15 @@ def moved(changes: Sequence[float]) -> dict[str, float]:
     return {"mean": fmean(changes), "half": half, "displaced": fmean(c < 0 for c in changes)}
 
 
-def told(found: Pilot, side: str) -> dict[str, float]:
-    """Of one side; ``margin`` is the change of log pi(y_w) - log pi(y_l)."""
-    chosen, rejected = found.changes[side].T
+def told(changes: Tensor) -> dict[str, float]:
+    """Of the [N, 2] of a side; ``margin`` is the change of log pi(y_w) - log pi(y_l)."""
+    chosen, rejected = changes.T
     return moved(chosen.tolist()) | {"margin": (chosen - rejected).mean().item()}
 
 
 def parts(found: Split, side: str) -> dict[str, float]:
     """Of one side, with its split."""
-    whole, first = told(found, side), fmean(found.first[side])
+    whole, first = told(found.changes[side]), fmean(found.first[side])
     split = {"first": first, "rest": whole["mean"] - first, "random": fmean(found.random[side])}
     return whole | split
 
@@ -91,7 +93,7 @@ def advice(
     """One line, with the numbers behind it. ``steps``: of the run."""
     held, seen = sides["held"], sides["seen"]
     numbers = (
-        f"Held-out log pi(y_w): {held['mean']:+.3g} +- {held['half']:.2g} nats in the pilot, "
+        f"Held-out log pi(y_w): {held['mean']:+.3g} +- {held['half']:.2g} nats in the pilots, "
         f"{held['displaced']:.0%} fall (first order {held['first']:+.3g}, rest "
         f"{held['rest']:+.3g}; seen pairs {seen['mean']:+.3g}); foreseen at step {ahead['step']}: "
         f"{ahead['mean']:+.3g} ({ahead['low']:+.3g} to {ahead['high']:+.3g})."

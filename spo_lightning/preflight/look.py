@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from spo_lightning.config.build import built
 from spo_lightning.data.batch import draws
@@ -39,10 +40,11 @@ class Preflight:
     run: dict[str, Any]  # what of the configuration tells whether a run is the one meant
     steps: int  # of the run
     pilot_steps: int
+    pilots: list[dict[str, float]]  # what each of them did to the held-out pairs
     lr: float
     geometry: dict[str, float]  # means over ``sample``
     ranking: float | None  # Spearman's, of score and measured change of the held-out pairs
-    sides: dict[str, dict[str, float]]  # of seen and held: what the pilot did
+    sides: dict[str, dict[str, float]]  # of seen and held: what the pilots did
     foreseen: dict[str, Any]
     weights: list[dict[str, float]]  # of the solver, and what a pilot with it did held-out
     seconds: dict[str, float]  # of every stage, and of the run's steps
@@ -66,6 +68,7 @@ def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
     at, total = prepared(cfg, loss, stages)
     seconds, began = dict(at.seconds), time.monotonic()
     steps = min(cfg.preflight.pilot_steps, total)
+    count = min(cfg.preflight.pilots, math.ceil(total / steps))
     sample, seen, held = sampled(cfg, at, steps)
     shape, along = geometry_of(cfg, at, loss, sample)
     with at.stages.stage("score", len(held)) as advance:
@@ -75,15 +78,16 @@ def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
     del here, along
     alike = ches_of(cfg, at, held)
     seconds["geometry"], began = time.monotonic() - began, time.monotonic()
-    pilots = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, steps)
+    pilots = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, steps, count)
     found = pilots.split(solver, "pilot")
     seconds["pilot"], began = time.monotonic() - began, time.monotonic()
     sides = {side: judgement.parts(found, side) for side in pilots.sides}
-    alone = [{"weight": 0.0} | judgement.told(found, "held")] if type(solver) is NoLower else []
-    tried = alone + weights(pilots)
+    whole = found.changes["held"]
+    alone = [{"weight": 0.0} | judgement.told(whole)] if type(solver) is NoLower else []
+    tried = alone + weights(pilots, whole - found.every[0])
     seconds |= {"weights": time.monotonic() - began, "run": found.seconds * total}
     epoch = math.ceil(len(at.train) / cfg.batch_size)
-    measured = found.changes["held"][:, 0].tolist()
+    measured = whole[:, 0].tolist()
     ahead = judgement.foreseen(found.first["held"], measured, steps, min(total, epoch))
     rest = sides["held"]["rest"]  # as long a step bends alike, whatever the weight
     tried = [
@@ -97,6 +101,7 @@ def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
         run=telling(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))),
         steps=total,
         pilot_steps=steps,
+        pilots=[{"pilot": n} | judgement.told(one) for n, one in enumerate(found.every, 1)],
         lr=cfg.optimizer.lr,
         geometry=judgement.means(shape),
         ranking=judgement.spearman(scores, measured),
@@ -114,7 +119,7 @@ def prepared(cfg: DictConfig, loss: Any, stages: Stages) -> tuple[Referenced, in
     """The run up to its reference, of the pairs that are looked at; the steps of the run."""
     asked = cfg.preflight
     held = min(asked.max_pairs, cfg.eval.max_rows or asked.max_pairs)
-    drawn = max(asked.pilot_steps, math.ceil(asked.max_pairs / cfg.batch_size))
+    drawn = max(asked.pilots * asked.pilot_steps, math.ceil(asked.max_pairs / cfg.batch_size))
     short: Any = OmegaConf.merge(cfg, {"max_steps": drawn, "eval": {"max_rows": held}})
     at = walk([DATA], Begun(short, World(place=lambda: device_of(cfg.hardware)), stages, {}))
     refuse_to_compare(cfg, at.task)
@@ -133,7 +138,7 @@ def prepared(cfg: DictConfig, loss: Any, stages: Stages) -> tuple[Referenced, in
 
 
 def sampled(cfg: DictConfig, at: Referenced, steps: int) -> tuple[Pairs, Pairs, Pairs]:
-    """Training pairs, first drawn first; those of them that the pilot sees; held-out pairs."""
+    """Training pairs, first drawn first; those that the first pilot sees; held-out pairs."""
     most, orders = cfg.preflight.max_pairs, draws(len(at.train), cfg.batch_size, cfg.seed, 0)
     reach = max(steps, math.ceil(most / cfg.batch_size))
     drawn = list(dict.fromkeys(row for _ in range(reach) for row in next(orders)))[:most]
@@ -158,15 +163,19 @@ def ches_of(cfg: DictConfig, at: Referenced, pairs: Pairs) -> list[float]:
     return ches.scores(at.scorer, pairs, **how)[:, 1].tolist()
 
 
-def weights(pilots: Pilots) -> list[dict[str, float]]:
-    """A pilot each of the penalty at a weight: the run's own, or the one of ``preflight``."""
+def weights(pilots: Pilots, later: Tensor) -> list[dict[str, float]]:
+    """A pilot each of the penalty at a weight: the run's own, or the one of ``preflight``.
+
+    ``later``: by how much all of the run's own pilots differ from its first, on whose pairs
+    these are taken.
+    """
     cfg = pilots.cfg
     node = cfg.solver if "weight" in cfg.solver and "phi" in cfg.solver else cfg.preflight.solver
     settings: Any = OmegaConf.to_container(node, resolve=True)
     found = []
     for weight in cfg.preflight.weights:
         done = pilots.take(built(settings | {"weight": weight}), f"weight {weight:g}")
-        found.append({"weight": weight} | judgement.told(done, "held"))
+        found.append({"weight": weight} | judgement.told(done.changes["held"] + later))
     return found
 
 

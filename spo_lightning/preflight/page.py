@@ -10,7 +10,8 @@ SEEN = 400  # letters of a text that stand open
 SPLIT = (
     "Nats, means over the pairs, half the 95% interval beside. First order: the gradient of "
     "log pi(y_w) at the start times the step taken; the rest is what no gradient sees. Random: a "
-    "step as long in every tensor, the price of moving at all. Margin: log pi(y_w) - log pi(y_l)."
+    "step as long in every tensor, the price of moving at all. Margin: log pi(y_w) - log pi(y_l). "
+    "Each pilot starts anew, on the pairs that come next; held: their mean, seen: of the first."
 )
 WEIGHTS = (
     "A pilot each: what it does to held-out pairs, nats. Weight 0 is the run without. Foreseen: "
@@ -23,7 +24,7 @@ GEOMETRY = (
 RISK = (
     "Held-out pairs, lowest score first: the nats by which log pi(y_w) would change, to first "
     "order, in a step of the training pairs' mean gradient, scaled as AdamW's. Measured: by how "
-    "many the pilot changed it."
+    "many the pilots changed it, in the mean."
 )
 PILOT = ("mean", "half", "displaced", "margin")
 RISKY = ("row", "score", "ches", "measured")
@@ -48,14 +49,18 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
     sides = [{"pairs": name} | one for name, one in found["sides"].items()]
     changes = [pair["measured"] for pair in found["pairs"]]
     after = histogram(
-        "changes", "Held-out pairs after the pilot", "change of log pi(y_w), nats", {"": changes}
+        "changes", "Held-out pairs after the pilots", "change of log pi(y_w), nats", {"": changes}
     )
     risk = Table("pairs", [*RISKY, "prompt", "chosen", "rejected"], risky(found["pairs"]))
     return [
         Section("Advice", [Note(found["advice"], alarm=alarm), Note(said)]),
         Section(
-            f"A pilot of {found['pilot_steps']} steps",
-            [columns("pilot", ("pairs", *head), sides), after],
+            f"Pilots of {found['pilot_steps']} steps",
+            [
+                columns("pilot", ("pairs", *head), sides),
+                columns("each", ("pilot", *PILOT), found["pilots"]),
+                after,
+            ],
             SPLIT,
         ),
         Section("Weights of the solver", weights(found["weights"]), WEIGHTS),

@@ -1,5 +1,8 @@
 """A run's configuration and its material in, what a few real steps do to the answers out.
 
+Which pairs come first decides much of what a few steps do, so several pilots start from the same
+weights, each on the pairs that come next in the run's order, and their mean is what is told.
+
 The steps are the training command's own: its module, solver, optimizer, schedule and order of the
 pairs. Afterwards the weights are what they were, bit for bit.
 """
@@ -38,16 +41,18 @@ class Pilot:
 
 @dataclass(frozen=True)
 class Split(Pilot):
-    """Log pi(y_w) besides: ``changes`` less ``first`` is what no gradient sees."""
+    """Several: what the first did to the pairs that it saw, and the mean of what all did to the
+    held-out ones. ``changes`` of log pi(y_w) less ``first`` is what no gradient sees."""
 
     first: dict[str, list[float]]  # gradient at the start times the step that was taken
     random: dict[str, list[float]]  # changes by a random step as long in every tensor
+    every: list[Tensor]  # [N, 2] of each pilot: the changes of the held-out pairs
 
 
 @dataclass(frozen=True)
 class Pilots:
     """From where all of them start. ``total``: the steps of the run, whose schedule holds;
-    ``steps``: those of a pilot."""
+    ``steps``: those of a pilot; ``count``: how many :meth:`split` takes."""
 
     cfg: DictConfig
     at: Referenced
@@ -55,6 +60,7 @@ class Pilots:
     sides: dict[str, Pairs]
     total: int
     steps: int
+    count: int = 1
 
     @cached_property
     def before(self) -> dict[str, Tensor]:
@@ -71,29 +77,41 @@ class Pilots:
         """The same in first order and the rest, beside a random step."""
         start, scorer = self.before, self.at.scorer
         with unmoved(scorer) as kept:
-            here = dict(zip(trainable(scorer), kept))
+            theta = trainable(scorer)
+            here = dict(zip(theta, kept))
             spent = self._steps(solver, title)
             changes = self._changes(start)
-            delta = {name: p.detach() - here[name] for name, p in trainable(scorer).items()}
-            with self.at.stages.stage("first order", sum(map(len, self.sides.values()))) as done:
-                first = {
-                    s: slopes(scorer, some, here, delta, done) for s, some in self.sides.items()
-                }
-            _step_at_random(trainable(scorer), here, delta, self.cfg.seed)
+            delta = {name: p.detach() - here[name] for name, p in theta.items()}
+            first = {"seen": self._first_order("seen", here, delta)}
+            _step_at_random(theta, here, delta, self.cfg.seed)
             random = {side: c[:, 0].tolist() for side, c in self._changes(start).items()}
-            return Split(changes, *spent, first, random)
+            every = [changes["held"]]
+            for number in range(1, self.count):
+                _put_back(theta, here)
+                self._steps(solver, f"{title} {number + 1}", skip=number * self.steps)
+                every.append(self._changes({"held": start["held"]})["held"])
+                for name, p in theta.items():  # the first order of a mean is the mean of theirs
+                    delta[name] += (p.detach() - here[name] - delta[name]) / (number + 1)
+            changes["held"] = torch.stack(every).mean(0)
+            first["held"] = self._first_order("held", here, delta)
+            return Split(changes, *spent, first, random, every)
+
+    def _first_order(self, side: str, here: Named, delta: Named) -> list[float]:
+        pairs = self.sides[side]
+        with self.at.stages.stage(f"first order, {side}", len(pairs)) as done:
+            return slopes(self.at.scorer, pairs, here, delta, done)
 
     def _changes(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
-        now = {side: sums(self.at.scorer, pairs) for side, pairs in self.sides.items()}
-        return {side: value - start[side] for side, value in now.items()}
+        scorer = self.at.scorer
+        return {side: sums(scorer, self.sides[side]) - value for side, value in start.items()}
 
-    def _steps(self, solver: Any, title: str) -> tuple[float, float]:
+    def _steps(self, solver: Any, title: str, skip: int = 0) -> tuple[float, float]:
         """Take them; seconds of one, and MiB at the peak."""
         at, clock, memory = self.at, Clock(), Memory()
         moving = MovingReference.of(self.cfg.model)
         module = module_of(self.cfg, at.scorer, self.loss, solver, self.total, moving)
-        others = at.mismatched.train
-        data = OuterSteps.of(self.cfg, module, at.train, at.lower, mismatched=others)
+        more = {"mismatched": at.mismatched.train, "skip": skip}
+        data = OuterSteps.of(self.cfg, module, at.train, at.lower, **more)
         with at.stages.stage(title, self.steps) as advance:
             memory.begin()
             steps_alone(self.cfg, data, self.steps, _watching(clock, advance))
@@ -110,6 +128,12 @@ def _watching(clock: Clock, advance: Advance) -> LambdaCallback:
         advance(1)
 
     return LambdaCallback(on_train_batch_start=lambda *_: clock.start(), on_train_batch_end=after)
+
+
+@torch.no_grad()
+def _put_back(theta: Mapping[str, Tensor], start: Named) -> None:
+    for name, parameter in theta.items():
+        parameter.copy_(start[name])
 
 
 @torch.no_grad()

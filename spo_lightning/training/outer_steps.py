@@ -44,6 +44,7 @@ class OuterSteps(IterableDataset):
     ``auto``: as many as fit, found before the first. ``lower``: texts drawn beside the pairs, as
     many as pairs, for a lower level of its own. ``feed``: where the pairs come from in place of
     ``pairs``. ``mismatched``: prompts of all steps' rows with others' answers, row by row.
+    ``skip``: the rows of so many outer steps are passed over.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class OuterSteps(IterableDataset):
         lower: Pairs | None = None,
         feed: Feed | None = None,
         mismatched: Pairs | None = None,
+        skip: int = 0,
         world: World = ALONE,
     ):
         self.pairs, self.module, self.seed, self.lower = pairs, module, seed, lower
         self.feed, self.mismatched, self.world = feed, mismatched, world
-        self.micro, self.tokens = micro, tokens
+        self.micro, self.tokens, self.skip = micro, tokens, skip
 
     @classmethod
     def of(
@@ -72,8 +74,9 @@ class OuterSteps(IterableDataset):
         return cls(train, module, seed=cfg.seed, lower=lower, **limits, **more)
 
     def __iter__(self) -> Iterator[Microbatches]:
-        size, stop = self.module.batch_size, self.module.trainer.max_steps
-        start, split, own = self.module.outer_step, self._split(), self._own
+        size, split, own = self.module.batch_size, self._split(), self._own
+        start = self.skip + self.module.outer_step
+        stop = self.skip + self.module.trainer.max_steps
         texts = self._texts(start, stop)
         for step, given in enumerate(self._steps(size, start, stop), start):
             mine = Share(given.take(own), next(texts))

@@ -21,10 +21,11 @@ RUN = {
 def test_a_row_by_hand():
     """Three pairs in common; the pilot's mean is -1, four steps of one are four of it."""
     measured = {1: -2.0, 2: -1.0, 3: 0.0}
-    one = Ahead(RUN, 1, {1: 0.1, 2: 0.3, 3: 0.2, 9: 5.0}, measured, measured)
+    one = Ahead(RUN, 1, 2, {1: 0.1, 2: 0.3, 3: 0.2, 9: 5.0}, measured, measured)
     cells = dict(zip(afterwards.HEAD, row(one, Came(RUN, 4, {1: -8.0, 2: -5.0, 3: 1.0, 4: 9.0}))))
     assert cells["run"] == "dpo + Penalty 0.3, lr 5e-05" and cells["seed"] == 2
-    assert cells["pairs"] == 3 and cells["step"] == 4 and cells["pilot"] == 1
+    assert cells["pairs"] == 3 and cells["step"] == 4 and cells["of steps"] == 1
+    assert cells["pilots"] == 2
     assert cells["score ranks"] == pytest.approx(0.5) and cells["pilot ranks"] == pytest.approx(1)
     # all of it first order: -4 +- 1.96 * 4 / sqrt(3)
     assert cells["foreseen"] == "-8.53 to +0.53"
@@ -87,7 +88,12 @@ def test_a_run_and_a_pilot_as_long_as_it_are_the_same(tmp_path, cache):
 def test_what_does_not_belong_together_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         report([tmp_path / "none"], tmp_path / "out")
-    found = {"run": RUN, "pilot_steps": 2, "pairs": [{"row": 1, "score": 1.0, "measured": 2.0}]}
+    found = {
+        "run": RUN,
+        "pilot_steps": 2,
+        "pilots": [{}],
+        "pairs": [{"row": 1, "score": 1.0, "measured": 2.0}],
+    }
     (tmp_path / "a").mkdir()
     (tmp_path / "a/preflight.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="preflight.json: not as a preflight writes it"):

@@ -1,6 +1,7 @@
 """What the preflight says against what steps do: finite differences, real runs, weights kept."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from pairs import CONF
 from tiny import in_float64, policy, random_pairs
 
 from spo_lightning import losses
+from spo_lightning.data.batch import epoch_order
 from spo_lightning.models.scorer import Scorer, reference_logps
 from spo_lightning.preflight import judgement
 from spo_lightning.preflight.geometry import geometry, slopes, sums
@@ -143,13 +145,38 @@ def test_a_pilot_leaves_the_policy_bit_for_bit_and_repeats(name, cache):
     at, total = prepared(cfg, loss, silent())
     before = {n: p.detach().clone() for n, p in at.scorer.named_parameters()}
     _, seen, held = sampled(cfg, at, 2)
-    pilots = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, 2)
+    pilots = Pilots(cfg, at, loss, {"seen": seen, "held": held}, total, 2, count=2)
     found, again = (pilots.split(solver, "pilot") for _ in range(2))
     assert all(torch.equal(p, before[n]) for n, p in at.scorer.named_parameters())
     for side in ("seen", "held"):
         assert torch.equal(found.changes[side], again.changes[side])
         assert found.changes[side].abs().min() > 0
     assert (found.first, found.random) == (again.first, again.random)
+
+
+def test_the_second_pilot_starts_anew_on_the_pairs_that_come_next(cache):
+    """It is the first pilot of a run whose rows are laid as the order goes on."""
+    words = ("loss=dpo", "model.dtype=float64", "preflight.pilots=2", "max_steps=4")
+    cfg = composed(cache, *words)
+    loss, solver = run_job.objective(cfg)
+    at, total = prepared(cfg, loss, silent())
+    _, seen, held = sampled(cfg, at, 2)
+    order, passed = epoch_order(len(at.train), cfg.seed, 0), 2 * cfg.batch_size
+    next_of = dict(zip(order, order[passed:] + order[:passed]))
+    later = replace(at, train=at.train.take([next_of[row] for row in range(len(order))]))
+    both, first, second = (
+        Pilots(cfg, where, loss, {"seen": seen, "held": held}, total, 2, count).split(solver, "")
+        for where, count in ((at, 2), (at, 1), (later, 1))
+    )
+    for found, alone in zip(both.every, (first, second)):
+        assert torch.equal(found, alone.changes["held"])
+    assert not torch.equal(*both.every)
+    for found, one, two in (
+        (both.changes["held"], first.changes["held"], second.changes["held"]),
+        *[[torch.tensor(some.first["held"]) for some in (both, first, second)]],
+    ):
+        torch.testing.assert_close(found, (one + two) / 2)
+    assert torch.equal(both.changes["seen"], first.changes["seen"])
 
 
 def test_a_short_step_is_first_order(cache):
@@ -169,6 +196,7 @@ def test_the_command_says_what_the_run_then_does(tmp_path, cache):
     assert ahead.code == 0, ahead.err
     one = json.loads((tmp_path / "a" / "preflight.json").read_text())
     assert one["advice"] in ahead.out
+    assert [pilot["mean"] for pilot in one["pilots"]] == [one["sides"]["held"]["mean"]]
     assert "Pairs most at risk" in (tmp_path / "a" / "preflight.html").read_text()
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         *("preflight.json", "preflight.html", "preflight.log")
