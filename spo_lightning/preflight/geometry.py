@@ -4,7 +4,7 @@ One forward and two backwards per pair, a third where a loss weighs the tokens o
 beside the gradients of one pair only the mean and the spread of the preference gradient are kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 from spo_lightning import losses
 from spo_lightning.data.sets import Pairs
 from spo_lightning.models.scorer import PairLogps, Scorer, reference_logps
-from spo_lightning.solvers import Tensors, dot
+from spo_lightning.solvers import Tensors
 from spo_lightning.training.callbacks.evolution import Named, directional
 from spo_lightning.training.microbatch import trainable
 
+BLOCK = 2**17  # weights whose gradients are read once for all that is asked of them, on a CPU
 AT_ONCE = 8  # pairs of one forward: a derivative along a step holds two of them
 
 Advance = Callable[[int], None]  # hears how many are done
@@ -42,7 +43,7 @@ def geometry(
     theta: Tensors = tuple(named.values())
     # in bfloat16 a mean of a hundred would no longer hear of the next one
     wide = [torch.promote_types(p.dtype, torch.float32) for p in theta]
-    mean = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(theta, wide)]
+    mean = [torch.zeros(p.shape, dtype=w, device=p.device) for p, w in zip(theta, wide)]
     squares = [torch.zeros_like(m) for m in mean]  # of the distances from the mean, summed
     found = []
     for number in range(len(sample)):
@@ -50,28 +51,31 @@ def geometry(
         policy = scorer(batch)
         upper = losses.evaluate(loss, policy, reference_logps(batch), losses.moments_of({}))
         chosen, rejected = (_gradient(policy.sums[0, side], theta) for side in (0, 1))
-        inner, own, other = dot(chosen, rejected), dot(chosen, chosen), dot(rejected, rejected)
-        norms = own.sqrt().item(), other.sqrt().item()
+        weighed = _sides(upper, policy)
+        columns = [mean, squares, chosen, rejected]
+        if weighed is None:
+            columns.append(_gradient(upper.sum(), theta))
+        products = []
+        for m, s, own, other, *whole in _blocks(columns):
+            own, other = own.to(m.dtype), other.to(m.dtype)
+            products.append(torch.stack([own.dot(other), own.dot(own), other.dot(other)]))
+            if weighed is None:
+                apart = whole[0] - m
+            else:
+                apart = (weighed[0] * own).add_(other, alpha=weighed[1]).sub_(m)
+            m.add_(apart, alpha=1 / (number + 1))
+            s.addcmul_(apart, apart, value=number / (number + 1))
+        inner, *both = torch.stack(products).sum(0, dtype=torch.float64).tolist()
+        norms = [value**0.5 for value in both]
         found.append(
             {
                 "norm_chosen": norms[0],
                 "norm_rejected": norms[1],
-                "cosine": inner.item() / max(norms[0] * norms[1], 1e-30),
-                "overlap": inner.item() / max(own.item(), 1e-30),
+                "cosine": inner / max(norms[0] * norms[1], 1e-30),
+                "overlap": inner / max(both[0], 1e-30),
             }
         )
-        weighed = _sides(upper, policy)
-        whole = () if weighed else _gradient(upper.sum(), theta)
-        for place, (m, s) in enumerate(zip(mean, squares)):
-            if weighed is None:
-                g = whole[place]
-            else:
-                own, other = (side[place].to(m.dtype) for side in (chosen, rejected))
-                g = weighed[0] * own + weighed[1] * other
-            apart = g - m
-            m += apart / (number + 1)
-            s += apart * (g - m)
-        del chosen, rejected, whole
+        del columns, chosen, rejected
         advance(1)
     count = max(1, len(sample) - 1)
     along = {}
@@ -79,6 +83,13 @@ def geometry(
         spread = (s / (count * batch_size) + m.square()).sqrt()
         along[name] = torch.where(spread > 0, m / spread, 0.0).to(p.dtype)
     return Geometry(found, along)
+
+
+def _blocks(columns: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+    """As many values of each at a time as a CPU's cache holds: read from memory once."""
+    for some in zip(*columns, strict=True):
+        size = BLOCK if some[0].device.type == "cpu" else max(1, some[0].numel())
+        yield from zip(*(one.flatten().split(size) for one in some))
 
 
 def _sides(upper: Tensor, policy: PairLogps) -> tuple[float, float] | None:
