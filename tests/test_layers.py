@@ -61,6 +61,7 @@ COMMANDS = (
         "objectives.__main__",
         "preflight.__main__",
         "preflight.afterwards",
+        "rounds.compare",
         "plan.__main__",
         "dashboard",
     ),

@@ -23,6 +23,7 @@ from spo_lightning.errors import UserError
 from spo_lightning.records.progress import silent
 from spo_lightning.rounds import page
 from spo_lightning.rounds.asked import refuse
+from spo_lightning.rounds.compare import report
 from spo_lightning.rounds.drawing import shared
 from spo_lightning.rounds.loop import iterate
 from spo_lightning.run.record import Read
@@ -97,6 +98,13 @@ def test_the_page_shows_the_rounds(whole):
     for title in ("Win rate", "Displacement", "Prompts with a usable pair"):
         assert title in found
     assert page.table(record["rounds"]).splitlines()[0].split()[:2] == ["round", "score"]
+
+
+def test_it_is_compared_with_itself(whole, tmp_path):
+    place, record = whole
+    lines = report([place], tmp_path / "out").splitlines()
+    assert lines[0].startswith("| setting | round | seeds | score | win: start |")
+    assert lines[4].startswith(f"| run | 2 | 1 | {record['rounds'][1]['judged']['after']:.3f} |")
 
 
 def test_a_loop_that_ended_goes_on_to_more_rounds_and_draws_nothing_again(whole, tmp_path, cache):
