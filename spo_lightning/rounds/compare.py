@@ -1,9 +1,9 @@
 """``python -m spo_lightning.rounds.compare DIR...``: loops beside each other, round by round.
 
-The directories hold loops. Those that differ in their seed only are one setting; a number is a mean
-over its seeds with the 95% interval of Student's t. Settings that differ in one word, as in
-solver, are compared at the seeds that both have. Written into --output: compare.html, table.md and
-figures/.
+The directories hold loops. Those that differ in their seed only are one setting; a number is a
+mean over its seeds with the 95% interval of Student's t. Settings that differ in one word, as in
+solver, are compared at the seeds that both have. Written into --output: compare.html, table.md
+and figures/.
 """
 
 import argparse
