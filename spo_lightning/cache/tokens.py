@@ -37,12 +37,12 @@ from spo_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CODE = 4  # raise it when the same rows and tokenizer come to give other tokens
+CODE = 5  # raise it when the same rows and tokenizer come to give other tokens
 READ = ("prompt", "chosen", "rejected", "plain", "tools", "chat_template_kwargs")  # of a row
-READ += ("margin", "score_chosen", "score_rejected")
+READ += ("margin", "score_chosen", "score_rejected", "reference_side")
 # of a file, as of a Pair
 IDS = ("prompt", "chosen", "rejected", "chosen_context", "rejected_context")
-COLUMNS = (*IDS, "row", "margin")
+COLUMNS = (*IDS, "row", "margin", "reference_side")
 SUFFIX = ".tokens"
 CHECK = 32  # bytes of the checksum, before an arrow stream
 NAME = 32  # hexadecimal digits of a name
@@ -91,8 +91,8 @@ class Tokens:
         table = pa.ipc.open_stream(content).read_all()
         found = zip(*(table[name].to_pylist() for name in COLUMNS))
         pairs = [
-            Pair(tuple(p), tuple(c), tuple(r), row, tuple(its), tuple(other), margin)
-            for p, c, r, its, other, row, margin in found
+            Pair(tuple(p), tuple(c), tuple(r), row, tuple(its), tuple(other), margin, side)
+            for p, c, r, its, other, row, margin, side in found
         ]
         told = (json.loads(table.schema.metadata[name]) for name in (b"counts", b"examples"))
         return Encoded(pairs, *told)
@@ -101,8 +101,8 @@ class Tokens:
         """Where it cannot be written, go on without."""
         import pyarrow as pa
 
-        ids, kinds = pa.list_(pa.int32()), {"row": pa.int64(), "margin": pa.float64()}
-        fields = [pa.field(name, kinds.get(name, ids)) for name in COLUMNS]
+        ids, kinds = pa.list_(pa.int32()), dict.fromkeys(IDS) | {"row": pa.int64()}
+        fields = [pa.field(name, kinds.get(name, pa.float64()) or ids) for name in COLUMNS]
         told = {name: json.dumps(getattr(found, name)) for name in ("counts", "examples")}
         schema = pa.schema(fields, told)
         columns = [[getattr(pair, name) for pair in found.pairs] for name in COLUMNS]

@@ -115,6 +115,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loop.rounds": (lambda v: 1 <= v <= 100, "1 to 100"),
     "loop.prompts": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "loop.answers": (lambda v: v >= 1, "at least 1"),
+    "loop.beside": (lambda v: v in (0, 1), "0 or 1"),
     "loop.temperature": (lambda v: v > 0, "above 0"),
     "loop.top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "loop.reference": (lambda v: v in ("round", "start"), "round or start"),

@@ -6,7 +6,7 @@ batch, in the order pair by pair, chosen before rejected: those of the answers, 
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -43,6 +43,7 @@ class PairBatch:
     reference: Tensor | None = None  # [S] log-probabilities under the reference
     moved: Tensor | None = None  # [S] the same where it has moved since the start
     margins: Tensor | None = None  # [B] Pair.margin, nan where it has none; None: no pair has one
+    reference_sides: Tensor | None = None  # [B] Pair.reference_side, in the same way
     sentences: Tensor | None = None  # [S] which one of its answer's; a rejected answer is one
     similarities: Tensor | None = None  # [S] of that sentence; 0 of a rejected answer's
     lower: "PairBatch | None" = None  # the lower level's own rows, without rejected responses
@@ -151,7 +152,8 @@ class PairBatch:
             lengths=self.lengths[start:stop],
             rows=self.rows[start:stop],
             prompt=self.prompt[start:stop],
-            margins=None if self.margins is None else self.margins[start:stop],
+            margins=_part(self.margins, start, stop),
+            reference_sides=_part(self.reference_sides, start, stop),
             lower=None if self.lower is None else self.lower._slice(start, stop),
         )
 
@@ -263,14 +265,19 @@ def collate(
         rows=torch.tensor([pair.row for pair in pairs]),
         prompt=torch.tensor([prompts.setdefault(pair.prompt, len(prompts)) for pair in pairs]),
         reference=None if references is None else torch.cat(list(references)),
-        margins=_margins(pairs),
+        margins=_known(pair.margin for pair in pairs),
+        reference_sides=_known(pair.reference_side for pair in pairs),
         **_sentences(pairs),
     )
 
 
-def _margins(pairs: Sequence[Pair]) -> Tensor | None:
-    given = [math.nan if pair.margin is None else pair.margin for pair in pairs]
+def _known(values: Iterable[float | None]) -> Tensor | None:
+    given = [math.nan if value is None else value for value in values]
     return None if all(map(math.isnan, given)) else torch.tensor(given)
+
+
+def _part(values: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if values is None else values[start:stop]
 
 
 def _sentences(pairs: Sequence[Pair]) -> dict[str, Any]:

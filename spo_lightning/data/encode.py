@@ -149,7 +149,8 @@ def encode_some(
         answers = dict(zip(given[index], cut.answers))
         (chosen, its), (rejected, other) = (answers.get(side, NOTHING) for side in SIDES)
         ids = (cut.prompt, chosen, rejected, places[index], its, other)
-        pairs.append(Pair(*ids, margin=margin_of(rows[index])))
+        told = {"margin": margin_of(rows[index]), "reference_side": side_of(rows[index])}
+        pairs.append(Pair(*ids, **told))
         counts["split"] += cut.split
         counts["truncated"] += cut.truncated
     return Encoded(pairs, counts | {"kept": len(pairs)}, examples)
@@ -161,6 +162,12 @@ def margin_of(row: Row) -> float | None:
         return float(row["margin"])
     chosen, rejected = (row.get(f"score_{side}") for side in ("chosen", "rejected"))
     return None if chosen is None or rejected is None else float(chosen) - float(rejected)
+
+
+def side_of(row: Row) -> float | None:
+    """Which answer is the reference's own, as the row says: 0 chosen, 1 rejected."""
+    side = row.get("reference_side")
+    return None if side is None else float(SIDES.index(side))
 
 
 def encode_texts(

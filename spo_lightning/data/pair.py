@@ -18,6 +18,7 @@ class Pair:
     chosen_context: tuple[int, ...] = ()
     rejected_context: tuple[int, ...] = ()
     margin: float | None = None  # the data's: chosen's score less rejected's, or a strength
+    reference_side: float | None = None  # of two answers the reference's own: 0 chosen, 1 rejected
     # where the chosen answer's sentences end, and how near each is to the prompt: where asked for
     sentences: tuple[int, ...] = ()
     similarities: tuple[float, ...] = ()

@@ -26,6 +26,7 @@ class Beside:
         """[B] the loss, given only what its signature asks for."""
         offered = {"reference": self.reference, "moments": self.moments, "beside": self}
         offered |= {"margins": policy.margins, "squares": policy.squares, "step": self.step}
+        offered |= {"reference_sides": policy.reference_sides}
         offered |= {"divergences": policy.diverged, "sentences": policy.sentences, "kl": self.kl}
         asked = inspect.signature(loss).parameters
         return partial(loss, **{name: it for name, it in offered.items() if name in asked})(policy)

@@ -106,6 +106,30 @@ def odpo(
     return _logistic(beta * _margin(policy, reference) - alpha * margins.log())
 
 
+def xpo(
+    policy: PairLogps,
+    reference: PairLogps,
+    reference_sides: Tensor | None,
+    *,
+    beta: float,
+    label_smoothing: float,
+    alpha: float,
+) -> Tensor:
+    r"""DPO that turns away from the reference's own answer. Xie et al. 2024 (2405.21046), XPO.
+
+    ``reference_sides``: which of the two that one is, 0 chosen, 1 rejected; where it is neither
+    (nan, or None for all) there is no such term.
+
+    $-(1-\epsilon)\log\sigma(\beta h) - \epsilon\log\sigma(-\beta h) + \alpha \ell_{ref}$ with
+    $\ell_{ref}$ the log-probability of the reference's own answer
+    """
+    found = _smoothed(beta * _margin(policy, reference), label_smoothing)
+    if reference_sides is None:
+        return found
+    own = torch.where(reference_sides > 0, policy.rejected, policy.chosen)
+    return found + alpha * torch.where(reference_sides.isnan(), 0.0, own)
+
+
 def exo_pair(
     policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float
 ) -> Tensor:

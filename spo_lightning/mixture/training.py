@@ -34,6 +34,7 @@ LACKING = {
     "sentences": "sentences",
     "squares": "the probabilities of other tokens",
     "margins": "score differences",
+    "reference_sides": "answers of a reference",
     "moments": "earlier batches",
     "kl": "how far the policy has moved on other prompts",
 }

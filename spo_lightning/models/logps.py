@@ -16,6 +16,7 @@ class PairLogps:
     side: Tensor  # [S] bool: False chosen, True rejected
     pairs: int  # B
     margins: Tensor | None = None  # [B] the data's score differences, where it has them
+    reference_sides: Tensor | None = None  # [B] 0, 1 or nan: whose the reference's own answer is
     squares: Tensor | None = None  # [S] log sum of squared probabilities, where asked for
     divergences: Tensor | None = None  # [S] KL(reference || policy), where one is read beside
     rows: Tensor | None = None  # [B] Pair.row

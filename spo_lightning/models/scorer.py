@@ -26,6 +26,8 @@ from spo_lightning.models.reading import Reading, reading_of, text_config, vocab
 from spo_lightning.records.progress import Stages
 
 FLOATS = 2**18  # in a MiB
+# what a loss hears of the rows, as the batch has it
+GIVEN = ("margins", "reference_sides", "rows", "sentences", "similarities")
 LOGITS = 2**28  # logits that are alive at once; where there are more, they are computed again
 ROOM = 1.8  # what a graph that can be differentiated twice may take, in plain forwards
 
@@ -134,12 +136,9 @@ class Scorer(nn.Module):
         return PairLogps(
             whole(self._score, parts, hidden),
             *(batch.pair, batch.rejected, len(batch)),
-            margins=batch.margins,
             squares=whole(self._squares, hidden) if self.squares else None,
             divergences=whole(self._divergences, hidden, theirs) if theirs else None,
-            rows=batch.rows,
-            sentences=batch.sentences,
-            similarities=batch.similarities,
+            **{name: getattr(batch, name) for name in GIVEN},
             rewards=self.reading.reward,
         )
 

@@ -69,6 +69,7 @@ def _row(one: Objective) -> str:
     besides = {"moments": "earlier batches", "margins": "scores of the data"}
     besides |= {"divergences": "the reference's distributions", "step": "a draw"}
     besides |= {"sentences": "sentences of the answers"}
+    besides |= {"reference_sides": "whose answer is the reference's"}
     besides |= {"kl": "prompts with others' answers"}
     read = [told for name, told in besides.items() if name in one.asks]
     read += ["the whole batch"] if one.node.get("whole_batch") else []

@@ -46,7 +46,7 @@ def pushes(loss: partial) -> Pushes:
         side = torch.arange(2 * LENGTH) >= LENGTH
         pair, ones = torch.zeros_like(side).long(), torch.ones(1, dtype=torch.float64)
         given: Any = {"margins": ones, "divergences": torch.zeros_like(start)}
-        given |= {"rows": pair[:1], "sentences": pair}
+        given |= {"rows": pair[:1], "sentences": pair, "reference_sides": ones}
         policy = PairLogps(start + (moved / LENGTH)[side.long()], pair, side, 1, **given)
         reference = PairLogps(start, pair, side, 1)
         beside = reference, Moments(0.0, 1.0)

@@ -46,6 +46,8 @@ def _refuse_counts(cfg: "DictConfig") -> None:
     loop, keep = cfg.loop, cfg.strategy.get("keep")
     if keep is not None and keep > loop.answers:
         raise UserError(f"strategy.keep={keep} of loop.answers={loop.answers}: draw more answers")
+    if str(cfg.loss._target_).endswith(".xpo") and (loop.reference != "start" or not loop.beside):
+        raise UserError("loss=xpo turns away from what the loop's start answers: take loop=xpo")
     if loop.alpha and cfg.model.pretrained is not None:
         from spo_lightning.models.sources import check
 

@@ -13,6 +13,7 @@ from typing import Any
 from spo_lightning.data.rows import Row, Task
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import write_text
+from spo_lightning.records.disk import json_rows
 from spo_lightning.records.progress import Stages
 from spo_lightning.run.judging import called
 from spo_lightning.run.record import Begun, Read, Stage, grown, walk
@@ -21,24 +22,38 @@ from spo_lightning.run.sampling import STAGES, Drawn
 log = logging.getLogger(__name__)
 
 
-def draw(cfg: Any, stages: Stages, number: int) -> None:
+def draw(cfg: Any, stages: Stages, number: int, beside: Path | None = None) -> None:
     """Write the pairs of a round to ``cfg.output``, its answers and scores beside them."""
-    data, prompts, *answering, _ = STAGES
-    begun = Begun(cfg, stages.world, stages, {})
-    whole: Read = called(cfg.loop.rows, "loop")(walk([data], begun))
-    share = Stage("share", partial(shared, number), "nothing", "again")
-    at = walk([prompts, share, *answering], whole)
+    at, whole = answered(cfg, stages, number, beside)
     stages.world.once(lambda: written(at, whole.task))
 
 
-def shared(number: int, at: Read) -> Read:
+def answered(
+    cfg: Any, stages: Stages, number: int, beside: Path | None = None
+) -> tuple[Drawn, Read]:
+    """The answers to a round's prompts, in their file, and all that there is to ask.
+
+    ``beside``: a file of another policy's answers to the same prompts, judged with these.
+    """
+    data, prompts, *answering, _ = STAGES
+    begun = Begun(cfg, stages.world, stages, {})
+    whole: Read = called(cfg.loop.rows, "loop")(walk([data], begun))
+    share = Stage("share", partial(shared, number, beside), "nothing", "again")
+    return walk([prompts, share, *answering], whole), whole
+
+
+def shared(number: int, beside: Path | None, at: Read) -> Read:
     """The prompts of a round: the next so many of all, from the first again after the last."""
     rows = [row for row in at.task.train if row["prompt"]]
     if not rows:
         raise UserError("this data has no prompts, so nothing is asked: name prompts.path")
     size = min(at.cfg.loop.prompts or len(rows), len(rows))
-    places = [((number - 1) * size + place) % len(rows) for place in range(size)]
-    return grown(Read, at, task=replace(at.task, train=[rows[place] for place in places]))
+    asked = [rows[((number - 1) * size + place) % len(rows)] for place in range(size)]
+    if beside is not None:
+        _, *theirs = json_rows(beside)
+        of = {one["number"]: one["samples"] for one in theirs}
+        asked = [{**row, "beside": of[place]} for place, row in enumerate(asked)]
+    return grown(Read, at, task=replace(at.task, train=asked))
 
 
 def written(at: Drawn, whole: Task) -> None:

@@ -11,7 +11,7 @@ from spo_lightning.run.record import Read
 
 def rows(at: Read) -> Read:
     """The data's own training rows."""
-    if at.cfg.loop.answers < 2:
+    if at.cfg.loop.answers + at.cfg.loop.beside < 2:
         raise UserError("loop.answers=1: a judge tells answers apart: draw at least 2")
     return at
 

@@ -23,7 +23,7 @@ def look(
     """``number``, its ``pairs`` and what it drew; ``init`` and ``final`` of its run; ``judged``:
     greedy held-out answers at its end against those of the loop's start and of its own, and what
     the judge gives them before and after. ``cfg``: with the model at the round's end."""
-    found = {"number": number, **_drawn(place / f"pairs-{number}.jsonl")}
+    found = {"number": number, **_drawn(place / f"pairs-{number}.jsonl", cfg.loop.answers)}
     found |= {name: numbers[name] for name in ("init", "final", "steps")}
     mine, first = (rows_of(place / f"round-{n}" / "samples.jsonl") for n in (number, 1))
     return found | {"judged": _judged(cfg, stages, mine, first)}
@@ -33,10 +33,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return json_rows(path) if path.exists() else []
 
 
-def _drawn(pairs: Path) -> dict[str, Any]:
-    """How many prompts there were, how many gave a pair, and the mean score of their answers."""
+def _drawn(pairs: Path, own: int) -> dict[str, Any]:
+    """How many prompts there were, how many gave a pair, and the mean score of the round's own
+    answers, the first so many of each."""
     _, *asked = rows_of(record_of(pairs))
-    scores = [s for one in asked for s in one["scores"] if s is not None]
+    scores = [s for one in asked for s in one["scores"][:own] if s is not None]
     usable = {row["prompt_number"] for row in rows_of(pairs)}
     found = {"prompts": len(asked), "pairs": len(rows_of(pairs))}
     found |= {"usable": len(usable) / len(asked), "score": _mean(scores)}

@@ -30,7 +30,7 @@ from spo_lightning.records.lock import held
 from spo_lightning.records.progress import Stages, Stop, quiet
 from spo_lightning.records.resume import refuse_another
 from spo_lightning.rounds import page
-from spo_lightning.rounds.drawing import draw
+from spo_lightning.rounds.drawing import answered, draw
 from spo_lightning.rounds.look import look
 from spo_lightning.rounds.lower import lower_texts
 from spo_lightning.run.record import Begun
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 OWN = ("loop", "prompts", "engine", "strategy", "resume")  # keys that a round's run has not
 SEEDS = 1_000  # of a loop's rounds, from its own seed on
+UNJUDGED = {"_target_": "spo_lightning.rounds.spin.unjudged", "_partial_": True}
 MAY_GROW = ("loop.rounds", "loop.betas")
 
 
@@ -82,12 +83,17 @@ class Loop:
                 cfg.model.base = cfg.model.revision = cfg.sft.max_steps = None
         return cfg
 
-    def to_draw(self, number: int) -> Any:
-        """What ``sample`` is asked for in a round."""
-        loop, output = self.cfg.loop, str(self.pairs(number))
-        how = {"temperature": loop.temperature, "top_p": loop.top_p, "samples": loop.answers}
-        seed = self.cfg.seed * SEEDS + number
-        return self.settings(self.begins(number), output=output, seed=seed, **how)
+    def to_draw(self, number: int, *, beside: bool = False) -> Any:
+        """What ``sample`` is asked for in a round; or before, of the start, unjudged."""
+        loop, seed = self.cfg.loop, self.cfg.seed * SEEDS + number
+        how = {"temperature": loop.temperature, "top_p": loop.top_p}
+        if beside:
+            name, output = self.model(0), self.place / f"beside-{number}.jsonl"
+            how |= {"samples": loop.beside, "seed": seed + SEEDS // 2, "judge": UNJUDGED}
+        else:
+            name, output = self.begins(number), self.pairs(number)
+            how |= {"samples": loop.answers, "seed": seed}
+        return self.settings(name, output=str(output), **how)
 
     def to_train(self, number: int, lower: str | None) -> Any:
         """The run of a round."""
@@ -161,7 +167,7 @@ def _round(loop: Loop, number: int) -> None:
     log.info("Round %d of %d", number, cfg.loop.rounds)
     _weights(loop, number)
     if not loop.pairs(number).exists():
-        draw(loop.to_draw(number), loop.stages, number)
+        _draw(loop, number)
     lower = lower_texts(cfg, loop.place, [loop.pairs(n) for n in range(1, number + 1)])
     trained = loop.place / f"round-{number}"
     numbers = finished_numbers(trained) or _train(loop, trained, loop.to_train(number, lower))
@@ -170,6 +176,16 @@ def _round(loop: Loop, number: int) -> None:
     write_text(loop.place / LOOP, json.dumps(loop.record, indent=1) + "\n")
     write_text(loop.place / page.NAME, page.whole(loop.record["rounds"]))
     gc.collect()  # a run's objects hold each other, and its model
+
+
+def _draw(loop: Loop, number: int) -> None:
+    """The round's pairs; first what the start answers, where that is judged with them."""
+    beside = None
+    if loop.cfg.loop.beside:
+        theirs, _ = answered(loop.to_draw(number, beside=True), loop.stages, number)
+        theirs.record.file.close()
+        beside = theirs.record.path
+    draw(loop.to_draw(number), loop.stages, number, beside)
 
 
 def _weights(loop: Loop, number: int) -> None:

@@ -32,6 +32,7 @@ LACKING = {
     "divergences": "a distribution over tokens",
     "sentences": "sentences",
     "margins": "score differences",
+    "reference_sides": "answers of a reference",
 }
 
 

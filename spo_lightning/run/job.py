@@ -145,10 +145,16 @@ def refuse_to_compare(cfg: "DictConfig", task: "Task") -> None:
 
 
 def refuse_rows(loss: Any, task: "Task") -> None:
-    """Rows without the score differences that the loss reads, where its ``margin`` is not off."""
+    """Rows without the score differences that the loss reads, where its ``margin`` is not off; and
+    training rows none of which says whose an answer is, where it reads that."""
     from spo_lightning.data.encode import margin_of
     from spo_lightning.losses import asks
 
+    if asks(loss, "reference_sides") and not any("reference_side" in row for row in task.train):
+        raise UserError(
+            "no training row says which answer is the reference's own, which this loss turns away "
+            "from: let loop=xpo make the pairs, or add reference_side, chosen or rejected"
+        )
     chosen = loss.keywords.get("margin")
     if not asks(loss, "margins") or chosen is False:
         return

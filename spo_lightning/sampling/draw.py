@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def draw(
     stages: Stages,
 ) -> Record:
     """Answer and score every prompt that the record does not hold yet. ``engine``: who answers in
-    the policy's place.
+    the policy's place. A row's answers of another policy, ``beside``, are scored with its own.
 
     A part is what one seed draws, so that parts may be dealt over processes; the first keeps them.
     """
@@ -91,15 +92,20 @@ def draw(
             asked = [rows[place] for place in part for _ in range(each)]
             seeded = replace(how, seed=cfg.seed * FIRST_SEED + number)
             texts = answers(policy, asked, seeded, Within(stages, ALONE), "samples")
-            scores = judge(asked, texts)
+            samples = [
+                [*texts[n * each : (n + 1) * each], *rows[place].get("beside", ())]
+                for n, place in enumerate(part)
+            ]
+            judged = [rows[place] for place, some in zip(part, samples) for _ in some]
+            scores = iter(judge(judged, [text for some in samples for text in some]))
             mine = [
                 {
                     "number": place,
                     "row": rows[place],
-                    "samples": texts[n * each : (n + 1) * each],
-                    "scores": scores[n * each : (n + 1) * each],
+                    "samples": some,
+                    "scores": [*islice(scores, len(some))],
                 }
-                for n, place in enumerate(part)
+                for place, some in zip(part, samples)
             ]
             for some in world.gather(mine if turn.mine else []):
                 if some and world.first:
@@ -161,16 +167,19 @@ def written(cfg: Any, record: Any, count: int, strategy: Any) -> dict[str, int]:
 def chosen(cfg: Any, drawn: Sequence[dict], strategy: Any) -> Iterator[dict[str, Any]]:
     """Rows of the standard format, with their scores and where they come from.
 
-    Without the answer, which stands for the whole text in pairs that are given as a file.
+    Without the answer, which stands for the whole text in pairs that are given as a file. Answers
+    past the policy's own are another's: ``reference_side`` says which of the two is.
     """
-    source = provenance(cfg)
+    source, own = provenance(cfg), cfg.samples
     for one in drawn:
         texts, scores = one["samples"], one["scores"]
         chance = random.Random(f"{cfg.seed}/{one['number']}")
         for best, worst in strategy(texts, scores, chance):
             asked = one["row"]["prompt"]
+            others = [name for name, at in (("chosen", best), ("rejected", worst)) if at >= own]
             yield {
-                **{key: value for key, value in one["row"].items() if key != "answer"},
+                **{key: v for key, v in one["row"].items() if key not in ("answer", "beside")},
+                **({"reference_side": others[0]} if len(others) == 1 else {}),
                 "chosen": as_asked(asked, texts[best]),
                 "rejected": as_asked(asked, texts[worst]),
                 "chosen_score": scores[best],

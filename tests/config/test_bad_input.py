@@ -391,6 +391,7 @@ BUILT = [
         "train, row 1: no score, and this loss needs one above 0: give margin",
         slow=True,
     ),
+    Case("no side", rows("good", "loss=xpo"), "no training row says which answer", slow=True),
     Case("added key of a loss", ("+loss.betaa=1",), "betaa"),
     Case("added key of a solver", ("+solver.x=1",), "'x'", slow=True),
     Case(

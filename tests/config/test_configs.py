@@ -77,8 +77,8 @@ def test_losses_train_apart(tmp_path):
     shared = (*SLIPS, *LLAMA, *PLAIN, "micro_batch_size=8")  # some need the whole batch
     parts = ("loss.parts.dpo.weight=1", "loss.parts.sft.weight=0.1")
     table = {}
-    # rows with scores, and with sentences, have tests of their own
-    for loss in (loss for loss in options("loss") if loss not in ("odpo", "aspo")):
+    # rows with scores, with sentences and with a reference's answers have tests of their own
+    for loss in (loss for loss in options("loss") if loss not in ("odpo", "aspo", "xpo")):
         more = parts if loss == "mixture" else ()
         table[loss] = trained(tmp_path, f"loss={loss}", *shared, *more)
     for kind in options("loss/divergence"):
@@ -100,6 +100,21 @@ def test_odpo_trains_on_rows_with_scores(tmp_path):
     where = ["data=pairs", f"data.path={tmp_path / 'scored.jsonl'}", *LLAMA, *PLAIN]
     alike = [trained(tmp_path, f"loss={loss}", *where) for loss in ("odpo", "dpo")]
     assert alike[0] != alike[1]
+
+
+def test_xpo_turns_from_the_references_answers(tmp_path):
+    rows = [
+        {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a - b), **side}
+        for a, b in ((a, a % 7 + 1) for a in range(24))
+        for side in ({"reference_side": ("chosen", "rejected")[a % 2]} if a % 3 else {},)
+    ]
+    write(tmp_path / "sides.jsonl", rows)
+    where = ["data=pairs", f"data.path={tmp_path / 'sides.jsonl'}", *LLAMA, *PLAIN]
+    strong, none, dpo = (
+        trained(tmp_path, *words, *where)
+        for words in (["loss=xpo", "loss.alpha=0.5"], ["loss=xpo", "loss.alpha=0"], ["loss=dpo"])
+    )
+    assert none == dpo and strong != dpo
 
 
 def test_aspo_trains_on_sentences(tmp_path, monkeypatch):

@@ -143,6 +143,7 @@ PAIR = {
     "dpop": lambda v, k: soft(k.beta * v.h - k.beta * k.dpop_lambda * max(0.0, v.rw - v.lw)),
     "rdpo": lambda v, k: soft(k.beta * v.h + k.alpha * (v.nw - v.nl)),
     "rpo": lambda v, k: soft(k.beta * v.h) - k.eta * k.beta * v.lw,
+    "xpo": lambda v, k: smoothed(k.beta * v.h, k) + k.alpha * v.own,
     "odpo": lambda v, k: soft(k.beta * v.h - k.alpha * math.log(v.margin)),
     "exo_pair": lambda v, k: exo(sig(k.beta * v.h), k.label_smoothing),
     "dmpo": lambda v, k: exo(sig(k.beta * v.h), k.alpha),
@@ -204,6 +205,7 @@ KEYS = {
     "cpo": dict(beta=0.3, alpha=0.7),
     "dpop": dict(beta=0.3, dpop_lambda=3.0),
     "rpo": dict(beta=0.3, eta=0.4),
+    "xpo": dict(beta=0.3, label_smoothing=0.2, alpha=0.05),
     "odpo": dict(beta=0.3, alpha=0.8),
     "exo_pair": dict(beta=0.1, label_smoothing=0.1),
     "dmpo": dict(beta=0.1, alpha=0.1),
@@ -233,6 +235,7 @@ def rewritten(name, policy, reference, lengths, margins, held=None, **keys):
         v.sw, v.sl, v.gap = lw - rw, ll - rl, lw / nw - ll / nl
         v.h, v.norm = v.sw - v.sl, v.sw / nw - v.sl / nl
         v.dw, v.dl = (d * n for d, n in zip(DIVERGENCES, (nw, nl)))
+        v.own = (lw, ll, 0.0)[int(2 * margin) % 3]  # the reference's own answer
         v.held_sw, v.held_sl = hw - rw, hl - rl
         v.held, v.held_sum = (hw - rw) / nw - (hl - rl) / nl, hw - rw - (hl - rl)
         rows.append(v)
@@ -243,12 +246,13 @@ DIVERGENCES = (0.03, 0.05)  # of every token of a chosen and of a rejected answe
 
 
 def with_margins(policy, margins, divergences=DIVERGENCES):
-    """The same PairLogps with score differences, with divergences, and with two sentences, of
-    which the first is a token."""
+    """The same PairLogps with score differences, with divergences, with two sentences, of which
+    the first is a token, and with an answer of the reference's own, chosen by the score."""
     of_token = torch.tensor(divergences, dtype=policy.logps.dtype)[policy.side.long()]
     scores = torch.as_tensor(margins, dtype=policy.logps.dtype)
     second = (policy.places > 0) & ~policy.side
     which = {"sentences": second.long(), "similarities": second.to(policy.logps)}
+    which["reference_sides"] = torch.tensor([0.0, 1.0, torch.nan])[(2 * scores).long() % 3]
     return replace(policy, margins=scores, divergences=of_token, **which)
 
 

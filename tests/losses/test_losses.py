@@ -52,6 +52,7 @@ BY_HAND = [
     ("discopop", dict(beta=0.1, tau=0.05), 0.814763141, None),
     ("kto_pair", dict(beta=0.1), 0.462593408, None),
     ("odpo", dict(beta=0.1), 0.969816904, None),  # scores 2 apart
+    ("xpo", dict(beta=0.1, alpha=0.05), 0.248138869, None),  # DPO's, and .05 times -7
     ("tdpo1", dict(beta=0.1), 0.616343773, None),  # divergences 0.3 and 0.7
     ("tdpo2", dict(beta=0.1, alpha=0.5), 0.607191725, None),
     # a row with both answers: the mean of 0.475020813 and 0.475020813

@@ -50,8 +50,20 @@ def moves(name):
     """What the formula says that the loss does not see."""
     symbols = set(re.findall(r"\\?[A-Za-z]+(?:_\{?\w+)?", formula(name)))
     per_token = "\\bar" in formula(name)
-    own = {"r_w", "s_w", "s_l", "s", "\\ell_w", "\\ell_l", "o_w", "L_k", "s_{w", "s_{l"}
-    absolute = {"r_w", "z", "z_{", "\\ell_w", "\\ell_l", "o_w", "L_k"}
+    own = {
+        "\\ell_{ref",
+        "r_w",
+        "s_w",
+        "s_l",
+        "s",
+        "\\ell_w",
+        "\\ell_l",
+        "o_w",
+        "L_k",
+        "s_{w",
+        "s_{l",
+    }
+    absolute = {"\\ell_{ref", "r_w", "z", "z_{", "\\ell_w", "\\ell_l", "o_w", "L_k"}
     found = []
     if not per_token and not symbols & own:
         found.append("both answers by as much")

@@ -175,14 +175,38 @@ def test_rso_keeps_some_of_many(tmp_path, cache):
     assert own.loss.beta == 0.05 and own.solver._target_.endswith("NoLower")
 
 
+def test_xpo_judges_an_answer_beside_the_starts(tmp_path, cache):
+    words = ("loop=xpo", "loss=xpo", "loop.rounds=2", "loop.prompts=64", "data.prompts=64")
+    walked(tmp_path, cache, *words)
+    sides = set()
+    for number in (1, 2):
+        drawn = {
+            one["number"]: one for one in rows(tmp_path / f"pairs-{number}.samples.jsonl")[1:]
+        }
+        theirs = rows(tmp_path / f"beside-{number}.samples.jsonl")[1:]
+        assert len(theirs) == 64 and all(one["scores"] == [None] for one in theirs)
+        for one in theirs:
+            assert drawn[one["number"]]["samples"][1:] == one["samples"]
+        pairs = rows(tmp_path / f"pairs-{number}.jsonl")
+        sides |= {row["reference_side"] for row in pairs}
+        for row in pairs:
+            own, other = drawn[row["prompt_number"]]["samples"]
+            assert row[row["reference_side"]] == other != own and "beside" not in row
+            assert row["chosen_score"] > row["rejected_score"]
+    assert sides == {"chosen", "rejected"}
+    run = OmegaConf.load(tmp_path / "round-2/config.yaml")
+    assert run.model.reference == str(tmp_path / "start") != run.model.pretrained
+    assert all("reference_side" in row for row in load(run.data).train)
+
+
 def test_prompts_are_asked_in_turn():
     cfg = composed("loop.prompts=3")
     task = Task(train=[{"prompt": p} for p in "abcd"], held_out=[])
     at = Read(cfg, ALONE, silent(), {}, task)
-    asked = ["".join(row["prompt"] for row in shared(n, at).task.train) for n in (1, 2, 3)]
+    asked = ["".join(row["prompt"] for row in shared(n, None, at).task.train) for n in (1, 2, 3)]
     assert asked == ["abc", "dab", "cda"]
     with pytest.raises(UserError, match="this data has no prompts"):
-        shared(1, Read(cfg, ALONE, silent(), {}, Task(train=[{"prompt": ""}], held_out=[])))
+        shared(1, None, Read(cfg, ALONE, silent(), {}, Task(train=[{"prompt": ""}], held_out=[])))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +225,8 @@ def test_prompts_are_asked_in_turn():
         (["loop=spin", "strategy=all_pairs"], "strategy has no effect"),
         (["engine=openai", "engine.model=m"], "a round's answers are its own policy's"),
         (["loop.reference=start", "model.reference_sync=hard"], "moves a round's own start"),
+        (["loss=xpo"], "turns away from what the loop's start answers: take loop=xpo"),
+        (["loop=xpo", "loss=xpo", "loop.reference=round"], "take loop=xpo"),
     ],
 )
 def test_refused_before_anything_is_read(words, told):

@@ -18,7 +18,7 @@ from spo_lightning.data.layouts.turns import (
 from spo_lightning.data.rows import Row
 from spo_lightning.errors import UserError
 
-KEPT = ("margin", "score_chosen", "score_rejected", "tools")
+KEPT = ("margin", "score_chosen", "score_rejected", "tools", "reference_side")
 
 
 def trl(row: Row) -> list[Row]:
@@ -117,9 +117,13 @@ def answered(row: Row) -> list[Row]:
 
 
 def kept_of(row: Row) -> Row:
-    """The scores of the answers, how much better the chosen one is, and the tools."""
+    """The scores of the answers, how much better the chosen one is, which one is the reference's
+    own, and the tools."""
     kept: dict[str, Any] = {name: row[name] for name in KEPT if row.get(name) not in (None, [])}
     kept |= {name: float(kept[name]) for name in KEPT[:3] if name in kept}
+    if kept.get("reference_side", "chosen") not in ("chosen", "rejected"):
+        told = f"reference_side is {kept['reference_side']!r}"
+        raise UserError(f"{told}: make it chosen or rejected, or leave it out")
     if "margin" not in kept and "score_chosen" in kept and "score_rejected" in kept:
         kept["margin"] = max(0.0, kept["score_chosen"] - kept["score_rejected"])
     return kept
