@@ -1,9 +1,10 @@
 """``python -m spo_lightning.preflight.afterwards DIR...``: did it come as it was foreseen?
 
 The directories hold preflights, and runs that they looked ahead at. Every preflight is laid beside
-the end of its run, and beside single pilots of the same run that took more steps: how well its
-score and its pilots rank the held-out pairs by what then became of log pi(y_w), and whether the
-mean fell where it was foreseen. Written into --output: afterwards.html, table.md and figures/.
+the end of its run, and beside first pilots of the same run that took more steps: how well its
+score, its first pilot and the mean of all rank the held-out pairs by what then became of
+log pi(y_w), and whether the mean fell where it was foreseen. Written into --output:
+afterwards.html, table.md and figures/.
 """
 
 import argparse
@@ -17,7 +18,17 @@ from typing import Any
 from spo_lightning.errors import UserError
 
 HEAD = (
-    *("run", "seed", "pilots", "of steps", "step", "pairs", "score ranks", "pilot ranks"),
+    *(
+        "run",
+        "seed",
+        "pilots",
+        "of steps",
+        "step",
+        "pairs",
+        "score ranks",
+        "first ranks",
+        "pilots rank",
+    ),
     *("foreseen", "likely", "measured", "inside", "displaced, foreseen", "displaced"),
 )
 ABOUT = (
@@ -37,6 +48,7 @@ class Ahead:
     score: Mapping[int, float]  # by row
     first: Mapping[int, float]
     measured: Mapping[int, float]
+    alone: Mapping[int, float]  # in the first pilot
 
 
 @dataclass(frozen=True)
@@ -73,8 +85,7 @@ def report(directories: Sequence[Path], output: Path) -> str:
 
     ahead = [foretold(path) for path in places(directories, "preflight.json")]
     came = [then for path in places(directories, "metrics.json") if (then := ended(path))]
-    alone = (one for one in ahead if one.pilots == 1)  # the beginning of the run itself
-    came += [Came(one.run, one.steps, one.measured) for one in alone]
+    came += [Came(one.run, one.steps, one.alone) for one in ahead]
     both = [
         (one, then)
         for one in ahead
@@ -119,7 +130,7 @@ def foretold(directory: Path) -> Ahead:
         found = json.loads(path.read_text(encoding="utf-8"))
         numbers = (
             {int(pair["row"]): float(pair[name]) for pair in found["pairs"]}
-            for name in ("score", "first", "measured")
+            for name in ("score", "first", "measured", "alone")
         )
         return Ahead(
             telling(found["run"]), int(found["pilot_steps"]), len(found["pilots"]), *numbers
@@ -161,13 +172,13 @@ def row(one: Ahead, then: Came) -> list[Any]:
     from spo_lightning.preflight import judgement
 
     rows = common(one, then)
-    score, first, pilot, changes = (
+    score, first, alone, mean, changes = (
         [numbers[at] for at in rows]
-        for numbers in (one.score, one.first, one.measured, then.changes)
+        for numbers in (one.score, one.first, one.alone, one.measured, then.changes)
     )
-    ranks = (judgement.spearman(numbers, changes) for numbers in (score, pilot))
+    ranks = (judgement.spearman(numbers, changes) for numbers in (score, alone, mean))
     came = judgement.moved(changes)
-    ahead = judgement.foreseen(first, pilot, one.steps, then.step)
+    ahead = judgement.foreseen(first, mean, alone, one.pilots, one.steps, then.step)
     interval = inside = share = likely = ""
     if ahead["step"] == then.step:
         likely = ahead["mean"]

@@ -1,9 +1,9 @@
 """What a pilot measured in; what is foreseen, how surely and until where, and one line out.
 
-The part of a change that is first order grows with the steps; the rest at least as fast and, where
-it is curvature, with their square at most: the two ends of what is foreseen, and between them what
-is likely. It holds to four times the pilot (five steps of a real model rank the pairs of step 20
-with .86) and within an epoch.
+The first pilot is the run's own beginning, and each further stretch of the run as long does, on
+other pairs, what the other pilots did: that is likely. The part of a change that is first order
+grows with the steps; the rest, where it is curvature, with their square at most: the other end of
+what is foreseen. It holds to four times a pilot and within an epoch: docs/evidence.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,6 @@ from torch import Tensor
 from spo_lightning.preflight.pilot import Split
 
 HOLDS = 4  # pilots
-LIKELY = 4 / 3  # power of the steps with which the rest grows; measured: docs/evidence.md
 SURE = 1.96  # standard errors
 
 
@@ -58,29 +57,36 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def foreseen(
-    first: Sequence[float], changes: Sequence[float], steps: int, wanted: int
+    first: Sequence[float],
+    changes: Sequence[float],
+    alone: Sequence[float],
+    count: int,
+    steps: int,
+    wanted: int,
 ) -> dict[str, Any]:
-    """Mean change and share displaced of held-out answers after ``wanted`` steps, or as far as a
-    pilot of ``steps`` holds, in which they changed by ``changes``, to first order by ``first``."""
+    """Mean change and share displaced of held-out answers after ``wanted`` steps, or as far as
+    ``count`` pilots of ``steps`` hold, in which they changed by ``changes``, to first order by
+    ``first``, and by ``alone`` in the first of them."""
     until = min(wanted, HOLDS * steps)
     pilots = until / steps
-    both = list(zip(first, changes, strict=True))
-    slow, likely, fast = (
-        moved([grown(f, m - f, pilots, power) for f, m in both]) for power in (1, LIKELY, 2)
-    )
+    ends = [
+        moved([stretched(c, a, count, pilots) for c, a in zip(changes, alone, strict=True)]),
+        moved([f * pilots + (c - f) * pilots**2 for f, c in zip(first, changes, strict=True)]),
+    ]
     return {
         "step": until,
-        "pilots": pilots,
-        "mean": likely["mean"],
-        "low": min(end["mean"] - end["half"] for end in (slow, fast)),
-        "high": max(end["mean"] + end["half"] for end in (slow, fast)),
-        "displaced": sorted((slow["displaced"], fast["displaced"])),
+        "mean": ends[0]["mean"],
+        "low": min(end["mean"] - end["half"] for end in ends),
+        "high": max(end["mean"] + end["half"] for end in ends),
+        "displaced": sorted(end["displaced"] for end in ends),
     }
 
 
-def grown(first: float, rest: float, pilots: float, power: float = LIKELY) -> float:
-    """What both parts of a change in one pilot come to after so many."""
-    return first * pilots + rest * pilots**power
+def stretched(change: float, alone: float, count: int, pilots: float) -> float:
+    """What becomes of an answer in a run of so many pilots' length: the first one's change, then
+    what the others did in the mean."""
+    others = (count * change - alone) / (count - 1) if count > 1 else alone
+    return alone + (pilots - 1) * others
 
 
 def advice(
@@ -102,27 +108,26 @@ def advice(
         until = "" if ahead["step"] >= steps else f" until step {ahead['step']} of {steps}"
         return f"{numbers} The chosen answers hold: no further solver weight is needed{until}."
     verdict = "They fall" if held["mean"] + held["half"] < 0 else "They may fall"
-    return f"{numbers} {verdict}: {'; '.join(_remedies(held, seen, ahead, tried, lr))}."
+    return f"{numbers} {verdict}: {'; '.join(_remedies(held, seen, tried, lr))}."
 
 
 def _remedies(
     held: Mapping[str, float],
     seen: Mapping[str, float],
-    ahead: Mapping[str, Any],
     tried: Sequence[Mapping[str, float]],
     lr: float,
 ) -> list[str]:
     """The weight that holds them, then what is cheaper."""
     found = []
-    enough = next((one for one in tried if min(one["mean"], one["foreseen"]) >= 0), None)
+    enough = next((one for one in tried if one["mean"] >= one["half"]), None)
     if enough is not None:
         price = f"at a margin of {enough['margin']:+.3g} where the run has {held['margin']:+.3g}"
         found.append(f"solver=penalty solver.weight={enough['weight']:g} holds them, {price}")
     elif tried:
-        found.append(f"no weight up to {tried[-1]['weight']:g} is likely to hold them")
+        found.append(f"no weight up to {tried[-1]['weight']:g} holds them beyond chance")
     if held["first"] > 0:  # then the rest is below 0
         # a step of k times the length has k times the first order, and k^2 of the rest
-        smaller = lr * held["first"] / -held["rest"] * ahead["pilots"] ** (1 - LIKELY)
+        smaller = lr * held["first"] / -held["rest"]
         found.append(
             f"the step is too long, and optimizer.lr={smaller:.1e} or a warm-up would do too"
         )

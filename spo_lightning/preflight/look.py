@@ -83,19 +83,15 @@ def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
     seconds["pilot"], began = time.monotonic() - began, time.monotonic()
     sides = {side: judgement.parts(found, side) for side in pilots.sides}
     whole = found.changes["held"]
-    alone = [{"weight": 0.0} | judgement.told(whole)] if type(solver) is NoLower else []
-    tried = alone + weights(pilots, whole - found.every[0])
+    bare = [{"weight": 0.0} | judgement.told(whole)] if type(solver) is NoLower else []
+    tried = bare + weights(pilots, whole - found.every[0])
     seconds |= {"weights": time.monotonic() - began, "run": found.seconds * total}
     epoch = math.ceil(len(at.train) / cfg.batch_size)
     measured = whole[:, 0].tolist()
-    ahead = judgement.foreseen(found.first["held"], measured, steps, min(total, epoch))
-    rest = sides["held"]["rest"]  # as long a step bends alike, whatever the weight
-    tried = [
-        one | {"foreseen": judgement.grown(one["mean"] - rest, rest, ahead["pilots"])}
-        for one in tried
-    ]
-    numbers = {"score": scores, "ches": alike, "first": found.first["held"], "measured": measured}
-    told = rows(held, at.task.held_out, numbers)
+    alone, first = found.every[0][:, 0].tolist(), found.first["held"]
+    ahead = judgement.foreseen(first, measured, alone, count, steps, min(total, epoch))
+    numbers = {"score": scores, "ches": alike, "first": first, "measured": measured}
+    told = rows(held, at.task.held_out, numbers | {"alone": alone})
     return Preflight(
         advice=judgement.advice(sides, ahead, tried, cfg.optimizer.lr, total),
         run=telling(cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))),

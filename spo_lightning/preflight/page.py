@@ -14,8 +14,9 @@ SPLIT = (
     "Each pilot starts anew, on the pairs that come next; held: their mean, seen: of the first."
 )
 WEIGHTS = (
-    "A pilot each: what it does to held-out pairs, nats. Weight 0 is the run without. Foreseen: "
-    "the likely mean as far as the pilot holds, with the rest of the run's own pilot."
+    "A pilot each, on the first one's pairs: what it does to held-out pairs, nats, corrected by "
+    "how the run's own differ from their first. Weight 0 is the run without. Half of the 95% "
+    "interval is half; a weight whose mean is above that holds them."
 )
 GEOMETRY = (
     "Gradients of log pi(y_w) and log pi(y_l) of training pairs. Overlap is their product over "
@@ -87,7 +88,7 @@ def weights(tried: Sequence[Mapping[str, Any]]) -> list[Block]:
     ]
     title = "Mean change of held-out pairs after the pilot"
     return [
-        columns("weights", ("weight", *PILOT, "foreseen"), tried),
+        columns("weights", ("weight", *PILOT), tried),
         lines("weight", title, "solver.weight", "nats", drawn),
     ]
 

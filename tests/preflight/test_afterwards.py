@@ -21,12 +21,13 @@ RUN = {
 def test_a_row_by_hand():
     """Three pairs in common; the pilot's mean is -1, four steps of one are four of it."""
     measured = {1: -2.0, 2: -1.0, 3: 0.0}
-    one = Ahead(RUN, 1, 2, {1: 0.1, 2: 0.3, 3: 0.2, 9: 5.0}, measured, measured)
+    one = Ahead(RUN, 1, 2, {1: 0.1, 2: 0.3, 3: 0.2, 9: 5.0}, measured, measured, measured)
     cells = dict(zip(afterwards.HEAD, row(one, Came(RUN, 4, {1: -8.0, 2: -5.0, 3: 1.0, 4: 9.0}))))
     assert cells["run"] == "dpo + Penalty 0.3, lr 5e-05" and cells["seed"] == 2
     assert cells["pairs"] == 3 and cells["step"] == 4 and cells["of steps"] == 1
     assert cells["pilots"] == 2
-    assert cells["score ranks"] == pytest.approx(0.5) and cells["pilot ranks"] == pytest.approx(1)
+    assert cells["score ranks"] == pytest.approx(0.5) and cells["pilots rank"] == pytest.approx(1)
+    assert cells["first ranks"] == pytest.approx(1)
     # all of it first order: -4 +- 1.96 * 4 / sqrt(3)
     assert cells["foreseen"] == "-8.53 to +0.53"
     assert cells["measured"] == pytest.approx(-4) and cells["inside"] == "yes"
@@ -98,7 +99,7 @@ def test_what_does_not_belong_together_is_told_in_one_line(tmp_path):
     (tmp_path / "a/preflight.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="preflight.json: not as a preflight writes it"):
         report([tmp_path], tmp_path / "out")
-    found["pairs"][0]["first"] = 1.0
+    found["pairs"][0] |= {"first": 1.0, "alone": 2.0}
     (tmp_path / "a/preflight.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="no preflight stands beside a run"):
         report([tmp_path], tmp_path / "out")

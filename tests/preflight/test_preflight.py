@@ -91,44 +91,51 @@ def test_norms_and_cosines_are_those_of_the_gradients():
 
 def test_what_is_foreseen_ends_where_it_holds():
     first, changes = [2.0, 2.0], [1.0, -3.0]
-    ahead = judgement.foreseen(first, changes, 5, 1000)
+    ahead = judgement.foreseen(first, changes, changes, 1, 5, 1000)
     assert ahead["step"] == 20
     # in proportion 4 and -12; first order 8, the rest -1 and -5 times 16
     half = 1.96 * 128**0.5 / 2**0.5, 1.96 * 2048**0.5 / 2**0.5
     assert ahead["low"] == pytest.approx(min(-4 - half[0], -40 - half[1]))
-    assert ahead["displaced"] == [0.5, 1.0]
-    assert ahead["mean"] == pytest.approx(8 - 3 * 4 ** (4 / 3))
-    assert judgement.foreseen(first, changes, 5, 5)["displaced"] == [0.5, 0.5]
+    assert ahead["displaced"] == [0.5, 1.0] and ahead["mean"] == pytest.approx(-4)
+    assert judgement.foreseen(first, changes, changes, 1, 5, 5)["displaced"] == [0.5, 0.5]
+
+
+def test_the_run_begins_as_the_first_pilot_and_goes_on_as_the_others_did():
+    # three pilots: 4, then two whose mean is -1; and 0 with -3: after three of them, and one and
+    # a half
+    changes, alone = [2 / 3, -2.0], [4.0, 0.0]
+    ahead = judgement.foreseen(changes, changes, alone, 3, 10, 30)
+    assert ahead["mean"] == pytest.approx(((4 - 2) + (0 - 6)) / 2)
+    assert judgement.foreseen(changes, changes, alone, 3, 10, 15)["mean"] == pytest.approx(
+        ((4 - 0.5) + (0 - 1.5)) / 2
+    )
 
 
 @pytest.mark.parametrize(
-    "held, seen, tried, told",
+    "held, then, seen, tried, told",
     [
-        ((0.5, 0.2, 0.3), 1.0, [], "no further solver weight is needed until step 20 of 100"),
-        # first order .2, the rest -1: equal at a fifth of the lr after one pilot, at a tenth after
-        # eight, when the rest has grown by 16
-        ((-0.8, 0.2, -1.0), -1.0, [], "optimizer.lr=1.0e-06 or a warm-up"),
-        # it holds in the pilot, and 1.0 * 8 - .7 * 16 is below 0
-        ((0.3, 1.0, -0.7), 1.0, [], "They may fall: "),
-        ((0.3, 1.0, -0.7), 1.0, [(0.1, 0.3), (1.0, 0.8)], "weight=1 holds"),
-        ((-0.6, -0.2, -0.4), 1.0, [], "it is overfitting"),
-        ((-0.6, -0.2, -0.4), -1.0, [], "the loss itself points down"),
-        ((-0.6, -0.2, -0.4), -1.0, [(0.1, -0.1), (0.2, 0.0), (0.3, 1.0)], "weight=0.3 holds"),
-        ((-0.6, -0.2, -0.4), -1.0, [(0.1, -0.1)], "no weight up to 0.1"),
+        ((0.5, 0.2, 0.3), 4, 1.0, [], "no further solver weight is needed until step 20 of 100"),
+        # first order .2, the rest -1: equal at a fifth of the lr
+        ((-0.8, 0.2, -1.0), -9, -1.0, [], "optimizer.lr=2.0e-06 or a warm-up"),
+        # it holds in the pilots, and falls where it goes on as the later ones did
+        ((0.3, 1.0, -0.7), -1, 1.0, [], "They may fall: "),
+        # above 0 by less than its half interval, and by more
+        ((0.3, 1.0, -0.7), -1, 1.0, [(0.1, 0.05), (1.0, 0.15)], "weight=1 holds"),
+        ((-0.6, -0.2, -0.4), -5, 1.0, [], "it is overfitting"),
+        ((-0.6, -0.2, -0.4), -5, -1.0, [], "the loss itself points down"),
+        ((-0.6, -0.2, -0.4), -5, -1.0, [(0.1, -0.1), (0.2, 0), (0.3, 1)], "weight=0.3 holds"),
+        ((-0.6, -0.2, -0.4), -5, -1.0, [(0.1, 0.05)], "no weight up to 0.1"),
     ],
 )
-def test_the_advice_follows_from_the_numbers(held, seen, tried, told):
+def test_the_advice_follows_from_the_numbers(held, then, seen, tried, told):
     mean, first, rest = held
     sides = {
         "held": dict(mean=mean, half=0.1, displaced=0.6, first=first, rest=rest, margin=1.0),
         "seen": {"mean": seen},
     }
-    ahead = {"step": 20, "low": -1.0, "high": 0.0, "mean": judgement.grown(first, rest, 8)}
-    weights = [
-        {"weight": w, "mean": at, "margin": 0.5, "foreseen": judgement.grown(at - rest, rest, 8)}
-        for w, at in tried
-    ]
-    said = judgement.advice(sides, ahead | {"pilots": 8}, weights, 1e-5, 100)
+    ahead = {"step": 20, "low": -1.0, "high": 0.0, "mean": then}
+    weights = [{"weight": w, "mean": at, "half": 0.1, "margin": 0.5} for w, at in tried]
+    said = judgement.advice(sides, ahead, weights, 1e-5, 100)
     assert told in said and "\n" not in said
 
 
