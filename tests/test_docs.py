@@ -40,6 +40,7 @@ ARGUMENTS = {
     **{name: f"spo_lightning.{name}.__main__" for name in ("report", "objectives")},
     "dashboard": "spo_lightning.dashboard",
     "preflight.afterwards": "spo_lightning.preflight.afterwards",
+    "rounds.compare": "spo_lightning.rounds.compare",
 }
 OTHERS = ("pip", "pytest", "wandb")  # programs that are not ours
 RUN = ("README.md", "extending.md")
