@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo_lightning.data.batch import Pair
 from spo_lightning.errors import UserError
+from spo_lightning.models.built import cause
 from spo_lightning.models.policy import DTYPES
 
 EOS, PAD = "</s>", "<pad>"
@@ -100,6 +101,7 @@ def save_model(
 
     ``device``: where the weights are drawn.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = word_tokenizer(vocabulary)
@@ -115,8 +117,8 @@ def save_model(
         )
         with torch.device(device):
             lm = AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model.config does not build: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"model.config does not build: {cause(error)}") from error
     lm.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return sum(p.numel() for p in lm.parameters())

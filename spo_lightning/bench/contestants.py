@@ -233,7 +233,8 @@ CONTESTANTS: Mapping[str, Kind] = {
         note="TRL: DPOTrainer with precomputed reference log-probabilities, no gradient "
         "checkpointing, no logging, no saving; padding_free is switched off in this version by "
         "TRL itself. It encodes the prompt once per response. On the CPU it scores every "
-        "position, prompts included, and computes entropies with them; on CUDA completions only",
+        "position, prompts included, and computes entropies with them; on CUDA completions only. "
+        "With hardware.compile=true torch compiles it too (torch_compile)",
     ),
     "liger": Kind("TRL + Liger", partial(Trl, liger=True), needs=("trl", "liger_kernel")),
 }

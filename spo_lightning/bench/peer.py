@@ -34,6 +34,7 @@ def settings(cfg: Any, **more: Any) -> dict[str, Any]:
         "max_grad_norm": cfg.clip_norm,
         "bf16": cfg.hardware.precision.startswith("bf16"),
         "seed": cfg.seed,
+        "torch_compile": cfg.hardware.compile,
         **more,
     }
 

@@ -5,9 +5,9 @@ whichever file it stands in. Pure functions; means over pairs are taken elsewher
 knows a model or a config. Lengths are scored tokens. A loss that needs no reference does not
 take one; one that follows earlier batches takes ``moments``, one that reads the data's score
 differences ``margins``, one that reads whole distributions ``divergences``, one that weighs
-sentences ``sentences``, one that draws ``step``. Every loss calls its strength ``beta``; ``beta``
-times the policy's change against the reference is the reward that runs report. What any loss can
-have besides stands in ``around.py``.
+sentences ``sentences``, one that asks whose an answer is ``reference_sides``, one that draws
+``step``. Every loss calls its strength ``beta``; ``beta`` times the policy's change against the
+reference is the reward that runs report. What any loss can have besides stands in ``around.py``.
 """
 
 from spo_lightning.losses.adaptive import *  # noqa: F403

@@ -18,10 +18,10 @@ def build(config: dict, settings: dict) -> tuple[Any, Any]:
         )
         return auto_class(made).from_config(made, **settings), tokenizer
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.config does not build: {_cause(error)}") from error
+        raise UserError(f"model.config does not build: {cause(error)}") from error
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """What the innermost error says."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -85,7 +85,8 @@ def report(directories: Sequence[Path], output: Path) -> str:
 
     ahead = [foretold(path) for path in places(directories, "preflight.json")]
     came = [then for path in places(directories, "metrics.json") if (then := ended(path))]
-    came += [Came(one.run, one.steps, one.alone) for one in ahead]
+    alone = {(json.dumps(one.run, sort_keys=True), one.steps): one for one in ahead}
+    came += [Came(one.run, one.steps, one.alone) for one in alone.values()]
     both = [
         (one, then)
         for one in ahead

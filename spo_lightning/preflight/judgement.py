@@ -75,6 +75,7 @@ def foreseen(
     ]
     return {
         "step": until,
+        "pilots": pilots,
         "mean": ends[0]["mean"],
         "low": min(end["mean"] - end["half"] for end in ends),
         "high": max(end["mean"] + end["half"] for end in ends),
@@ -86,7 +87,7 @@ def stretched(change: float, alone: float, count: int, pilots: float) -> float:
     """What becomes of an answer in a run of so many pilots' length: the first one's change, then
     what the others did in the mean."""
     others = (count * change - alone) / (count - 1) if count > 1 else alone
-    return alone + (pilots - 1) * others
+    return min(1.0, pilots) * alone + max(0.0, pilots - 1) * others
 
 
 def advice(
@@ -119,13 +120,14 @@ def _remedies(
 ) -> list[str]:
     """The weight that holds them, then what is cheaper."""
     found = []
-    enough = next((one for one in tried if one["mean"] >= one["half"]), None)
+    weights = [one for one in tried if one["weight"] > 0]
+    enough = next((w for w in weights if w["mean"] >= w["half"] and w["foreseen"] >= 0), None)
     if enough is not None:
         price = f"at a margin of {enough['margin']:+.3g} where the run has {held['margin']:+.3g}"
         found.append(f"solver=penalty solver.weight={enough['weight']:g} holds them, {price}")
-    elif tried:
-        found.append(f"no weight up to {tried[-1]['weight']:g} holds them beyond chance")
-    if held["first"] > 0:  # then the rest is below 0
+    elif weights:
+        found.append(f"no weight up to {weights[-1]['weight']:g} holds them beyond chance")
+    if 0 < held["first"] < -held["rest"]:
         # a step of k times the length has k times the first order, and k^2 of the rest
         smaller = lr * held["first"] / -held["rest"]
         found.append(

@@ -68,7 +68,9 @@ def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
     at, total = prepared(cfg, loss, stages)
     seconds, began = dict(at.seconds), time.monotonic()
     steps = min(cfg.preflight.pilot_steps, total)
-    count = min(cfg.preflight.pilots, math.ceil(total / steps))
+    epoch = math.ceil(len(at.train) / cfg.batch_size)
+    # each on other pairs than the others, and none past the run's end
+    count = max(1, min(cfg.preflight.pilots, math.ceil(total / steps), epoch // steps))
     sample, seen, held = sampled(cfg, at, steps)
     shape, along = geometry_of(cfg, at, loss, sample)
     with at.stages.stage("score", len(held)) as advance:
@@ -86,10 +88,13 @@ def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
     bare = [{"weight": 0.0} | judgement.told(whole)] if type(solver) is NoLower else []
     tried = bare + weights(pilots, whole - found.every[0])
     seconds |= {"weights": time.monotonic() - began, "run": found.seconds * total}
-    epoch = math.ceil(len(at.train) / cfg.batch_size)
     measured = whole[:, 0].tolist()
     alone, first = found.every[0][:, 0].tolist(), found.first["held"]
     ahead = judgement.foreseen(first, measured, alone, count, steps, min(total, epoch))
+    tried = [  # the first pilots' difference, which goes on as the run does
+        w | {"foreseen": ahead["mean"] + ahead["pilots"] * (w["mean"] - sides["held"]["mean"])}
+        for w in tried
+    ]
     numbers = {"score": scores, "ches": alike, "first": first, "measured": measured}
     told = rows(held, at.task.held_out, numbers | {"alone": alone})
     return Preflight(
@@ -115,7 +120,10 @@ def prepared(cfg: DictConfig, loss: Any, stages: Stages) -> tuple[Referenced, in
     """The run up to its reference, of the pairs that are looked at; the steps of the run."""
     asked = cfg.preflight
     held = min(asked.max_pairs, cfg.eval.max_rows or asked.max_pairs)
-    drawn = max(asked.pilots * asked.pilot_steps, math.ceil(asked.max_pairs / cfg.batch_size))
+    piloted = asked.pilots * asked.pilot_steps
+    if cfg.max_steps >= 0:
+        piloted = min(piloted, cfg.max_steps + asked.pilot_steps)
+    drawn = max(piloted, math.ceil(asked.max_pairs / cfg.batch_size))
     short: Any = OmegaConf.merge(cfg, {"max_steps": drawn, "eval": {"max_rows": held}})
     at = walk([DATA], Begun(short, World(place=lambda: device_of(cfg.hardware)), stages, {}))
     refuse_to_compare(cfg, at.task)

@@ -11,12 +11,12 @@ SPLIT = (
     "Nats, means over the pairs, half the 95% interval beside. First order: the gradient of "
     "log pi(y_w) at the start times the step taken; the rest is what no gradient sees. Random: a "
     "step as long in every tensor, the price of moving at all. Margin: log pi(y_w) - log pi(y_l). "
-    "Each pilot starts anew, on the pairs that come next; held: their mean, seen: of the first."
+    "Each pilot starts anew, on the pairs that come next; held: their mean; the others: the first."
 )
 WEIGHTS = (
     "A pilot each, on the first one's pairs: what it does to held-out pairs, nats, corrected by "
-    "how the run's own differ from their first. Weight 0 is the run without. Half of the 95% "
-    "interval is half; a weight whose mean is above that holds them."
+    "how the run's own differ from their first. Weight 0 is the run without. Foreseen: what is "
+    "likely. A weight holds them whose mean is above half its 95% interval, and that above 0."
 )
 GEOMETRY = (
     "Gradients of log pi(y_w) and log pi(y_l) of training pairs. Overlap is their product over "
@@ -88,7 +88,7 @@ def weights(tried: Sequence[Mapping[str, Any]]) -> list[Block]:
     ]
     title = "Mean change of held-out pairs after the pilot"
     return [
-        columns("weights", ("weight", *PILOT), tried),
+        columns("weights", ("weight", *PILOT, "foreseen"), tried),
         lines("weight", title, "solver.weight", "nats", drawn),
     ]
 

@@ -85,16 +85,16 @@ class Pilots:
             first = {"seen": self._first_order("seen", here, delta)}
             _step_at_random(theta, here, delta, self.cfg.seed)
             random = {side: c[:, 0].tolist() for side, c in self._changes(start).items()}
-            every = [changes["held"]]
+            every, mib = [changes["held"]], [spent[1]]
             for number in range(1, self.count):
                 _put_back(theta, here)
-                self._steps(solver, f"{title} {number + 1}", skip=number * self.steps)
+                mib.append(self._steps(solver, f"{title} {number + 1}", number * self.steps)[1])
                 every.append(self._changes({"held": start["held"]})["held"])
                 for name, p in theta.items():  # the first order of a mean is the mean of theirs
                     delta[name] += (p.detach() - here[name] - delta[name]) / (number + 1)
             changes["held"] = torch.stack(every).mean(0)
             first["held"] = self._first_order("held", here, delta)
-            return Split(changes, *spent, first, random, every)
+            return Split(changes, spent[0], max(mib), first, random, every)
 
     def _first_order(self, side: str, here: Named, delta: Named) -> list[float]:
         pairs = self.sides[side]

@@ -44,9 +44,11 @@ def refuse(cfg: "DictConfig", line: Given) -> None:
 
 def _refuse_counts(cfg: "DictConfig") -> None:
     loop, keep = cfg.loop, cfg.strategy.get("keep")
-    if keep is not None and keep > loop.answers:
+    if keep is not None and keep > loop.answers + loop.beside:
         raise UserError(f"strategy.keep={keep} of loop.answers={loop.answers}: draw more answers")
-    if str(cfg.loss._target_).endswith(".xpo") and (loop.reference != "start" or not loop.beside):
+    part = cfg.loss.get("parts", {}).get("xpo", {"weight": 0})
+    turns_away = str(cfg.loss._target_).endswith(".xpo") or part["weight"]
+    if turns_away and (loop.reference != "start" or not loop.beside):
         raise UserError("loss=xpo turns away from what the loop's start answers: take loop=xpo")
     if loop.alpha and cfg.model.pretrained is not None:
         from spo_lightning.models.sources import check
@@ -64,6 +66,8 @@ def _refuse_idle(cfg: "DictConfig", line: Given) -> None:
         for key in line.touched:
             if key.split(".")[0] == "strategy":
                 raise UserError(f"{key} has no effect: this loop chooses without a judge")
+        if loop.beside:
+            raise UserError("loop.beside has no effect: this loop chooses without a judge")
     if loop.lower != "round" and str(cfg.solver._target_).endswith("NoLower"):
         raise UserError(f"loop.lower={loop.lower} has no effect: solver=none has no lower level")
     if cfg.data.get("sft") is not None and loop.lower != "data":

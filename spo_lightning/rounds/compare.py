@@ -102,7 +102,9 @@ def loops(directories: Sequence[Path]) -> "list[tuple[Run, list[dict[str, float]
                 raise UserError(f"{path}: not as a loop writes it ({error})") from error
             if told:
                 name = str(path.parent.relative_to(top))
-                found.append((read(path.parent, name, {}), [start, *told]))
+                run = read(path.parent, name, {})
+                own = {key: v for key, v in run.config.get("loop", {}).items() if key != "rounds"}
+                found.append((replace(run, config={**run.config, "loop": own}), [start, *told]))
     if not found:
         where = ", ".join(map(str, directories))
         raise UserError(f"no loop that has come to the end of a round in {where}")
@@ -159,7 +161,8 @@ def by_round(found: Sequence[Rounds], names: Sequence[str]) -> list[list[Any]]:
 
 
 def differences(found: Sequence[Rounds], names: Sequence[str]) -> list[list[Any]]:
-    """Of settings that differ in one word, at the last round that both have."""
+    """Of settings that differ in one word, at the last round that both have; a loop that brings a
+    loss is one word."""
     from spo_lightning.report.settings import less, starred
 
     rows = []
@@ -167,10 +170,12 @@ def differences(found: Sequence[Rounds], names: Sequence[str]) -> list[list[Any]
         last = min(len(one.every), len(other.every)) - 1
         left, right = one.every[last], other.every[last]
         words = left.told.keys() | right.told.keys()
-        if sum(left.told.get(word) != right.told.get(word) for word in words) == 1:
+        differ = {word for word in words if left.told.get(word) != right.told.get(word)}
+        seeds = len(left.seeds & right.seeds)
+        if (len(differ) == 1 or differ == {"loop", "loss"}) and seeds > 1:
             apart = [starred(less(right, left, name)) for name in names]
-            seeds = len(left.seeds & right.seeds)
-            rows.append([f"{right.name} less {left.name}", last, seeds, *apart])
+            if any(apart):  # none between data that differ
+                rows.append([f"{right.name} less {left.name}", last, seeds, *apart])
     return rows
 
 

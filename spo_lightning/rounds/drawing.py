@@ -21,11 +21,22 @@ from spo_lightning.run.sampling import STAGES, Drawn
 
 log = logging.getLogger(__name__)
 
+DATA, PROMPTS, *ANSWERING, _ = STAGES
+
 
 def draw(cfg: Any, stages: Stages, number: int, beside: Path | None = None) -> None:
     """Write the pairs of a round to ``cfg.output``, its answers and scores beside them."""
     at, whole = answered(cfg, stages, number, beside)
     stages.world.once(lambda: written(at, whole.task))
+
+
+def draw_beside(mine: Any, theirs: Any, stages: Stages, number: int) -> Path:
+    """The file of another policy's answers to a round's prompts. ``mine``: what the round then
+    asks its own policy, which is refused before a model is loaded."""
+    walk([PROMPTS], everything(mine, stages))
+    at, _ = answered(theirs, stages, number)
+    at.record.file.close()
+    return at.record.path
 
 
 def answered(
@@ -35,11 +46,14 @@ def answered(
 
     ``beside``: a file of another policy's answers to the same prompts, judged with these.
     """
-    data, prompts, *answering, _ = STAGES
-    begun = Begun(cfg, stages.world, stages, {})
-    whole: Read = called(cfg.loop.rows, "loop")(walk([data], begun))
+    whole = everything(cfg, stages)
     share = Stage("share", partial(shared, number, beside), "nothing", "again")
-    return walk([prompts, share, *answering], whole), whole
+    return walk([PROMPTS, share, *ANSWERING], whole), whole
+
+
+def everything(cfg: Any, stages: Stages) -> Read:
+    """All rows that a loop may ask."""
+    return called(cfg.loop.rows, "loop")(walk([DATA], Begun(cfg, stages.world, stages, {})))
 
 
 def shared(number: int, beside: Path | None, at: Read) -> Read:

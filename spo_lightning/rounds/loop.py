@@ -30,9 +30,10 @@ from spo_lightning.records.lock import held
 from spo_lightning.records.progress import Stages, Stop, quiet
 from spo_lightning.records.resume import refuse_another
 from spo_lightning.rounds import page
-from spo_lightning.rounds.drawing import answered, draw
+from spo_lightning.rounds.drawing import draw, draw_beside
 from spo_lightning.rounds.look import look
 from spo_lightning.rounds.lower import lower_texts
+from spo_lightning.rounds.spin import UNJUDGED
 from spo_lightning.run.record import Begun
 from spo_lightning.sampling.record import record_of
 from spo_lightning.sweep.again import LOOP
@@ -42,7 +43,6 @@ log = logging.getLogger(__name__)
 
 OWN = ("loop", "prompts", "engine", "strategy", "resume")  # keys that a round's run has not
 SEEDS = 1_000  # of a loop's rounds, from its own seed on
-UNJUDGED = {"_target_": "spo_lightning.rounds.spin.unjudged", "_partial_": True}
 MAY_GROW = ("loop.rounds", "loop.betas")
 
 
@@ -72,6 +72,9 @@ class Loop:
     def pairs(self, number: int) -> Path:
         return self.place / f"pairs-{number}.jsonl"
 
+    def beside(self, number: int) -> Path:
+        return self.place / f"beside-{number}.jsonl"
+
     def settings(self, name: str | None, **more: Any) -> Any:
         """The config with this model in the place of its own."""
         cfg = self.cfg.copy()
@@ -88,8 +91,9 @@ class Loop:
         loop, seed = self.cfg.loop, self.cfg.seed * SEEDS + number
         how = {"temperature": loop.temperature, "top_p": loop.top_p}
         if beside:
-            name, output = self.model(0), self.place / f"beside-{number}.jsonl"
-            how |= {"samples": loop.beside, "seed": seed + SEEDS // 2, "judge": UNJUDGED}
+            name, output = self.model(0), self.beside(number)
+            seed += SEEDS // 2  # else a start that has not moved answers as it did
+            how |= {"samples": loop.beside, "seed": seed, "judge": UNJUDGED}
         else:
             name, output = self.begins(number), self.pairs(number)
             how |= {"samples": loop.answers, "seed": seed}
@@ -155,7 +159,7 @@ def _begun(
 
 def _withdraw(loop: Loop) -> None:
     """Bad input before the first answer leaves no loop of its settings."""
-    if not record_of(loop.pairs(1)).exists():
+    if not any(record_of(path).exists() for path in (loop.pairs(1), loop.beside(1))):
         for name in (LOOP, "config.yaml"):
             (loop.place / name).unlink(missing_ok=True)
         shutil.rmtree(loop.place / "start", ignore_errors=True)
@@ -180,12 +184,12 @@ def _round(loop: Loop, number: int) -> None:
 
 def _draw(loop: Loop, number: int) -> None:
     """The round's pairs; first what the start answers, where that is judged with them."""
-    beside = None
+    mine, beside = loop.to_draw(number), None
     if loop.cfg.loop.beside:
-        theirs, _ = answered(loop.to_draw(number, beside=True), loop.stages, number)
-        theirs.record.file.close()
-        beside = theirs.record.path
-    draw(loop.to_draw(number), loop.stages, number, beside)
+        theirs = loop.to_draw(number, beside=True)
+        beside = draw_beside(mine, theirs, loop.stages, number)
+        gc.collect()  # the other policy
+    draw(mine, loop.stages, number, beside)
 
 
 def _weights(loop: Loop, number: int) -> None:

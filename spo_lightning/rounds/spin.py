@@ -14,6 +14,8 @@ from spo_lightning.judges.local import Asked, ByScore, Judge
 from spo_lightning.run.record import Read, grown
 from spo_lightning.sampling.draw import provenance
 
+UNJUDGED = {"_target_": f"{__name__}.unjudged", "_partial_": True}
+
 
 def rows(at: Read) -> Read:
     """The training rows that have an answer, or the SFT rows of data whose prompts have none."""
@@ -24,7 +26,7 @@ def rows(at: Read) -> Read:
     task, cfg = replace(at.task, train=own or texts), at.cfg
     if task.judge is None and cfg.judge._target_.endswith(".local.task"):
         cfg = cfg.copy()
-        cfg.judge = {"_target_": f"{__name__}.unjudged", "_partial_": True}
+        cfg.judge = UNJUDGED
     return grown(Read, at, task=task, cfg=cfg)
 
 

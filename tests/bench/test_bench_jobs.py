@@ -67,6 +67,7 @@ def test_both_sides_are_told_the_same(made):
     theirs = json.loads(trl[1])
     settings = theirs["settings"]
     assert (said["loss.beta"], settings["beta"]) == ("0.3", 0.3)
+    assert settings["torch_compile"] is False
     assert (said["max_steps"], settings["max_steps"]) == ("7", 7)
     assert (said["optimizer.lr"], settings["learning_rate"]) == ("0.0001", 0.0001)
     assert (said["batch_size"], settings["per_device_train_batch_size"]) == ("2", 2)

@@ -52,6 +52,7 @@ def test_the_score_is_what_a_tiny_step_does(name, monkeypatch):
 @pytest.mark.parametrize("name", ["dpo", "simpo", "kto_pair", "dpo loss.ld_alpha=0.5"])
 def test_the_step_is_that_of_the_mean_gradient(name, monkeypatch):
     in_float64(monkeypatch)
+    monkeypatch.setattr("spo_lightning.preflight.geometry.BLOCK", 7)
     made, pairs = policy(), random_pairs(5)
     loss, _, _ = objective(*f"loss={name}".split())
     pairs, scorer = scored(made.lm, pairs), Scorer(made.lm, True)
@@ -69,7 +70,8 @@ def test_the_step_is_that_of_the_mean_gradient(name, monkeypatch):
         torch.testing.assert_close(along[name], wanted.nan_to_num(), rtol=1e-7, atol=1e-9)
 
 
-def test_norms_and_cosines_are_those_of_the_gradients():
+def test_norms_and_cosines_are_those_of_the_gradients(monkeypatch):
+    monkeypatch.setattr("spo_lightning.preflight.geometry.BLOCK", 1000)
     made = policy()
     loss, _, _ = objective("loss=dpo")
     pairs = scored(made.lm, random_pairs(3))
@@ -106,9 +108,9 @@ def test_the_run_begins_as_the_first_pilot_and_goes_on_as_the_others_did():
     changes, alone = [2 / 3, -2.0], [4.0, 0.0]
     ahead = judgement.foreseen(changes, changes, alone, 3, 10, 30)
     assert ahead["mean"] == pytest.approx(((4 - 2) + (0 - 6)) / 2)
-    assert judgement.foreseen(changes, changes, alone, 3, 10, 15)["mean"] == pytest.approx(
-        ((4 - 0.5) + (0 - 1.5)) / 2
-    )
+    for wanted, likely in ((15, (4 - 0.5) + (0 - 1.5)), (5, 4 / 2)):
+        ahead = judgement.foreseen(changes, changes, alone, 3, 10, wanted)
+        assert ahead["mean"] == pytest.approx(likely / 2)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +120,12 @@ def test_the_run_begins_as_the_first_pilot_and_goes_on_as_the_others_did():
         # first order .2, the rest -1: equal at a fifth of the lr
         ((-0.8, 0.2, -1.0), -9, -1.0, [], "optimizer.lr=2.0e-06 or a warm-up"),
         # it holds in the pilots, and falls where it goes on as the later ones did
-        ((0.3, 1.0, -0.7), -1, 1.0, [], "They may fall: "),
+        ((0.3, 1.0, -0.7), -1, 1.0, [], "They may fall: seen answers rise"),
+        # the likely end is 8 times the pilots' difference higher: -1 + 8 * .1, and -1 + 8 * .3
+        ((0.3, 1.0, -0.7), -1, 1.0, [(0, 0.3), (0.1, 0.4), (1.0, 0.6)], "weight=1 holds"),
+        ((0.3, 1.0, -0.7), -1, 1.0, [(0, 0.3)], "They may fall: seen answers rise"),
         # above 0 by less than its half interval, and by more
-        ((0.3, 1.0, -0.7), -1, 1.0, [(0.1, 0.05), (1.0, 0.15)], "weight=1 holds"),
+        ((-0.1, 1.0, -1.1), -1, 1.0, [(0.1, 0.05), (1.0, 0.15)], "weight=1 holds"),
         ((-0.6, -0.2, -0.4), -5, 1.0, [], "it is overfitting"),
         ((-0.6, -0.2, -0.4), -5, -1.0, [], "the loss itself points down"),
         ((-0.6, -0.2, -0.4), -5, -1.0, [(0.1, -0.1), (0.2, 0), (0.3, 1)], "weight=0.3 holds"),
@@ -134,7 +139,10 @@ def test_the_advice_follows_from_the_numbers(held, then, seen, tried, told):
         "seen": {"mean": seen},
     }
     ahead = {"step": 20, "low": -1.0, "high": 0.0, "mean": then}
-    weights = [{"weight": w, "mean": at, "half": 0.1, "margin": 0.5} for w, at in tried]
+    weights = [
+        {"weight": w, "mean": at, "half": 0.1, "margin": 0.5, "foreseen": then + 8 * (at - mean)}
+        for w, at in tried
+    ]
     said = judgement.advice(sides, ahead, weights, 1e-5, 100)
     assert told in said and "\n" not in said
 

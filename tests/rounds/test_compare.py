@@ -8,17 +8,18 @@ import yaml
 
 from spo_lightning.errors import UserError
 from spo_lightning.records.directory import CHOICES
-from spo_lightning.rounds.compare import loops, report, settings
+from spo_lightning.rounds.compare import differences, loops, report, settings
 
 LOOPS = {("none", 0): (0.5, 0.6), ("none", 1): (0.7, 0.8), ("penalty", 0): (0.6, 0.9)}
 LOOPS |= {("penalty", 1): (0.7, 1.0)}
 
 
-def a_loop(place, solver, seed, matches):
+def a_loop(place, solver, seed, matches, loop="iterative", loss="dpo"):
     """Of two rounds, which ends with these exact matches; all begin with .4."""
     place.mkdir(parents=True)
-    choices = {"loop": "iterative", "loss": "dpo", "solver": solver}
+    choices = {"loop": loop, "loss": loss, "solver": solver}
     config = {"seed": seed, "solver": {"_target_": solver}, "sft": {"seed": seed}}
+    config |= {"loop": {"rounds": len(matches)}}
     text = f"{CHOICES}{json.dumps(choices)}\n{yaml.safe_dump(config)}"
     (place / "config.yaml").write_text(text)
     rounds = [
@@ -63,6 +64,18 @@ def test_a_loop_on_its_way_counts_as_far_as_it_came(tmp_path):
     (some,) = settings(loops([tmp_path]))
     assert [len(one.runs) for one in some.every] == [2, 2, 1]
     assert some.every[2].values("exact_match") == {1: 0.7}
+
+
+def test_a_loop_that_brings_a_loss_differs_in_one_word(tmp_path):
+    for seed in (0, 1):
+        a_loop(tmp_path / f"a{seed}", "none", seed, (0.5,))
+        a_loop(tmp_path / f"b{seed}", "none", seed, (0.5, 0.9), "xpo", "xpo")
+        a_loop(tmp_path / f"c{seed}", "penalty", seed, (0.5,), "xpo", "xpo")
+    rows = differences(settings(loops([tmp_path])), ["exact_match"])
+    assert [(row[0], row[1]) for row in rows] == [
+        ("loop=xpo loss=xpo solver=none less loop=iterative loss=dpo solver=none", 1),
+        ("loop=xpo loss=xpo solver=penalty less loop=xpo loss=xpo solver=none", 1),
+    ]
 
 
 def test_what_is_no_loop_is_told_in_one_line(tmp_path):

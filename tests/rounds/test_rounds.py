@@ -226,6 +226,8 @@ def test_prompts_are_asked_in_turn():
         (["engine=openai", "engine.model=m"], "a round's answers are its own policy's"),
         (["loop.reference=start", "model.reference_sync=hard"], "moves a round's own start"),
         (["loss=xpo"], "turns away from what the loop's start answers: take loop=xpo"),
+        (["loss=mixture", "loss.parts.xpo.weight=1"], "take loop=xpo"),
+        (["loop=spin", "loop.beside=1"], "loop.beside has no effect"),
         (["loop=xpo", "loss=xpo", "loop.reference=round"], "take loop=xpo"),
     ],
 )
@@ -242,6 +244,7 @@ def test_refused_before_anything_is_read(words, told):
     [
         (["data=slips"], "judge=task: this data has none"),
         (["loop.answers=1"], "a judge tells answers apart"),
+        (["data=slips", "loop=xpo", "loss=xpo"], "judge=task: this data has none"),
         (["judge=function", "judge.path=test_rounds.alike"], "its answers are all alike"),
     ],
 )
@@ -282,10 +285,11 @@ def changed(process: subprocess.Popen, place: Path, times: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("loop", ["apo", "spin"])
+@pytest.mark.parametrize("loop", ["apo", "spin", "xpo"])
 def test_killed_at_random_moments(loop, tmp_path, cache):
     """The end of a loop that was left alone, and the same records of answers."""
     chance, words = random.Random(loop), (*LITTLE, cache, f"loop={loop}")
+    words += ("loss=xpo", "data.prompts=64") if loop == "xpo" else ()
     left = end(start(tmp_path, *words, "hydra.run.dir=whole", module=MODULE), 900)
     assert left.code == 0, left.err
     cut = tmp_path / "cut"
