@@ -114,6 +114,18 @@ def test_one_beginning_and_one_end_of_sequence():
     assert whole.count(0) == 1 and whole[-2:] == (*ids("a"), 1)
 
 
+def test_a_row_says_which_answer_is_the_references(bytes_):
+    sides = [{"reference_side": "rejected"}, {"reference_side": "chosen"}, {}]
+    rows = [row("p", "a", "bc") | side for side in sides]
+    pairs = encoded(rows, bytes_).pairs
+    assert [pair.reference_side for pair in pairs] == [1.0, 0.0, None]
+    batch = collate(pairs, 0)
+    assert batch.reference_sides.tolist()[:2] == [1.0, 0.0] and batch.reference_sides[2].isnan()
+    (one, two) = batch.split(2)
+    assert one.reference_sides.tolist() == [1.0, 0.0] and two.reference_sides.isnan().all()
+    assert collate(pairs[2:], 0).reference_sides is None
+
+
 def test_every_reason_is_counted_and_rows_keep_their_index(bytes_):
     user = [turn("hi", "user")]
     rows = [

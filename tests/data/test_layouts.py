@@ -187,6 +187,7 @@ CASES = {  # layout: [(a row as published, the pairs it becomes or why it is lef
     "trl": [
         (pair(other=1), [pair()]),
         (pair(margin=2, score_chosen=3), [pair(margin=2.0, score_chosen=3.0)]),
+        (pair(reference_side="chosen"), [pair(reference_side="chosen")]),
         (
             pair(chosen_score=1.0, rejected_score=3.0),
             [pair(score_chosen=1.0, score_rejected=3.0, margin=0.0)],
