@@ -64,9 +64,9 @@ PAIRS = st.lists(st.tuples(*(st.lists(st.integers(0, 2**31 - 1)).map(tuple),) * 
 @given(pairs=PAIRS, counts=st.lists(st.integers(0, 2**40), min_size=7, max_size=7))
 def test_any_pairs_come_back(tmp_path_factory, pairs, counts):
     kept = Tokens(tmp_path_factory.mktemp("tokens"), "any", 1e9)
-    whole = Encoded(
-        [Pair(*ids[:3], 3 * n, *ids[3:]) for n, ids in enumerate(pairs)], dict(zip(COUNTS, counts))
-    )
+    told = [(None, 0.5, 2.0)[n % 3] for n in range(len(pairs))]
+    made = [Pair(*ids[:3], 3 * n, *ids[3:], told[n], told[n - 1]) for n, ids in enumerate(pairs)]
+    whole = Encoded(made, dict(zip(COUNTS, counts)))
     for encode in (lambda: whole, None):
         assert kept.find(ROWS, range(len(ROWS)), HOW, encode) == whole
 
@@ -83,6 +83,7 @@ def test_any_pairs_come_back(tmp_path_factory, pairs, counts):
         {"on_mismatch": "drop"},
         {"scored": "all"},
         {"rows": [{**ROWS[0], "plain": {"prompt": "1 + 1 ="}}, *ROWS[1:]]},
+        {"rows": [{**ROWS[0], "reference_side": "chosen"}, *ROWS[1:]]},
         {"strict": True, "rows": ROWS[:-1]},
     ],
 )
