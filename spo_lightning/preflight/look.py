@@ -85,8 +85,9 @@ def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
     seconds["pilot"], began = time.monotonic() - began, time.monotonic()
     sides = {side: judgement.parts(found, side) for side in pilots.sides}
     whole = found.changes["held"]
-    bare = [{"weight": 0.0} | judgement.told(whole)] if type(solver) is NoLower else []
-    tried = bare + weights(pilots, whole - found.every[0])
+    tried = weights(pilots, whole - found.every[0])
+    if tried and type(solver) is NoLower:
+        tried = [{"weight": 0.0} | judgement.told(whole), *tried]
     seconds |= {"weights": time.monotonic() - began, "run": found.seconds * total}
     measured = whole[:, 0].tolist()
     alone, first = found.every[0][:, 0].tolist(), found.first["held"]
