@@ -38,7 +38,8 @@ def given(made):
     """Pairs with a reference that is not the policy, and with score differences."""
     found = scored(made.lm, shift=lambda number, r: 0.03 if number % 2 else -0.02)
     some = [
-        replace(p, margin=0.5 + n, sentences=(1, len(p.chosen))) for n, p in enumerate(found.pairs)
+        replace(p, margin=0.5 + n, sentences=(1, len(p.chosen)), reference_side=float(n % 2))
+        for n, p in enumerate(found.pairs)
     ]
     return replace(found, pairs=some)
 
