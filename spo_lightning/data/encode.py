@@ -149,8 +149,7 @@ def encode_some(
         answers = dict(zip(given[index], cut.answers))
         (chosen, its), (rejected, other) = (answers.get(side, NOTHING) for side in SIDES)
         ids = (cut.prompt, chosen, rejected, places[index], its, other)
-        told = {"margin": margin_of(rows[index]), "reference_side": side_of(rows[index])}
-        pairs.append(Pair(*ids, **told))
+        pairs.append(Pair(*ids, margin_of(rows[index]), side_of(rows[index])))
         counts["split"] += cut.split
         counts["truncated"] += cut.truncated
     return Encoded(pairs, counts | {"kept": len(pairs)}, examples)

@@ -190,7 +190,8 @@ def curves(found: Sequence[Rounds], names: Sequence[str]) -> "list[Chart]":
             means = [(n, one.mean(name)) for n, one in enumerate(some.every)]
             known = [(n, mean) for n, mean in means if mean is not None]
             if known:
-                drawn.append(series(some.name, *zip(*known), "lines+markers", **nth(place)))
+                x, y = zip(*known)
+                drawn.append(series(some.name, x, y, "lines+markers", **nth(place)))
         key = name.replace("/", "-").replace(": ", "-")
         charts.append(lines(key, name, "round", unit(name), drawn))
     return charts
