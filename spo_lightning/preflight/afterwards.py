@@ -7,15 +7,14 @@ log pi(y_w), and whether the mean fell where it was foreseen. Written into --out
 afterwards.html, table.md and figures/.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spo_lightning.errors import UserError
+from spo_lightning.report import beside
 
 HEAD = (
     *(
@@ -61,19 +60,7 @@ class Came:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="spo-afterwards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="preflights and runs")
-    parser.add_argument("--output", type=Path, default=Path("afterwards"), metavar="DIR")
-    args = parser.parse_args()
-    try:
-        print(report(args.dirs, args.output), end="")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    beside.main("afterwards", __doc__, "preflights and runs", report)
 
 
 def report(directories: Sequence[Path], output: Path) -> str:

@@ -26,14 +26,8 @@ QUALITY = (
 )
 CAPABILITY = ("exact_match", "rougeL")
 LOSS = 0.02  # of capability against init, above which a setting is not ranked first
-GROUPS = (
-    "problem",
-    "data",
-    "model",
-    "loop",
-    "loss",
-    "solver",
-)  # whose options tell settings apart
+# whose options tell settings apart
+GROUPS = ("problem", "data", "model", "loop", "loss", "solver")
 # two-sided 95% points of Student's t by degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 

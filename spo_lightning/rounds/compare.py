@@ -6,9 +6,7 @@ solver, are compared at the seeds that both have. Written into --output: compare
 and figures/.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_lightning.errors import UserError
+from spo_lightning.report import beside
 
 if TYPE_CHECKING:
     from spo_lightning.report.charts import Chart
@@ -43,19 +42,7 @@ class Rounds:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="spo-compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="loops, or above them")
-    parser.add_argument("--output", type=Path, default=Path("compare"), metavar="DIR")
-    args = parser.parse_args()
-    try:
-        print(report(args.dirs, args.output), end="")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    beside.main("compare", __doc__, "loops, or above them", report)
 
 
 def report(directories: Sequence[Path], output: Path) -> str:
