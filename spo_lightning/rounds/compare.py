@@ -59,12 +59,17 @@ def report(directories: Sequence[Path], output: Path) -> str:
     drawn = curves(found, names)
     sections = [
         Section("Rounds", [Table("rounds", *rounds)], ABOUT),
-        Section("Differences by seed", [Table("apart", *apart)], "A star: zero is outside."),
+        Section(
+            "Differences by seed",
+            [Table("apart", *apart)] if apart[1] else [],
+            "A star: zero is outside.",
+        ),
         Section("Round by round", drawn, "Means over the seeds."),
     ]
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "compare.html", page("Loops", sections))
-    text = "\n".join([*table(*rounds), "", *table(*apart)]) + "\n"
+    told = ["", *table(*apart)] if apart[1] else []
+    text = "\n".join([*table(*rounds), *told]) + "\n"
     write_text(output / "table.md", text)
     (output / "figures").mkdir(exist_ok=True)
     for chart in drawn:
