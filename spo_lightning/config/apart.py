@@ -30,7 +30,11 @@ IMAGES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda v: v not in (None, "32-true", "bf16-mixed"),
         "a denoiser trains in 32-true or bf16-mixed",
     ),
-    ("judge._target_", lambda v: not str(v).endswith(".local.task"), "the data judges its images"),
+    (
+        "judge._target_",
+        lambda v: not str(v).endswith((".local.task", ".local.reward")),
+        "images are judged by the data itself, or by judge=reward judge.model=CLIP",
+    ),
     ("eval.judge.every_n_steps", bool, "images are drawn before and after training: leave it out"),
     ("eval.rival", lambda v: v not in (None, "start"), "images are judged against the start's"),
     ("eval.by", lambda v: v is not None, "rows of images have no other columns: leave it out"),
@@ -45,7 +49,7 @@ IMAGES: list[tuple[str, Callable[[Any], bool], str]] = [
 # keys that nothing reads then
 UNREAD = (
     *("max_length", "eval.max_new_tokens", "eval.stop", "eval.pairs", "eval.refusals"),
-    *("refusals", "judge"),
+    "refusals",
 )
 OTHERS = ("plan", "preflight", "loop", "what")  # of other commands, which read texts
 # key, the values that go with a command, why no other does

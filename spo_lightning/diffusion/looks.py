@@ -1,6 +1,6 @@
 """Images that a policy drew in, how good they are and a grid to look at out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from spo_lightning.records.disk import writing
 
 SHOWN, CELL, GAP = 64, 64, 2  # images of a grid; pixels of one at least, and between two
 HEAD = 16  # pixels of a title
+Judge = Callable[[Sequence[str], Sequence[Image]], list[float]]  # of prompts and images of them
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Drawn:
         return found | {"judge/score": [*self.liked]}
 
 
-def judged(task: Pictures, rows: Sequence[PictureRow], images: Sequence[Image]) -> Drawn:
+def judged(
+    task: Pictures, judge: Judge | None, rows: Sequence[PictureRow], images: Sequence[Image]
+) -> Drawn:
     seen = [task.seen(image) if task.seen else "" for image in images]
     right = [task.right(row.prompt, it) if task.right else None for row, it in zip(rows, images)]
-    liked = [task.judge(image) for image in images] if task.judge else []
+    liked = judge([row.prompt for row in rows], images) if judge else []
     return Drawn(images, seen, right, liked)
 
 
@@ -48,18 +51,18 @@ def numbers(now: Drawn, start: Drawn) -> dict[str, float]:
 
 
 def picked(
-    task: Pictures, rows: Sequence[PictureRow], images: Sequence[Image]
+    rows: Sequence[PictureRow], judge: Judge, images: Sequence[Image], samples: int
 ) -> list[PictureRow]:
-    """Of every prompt's images the one that the judge likes best against the one it likes least,
-    right or wrong; a prompt whose images it likes all the same has no pair."""
-    assert task.judge is not None
+    """Of every prompt's ``samples`` images the one that the judge likes best against the one it
+    likes least, right or wrong; a prompt whose images it likes all the same has no pair."""
+    liked = judge([row.prompt for row in rows for _ in range(samples)], images)
     found = []
     for at, row in enumerate(rows):
-        some = images[at * task.samples : (at + 1) * task.samples]
-        liked = [task.judge(image) for image in some]
-        best, worst = int(np.argmax(liked)), int(np.argmin(liked))
-        if liked[best] > liked[worst]:
-            found.append(PictureRow(row.prompt, some[best], some[worst]))
+        first = at * samples
+        some = liked[first : first + samples]
+        best, worst = int(np.argmax(some)), int(np.argmin(some))
+        if some[best] > some[worst]:
+            found.append(PictureRow(row.prompt, images[first + best], images[first + worst]))
     return found
 
 

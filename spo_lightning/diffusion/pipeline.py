@@ -72,6 +72,11 @@ class Encoded:
         return self.vae.config.get("shift_factor") or 0.0
 
 
+def said(prompt: str) -> list[str]:
+    """The words of a prompt of a task that is made of few."""
+    return prompt.replace(",", " ").split()
+
+
 @dataclass(frozen=True)
 class Words:
     """A word is a one-hot vector, which the denoiser's own cross-attention learns to embed."""
@@ -80,15 +85,15 @@ class Words:
     longest: int
 
     def __call__(self, prompt: str) -> Told:
-        said = prompt.replace(",", " ").split()
-        for word in said:
+        spoken = said(prompt)
+        for word in spoken:
             if word not in self.words:
                 raise UserError(f"prompt {prompt!r}: the model knows no {word!r}: it was built "
                                 f"for {', '.join(self.words)}")  # fmt: skip
-        if len(said) > self.longest:
+        if len(spoken) > self.longest:
             raise UserError(f"prompt {prompt!r}: the model reads {self.longest} words at most")
         told = torch.zeros(self.longest, len(self.words))
-        for at, word in enumerate(said):
+        for at, word in enumerate(spoken):
             told[at, self.words.index(word)] = 1.0
         return {"encoder_hidden_states": told}
 

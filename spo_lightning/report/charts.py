@@ -37,6 +37,7 @@ UNITS = {
     "exact_match": "share of prompts",
     "win_rate": "share of prompts, ties half",
     "judge": "share of prompts",
+    "images/frechet_distance": "squared units of the features",
     "tokens": "tokens, mean",
     "tasks": "the task's own",
     **{of: "share of prompts" for of in ("answers", "prompts")},

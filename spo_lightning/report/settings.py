@@ -44,6 +44,8 @@ MEANINGS = {  # of the numbers shown, in their order
     "exact_match": "share of prompts whose greedy answer is right; more is better",
     "win_rate": "how often a sampled answer beats one of the policy before training, by the "
     "data's judge, ties half; more is better",
+    "images/frechet_distance": "of drawn images from the task's pictures, on features of a small "
+    "classifier that was trained on these; less is better",
     "rougeL": "overlap of the greedy answer with the reference; more is better",
     "preference/accuracy": "share of pairs whose chosen answer is the likelier one",
     "rewards/accuracies": "share of pairs whose chosen answer gained more than the rejected one",

@@ -17,10 +17,12 @@ from spo_lightning.run.record import Begun, Stage, grown
 if TYPE_CHECKING:
     from spo_lightning.data.pictures import PictureRow, Pictures
     from spo_lightning.diffusion.batch import ImagePairs
+    from spo_lightning.diffusion.frechet import Distance
     from spo_lightning.diffusion.looks import Drawn
     from spo_lightning.diffusion.pipeline import Pipeline
     from spo_lightning.diffusion.reference import Beside
     from spo_lightning.evaluation.held_out import PairScores
+    from spo_lightning.judges.images import ImageJudge
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class Opened(Read):
     """A pipeline on this process's device."""
 
     pipeline: "Pipeline"
+    judge: "ImageJudge | None"
+    distance: "Distance | None"  # of drawn images from the task's pictures
     precision: Any
 
 
@@ -110,15 +114,19 @@ def refuse(loss: Any) -> None:
 
 def policy(at: Read) -> Opened:
     """The pipeline, built or loaded; one that is built learns the task's pictures."""
+    from spo_lightning.diffusion.frechet import distance_of
     from spo_lightning.diffusion.opening import opened
+    from spo_lightning.judges.images import judge_of
     from spo_lightning.models.device import precision_of
     from spo_lightning.training.denoising import begin
 
     cfg = at.cfg
+    judge = judge_of(cfg.judge, at.task, at.world.device, cfg.eval.batch_size)
     pipeline = opened(cfg.model, at.task.words, cfg.seed, at.world.device)
     begin(cfg, at.task, pipeline, at.stages)
     precision = precision_of(cfg.hardware, at.world.device)
-    return grown(Opened, at, pipeline=pipeline, precision=precision)
+    told = {"judge": judge, "distance": distance_of(at.task), "precision": precision}
+    return grown(Opened, at, pipeline=pipeline, **told)
 
 
 def pairs(at: Opened) -> Opened:
@@ -129,12 +137,13 @@ def pairs(at: Opened) -> Opened:
 
     task, found = at.task, {"train": at.task.train, "held_out": at.task.held_out}
     if task.samples:
+        assert at.judge is not None  # such data has one
         weights = weights_of(at.pipeline.denoiser)
         for kind, (side, rows) in zip((PAIRS, HELD), found.items()):
             prompts = [row.prompt for row in rows for _ in range(task.samples)]
             key = key_of(weights, prompts, dict(at.cfg.model.sampling), at.cfg.seed, kind)
             draw = partial(_drawn, at, prompts, kind, f"{side.replace('_', '-')} images")
-            found[side] = picked(task, rows, images_kept(at.cfg, key, draw))
+            found[side] = picked(rows, at.judge, images_kept(at.cfg, key, draw), task.samples)
             log.info("Pairs (%s): %d of %d prompts", side, len(found[side]), len(rows))
             if not found[side]:
                 raise UserError(
@@ -242,10 +251,13 @@ def _look(at: Compared, start: "Drawn | None") -> Any:
     how = {"beta": at.cfg.loss.beta, "batch_size": at.cfg.eval.batch_size}
     how |= {"precision": at.precision, "stages": at.stages}
     scores = pair_scores(at.scorer, at.held, **how)
-    rows = at.task.held_out[: at.cfg.eval.max_rows if at.task.judge else GRID]
+    rows = at.task.held_out[: at.cfg.eval.max_rows if at.judge else GRID]
     images = _drawn(at, [row.prompt for row in rows], LOOK, "held-out images")
-    drawn = looks.judged(at.task, rows, images)
-    return Look(looks.numbers(drawn, start or drawn) | scores.means, drawn, scores)
+    drawn = looks.judged(at.task, at.judge, rows, images)
+    told = looks.numbers(drawn, start or drawn) | scores.means
+    if at.distance is not None:
+        told["images/frechet_distance"] = at.distance(images)
+    return Look(told, drawn, scores)
 
 
 def init(job: Job, at: Compared) -> Measured:

@@ -157,6 +157,7 @@ REFUSED = [
     ((*TINY[:1], "loss=orpo"), "it takes 1 - p of a probability"),
     ((*TINY[:1], "loss=ranker"), "a ranker reads answers of text"),
     ((*TINY[:1], "loss=aspo"), "it reads sentences"),
+    ((*TINY[:1], "judge=likelihood"), "images are judged by the data itself, or by judge=reward"),
     ((*TINY[:1], "loss.wpo=true"), "loss.wpo=True does not go with pairs of images"),
     ((*TINY[:1], "hardware.devices=2"), "they train in one process"),
     ((*TINY[:1], "max_length=7"), "max_length has no effect"),
@@ -171,7 +172,7 @@ REFUSED = [
     "words, says", REFUSED, ids=lambda it: it[-1] if type(it) is tuple else ""
 )
 def test_what_does_not_go_together(words, says):
-    groups = {"experiment", "loss", "data", "model"}
+    groups = {"experiment", "loss", "data", "model", "judge"}
     plain = config(*(word for word in words if word.partition("=")[0] in groups))
     line = partial(knobs.Given, [word.partition("=")[0] for word in words])
     with pytest.raises(UserError) as caught:
