@@ -95,8 +95,8 @@ def _sweep_of(run_dir: Path) -> str | None:
 
 
 def tell(run_dir: Path, numbers: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-    """What a run came to, where W&B watches it: summary numbers, a table of the samples, and the
-    change of log pi(y_w) of every held-out pair as a histogram."""
+    """What a run came to, where W&B watches it: summary numbers, a table of the samples, the
+    change of log pi(y_w) of every held-out pair as a histogram, a drawing policy's grids."""
     run = _open_run(run_dir)
     if run is None:
         return
@@ -116,6 +116,8 @@ def tell(run_dir: Path, numbers: Mapping[str, Any], samples: Sequence[Mapping[st
     finite = [value for value in moved if value is not None and math.isfinite(value)]
     if finite:
         logged["displacement/pairs"] = wandb.Histogram(finite)
+    grids = sorted(run_dir.glob("*.png"))
+    logged |= {f"images/{file.stem}": wandb.Image(str(file)) for file in grids}
     if logged:
         run.log(logged)
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import forked
 from fitting import config
 from safetensors.torch import load_file
 
@@ -142,6 +143,18 @@ def test_what_is_left_to_look_at(ran):
     assert float(rows(where)[-1]["eval/displacement/chosen"]) == pytest.approx(
         numbers["final"]["displacement/chosen"], rel=1e-4
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_wandb_has_the_grids(tmp_path):
+    words = (*TINY, "loss=dpo", "logger=wandb", "hydra.run.dir=run")
+    done = forked(tmp_path, *words, WANDB_MODE="offline")
+    assert done.code == 0, done.err
+    (folder,) = (tmp_path / "run/wandb").glob("offline-run-*/files/media/images/images")
+    for name in ("samples", "pairs"):
+        (kept,) = folder.glob(f"{name}*.png")
+        assert kept.read_bytes() == (tmp_path / "run" / f"{name}.png").read_bytes()
 
 
 @pytest.mark.slow
