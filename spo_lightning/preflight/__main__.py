@@ -26,16 +26,18 @@ def work(cfg: "DictConfig", run_dir: Path, line: knobs.Given) -> dict:
 
     knobs.check(cfg, line)
     refuse(cfg)
-    if (run_dir / "preflight.json").exists():
-        raise UserError(f"{run_dir} holds a preflight: take another hydra.run.dir")
     from spo_lightning.preflight import page
     from spo_lightning.preflight.look import look
     from spo_lightning.records.disk import write_text
+    from spo_lightning.records.lock import held
     from spo_lightning.report.page import numbered
 
-    found = asdict(look(cfg))
-    write_text(run_dir / "preflight.json", json.dumps(numbered(found), indent=1) + "\n")
-    write_text(run_dir / "preflight.html", page.whole(found))
+    with held(run_dir):  # two sweeps that begin within a second are given the same directories
+        if (run_dir / "preflight.json").exists():
+            raise UserError(f"{run_dir} holds a preflight: take another hydra.run.dir")
+        found = asdict(look(cfg))
+        write_text(run_dir / "preflight.json", json.dumps(numbered(found), indent=1) + "\n")
+        write_text(run_dir / "preflight.html", page.whole(found))
     log.info("%s\nPage: %s", found["advice"], run_dir / "preflight.html")
     return found
 

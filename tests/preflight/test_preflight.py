@@ -1,6 +1,7 @@
 """What the preflight says against what steps do: finite differences, real runs, weights kept."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from spo_lightning.preflight import judgement
 from spo_lightning.preflight.geometry import geometry, slopes, sums
 from spo_lightning.preflight.look import prepared, sampled
 from spo_lightning.preflight.pilot import Pilots
+from spo_lightning.records.lock import held
 from spo_lightning.records.progress import silent
 from spo_lightning.run import job as run_job
 from spo_lightning.training.microbatch import trainable
@@ -257,6 +259,18 @@ def test_one_pair_is_too_few(tmp_path):
         module=MODULE,
     )
     assert ended.code == 2 and "needs 2 of each" in ended.err
+
+
+def test_a_directory_is_one_preflights(tmp_path):
+    """Sweeps that begin within a second are given the same directories."""
+    words = (*SMALL, "loss=dpo", "hydra.run.dir=a")
+    with held(tmp_path / "a"):
+        second = forked(tmp_path, *words, module=MODULE)
+    assert second.code == 2 and f"written by process {os.getpid()}" in second.err
+    (tmp_path / "a" / "preflight.json").write_text("{}")
+    later = forked(tmp_path, *words, module=MODULE)
+    assert later.code == 2 and "a holds a preflight: take another hydra.run.dir" in later.err
+    assert (tmp_path / "a" / "preflight.json").read_text() == "{}"
 
 
 def test_a_page_without_a_preflight_is_refused(tmp_path):
