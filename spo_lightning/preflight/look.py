@@ -50,7 +50,7 @@ class Preflight:
     seconds: dict[str, float]  # of every stage, and of the run's steps
     mib: float  # in use at the peak of the pilot's steps
     sample: list[dict[str, Any]]  # training pairs with their geometry
-    pairs: list[dict[str, Any]]  # held-out, most at risk first, with their texts
+    pairs: list[dict[str, Any]]  # held-out, with their texts
 
 
 def look(cfg: DictConfig) -> Preflight:
@@ -113,7 +113,7 @@ def _looked(cfg: DictConfig, stages: Stages) -> Preflight:
         seconds=seconds,
         mib=found.mib,
         sample=[{"row": pair.row + 1} | one for pair, one in zip(sample.pairs, shape)],
-        pairs=sorted(told, key=lambda row: row["score"]),
+        pairs=told,
     )
 
 

@@ -23,12 +23,13 @@ GEOMETRY = (
     "the square of the first: above 1 a pair's own step lowers its chosen answer (own condition)."
 )
 RISK = (
-    "Held-out pairs, lowest score first: the nats by which log pi(y_w) would change, to first "
-    "order, in a step of the training pairs' mean gradient, scaled as AdamW's. Measured: by how "
-    "many the pilots changed it, in the mean."
+    "Held-out pairs, those first that the pilots took most from. Measured: the nats by which "
+    "log pi(y_w) changed, the pilots' mean, which ranked the ends of real runs best. Score: by "
+    "how many it would, to first order, in a step of the training pairs' mean gradient, scaled "
+    "as AdamW's."
 )
 PILOT = ("mean", "half", "displaced", "margin")
-RISKY = ("row", "score", "ches", "measured")
+RISKY = ("row", "measured", "score", "ches")
 
 
 def whole(found: Mapping[str, Any]) -> str:
@@ -113,7 +114,7 @@ def risky(pairs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
                 for name in ("chosen", "rejected")
             ),
         ]
-        for pair in pairs
+        for pair in sorted(pairs, key=lambda pair: pair["measured"])
     ]
 
 

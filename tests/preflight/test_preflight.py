@@ -214,7 +214,10 @@ def test_the_command_says_what_the_run_then_does(tmp_path, cache):
     one = json.loads((tmp_path / "a" / "preflight.json").read_text())
     assert one["advice"] in ahead.out
     assert [pilot["mean"] for pilot in one["pilots"]] == [one["sides"]["held"]["mean"]]
-    assert "Pairs most at risk" in (tmp_path / "a" / "preflight.html").read_text()
+    whole = (tmp_path / "a" / "preflight.html").read_text()
+    lost = sorted(one["pairs"], key=lambda pair: pair["measured"])
+    places = [whole.index(pair["chosen"]) for pair in lost]
+    assert "Pairs most at risk" in whole and places == sorted(places)
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         *("preflight.json", "preflight.html", "preflight.log")
     }
