@@ -73,6 +73,16 @@ def exits_of(folder):
     return [r.exit.exit_code for r in records(folder) if r.WhichOneof("record_type") == "exit"]
 
 
+def written(folder):
+    """The same folder, once W&B's own process has written the run's end: on a busy machine that
+    may be after the command has ended."""
+    until = time.monotonic() + 30
+    while not exits_of(folder):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return folder
+
+
 @pytest.mark.slow
 def test_an_offline_run_read_back(tmp_path, cache):
     """Of a sweep's job; nothing in its files is a secret."""
@@ -82,7 +92,7 @@ def test_an_offline_run_read_back(tmp_path, cache):
     done = command(tmp_path, *more, *words, **secrets)
     assert done.code == 0, done.err
     (folder,) = (tmp_path / "asked/0/wandb").glob("offline-run-*")
-    run = run_of(folder)
+    run = run_of(written(folder))
     assert (run.run_group, run.job_type, run.display_name) == ("asked", "train", "0")
     assert {"mine", "data:slips", "loss:dpo", "solver:none"} <= {*run.tags}
     rows = history(folder)
