@@ -4,7 +4,7 @@ CLIP and what was trained from it to say what people prefer (PickScore 2305.0156
 score alike: exp(scale) times the cosine of the embeddings of text and image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -14,12 +14,11 @@ import torch
 from omegaconf import DictConfig
 
 from spo_lightning.data.pictures import Image, Pictures
+from spo_lightning.diffusion.looks import Judge
 from spo_lightning.errors import UserError
 
-ImageJudge = Callable[[Sequence[str], Sequence[Image]], list[float]]
 
-
-def judge_of(node: DictConfig, task: Pictures, device: Any, size: int) -> ImageJudge | None:
+def judge_of(node: DictConfig, task: Pictures, device: Any, size: int) -> Judge | None:
     """Of the ``judge`` node: a directory that it names, or else the data's own; None where the
     data has none. ``size``: images of a forward."""
     if node.get("model"):
@@ -28,7 +27,7 @@ def judge_of(node: DictConfig, task: Pictures, device: Any, size: int) -> ImageJ
     return judge and (lambda prompts, images: [judge(image) for image in images])
 
 
-def _alike(name: str, device: Any, size: int) -> ImageJudge:
+def _alike(name: str, device: Any, size: int) -> Judge:
     from transformers import AutoModel, AutoProcessor
 
     where = Path(name).expanduser()

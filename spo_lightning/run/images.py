@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from spo_lightning.data.pictures import PictureRow, Pictures
     from spo_lightning.diffusion.batch import ImagePairs
     from spo_lightning.diffusion.frechet import Distance
-    from spo_lightning.diffusion.looks import Drawn
+    from spo_lightning.diffusion.looks import Drawn, Judge
     from spo_lightning.diffusion.pipeline import Pipeline
     from spo_lightning.diffusion.reference import Beside
     from spo_lightning.evaluation.held_out import PairScores
-    from spo_lightning.judges.images import ImageJudge
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Opened(Read):
     """A pipeline on this process's device."""
 
     pipeline: "Pipeline"
-    judge: "ImageJudge | None"
+    judge: "Judge | None"
     distance: "Distance | None"  # of drawn images from the task's pictures
     precision: Any
 
